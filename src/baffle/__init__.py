@@ -1,0 +1,68 @@
+"""Federated learning without backpropagation: clients run forward passes and return K numbers.
+
+    import torch.nn.functional as F, baffle as bf
+
+    train, test = bf.load("digits")
+    run = bf.fit(model, bf.partition(train, clients=10), loss=F.cross_entropy, test=test)
+
+Importing this needs numpy, msgspec and safetensors only; what needs PyTorch is loaded when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from baffle.aggregate import WeightedSum as weighted_sum
+from baffle.client import ClipScalars as clip_scalars
+from baffle.data import Dataset, load, partition
+from baffle.engines.local import LocalEngine
+from baffle.errors import BaffleError
+from baffle.fit import fit
+from baffle.journal import Journal
+from baffle.method import Method
+from baffle.optim import Adam as adam
+from baffle.optim import AdamW as adamw
+from baffle.optim import ClipUpdate as clip_update
+from baffle.optim import Constant as constant
+from baffle.optim import Cosine as cosine
+from baffle.optim import Decay as decay
+from baffle.optim import Sgd as sgd
+from baffle.train import Run, resume, train
+
+if TYPE_CHECKING:
+    from baffle.runtimes.pytorch import TorchRuntime
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BaffleError",
+    "Dataset",
+    "Journal",
+    "LocalEngine",
+    "Method",
+    "Run",
+    "TorchRuntime",
+    "adam",
+    "adamw",
+    "clip_scalars",
+    "clip_update",
+    "constant",
+    "cosine",
+    "decay",
+    "fit",
+    "load",
+    "partition",
+    "resume",
+    "sgd",
+    "train",
+    "weighted_sum",
+]
+
+_LAZY = {"TorchRuntime": "baffle.runtimes.pytorch"}
+
+
+def __getattr__(name: str) -> object:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'baffle' has no attribute {name!r}")

@@ -1,0 +1,115 @@
+"""Aggregation of the clients' integers: checked, then summed; and the scale that the next round uses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+
+from baffle.errors import ReplyError
+from baffle.types import LIMIT, MAX_WEIGHT, Integers, Reply, Row, Task, unpack_int32
+
+FIRST_EXPONENT = -8
+"""Scale of round 0: range +-64, resolution 1/256. It only has to be near enough to measure with."""
+_TARGET_BITS = 10  # root mean square of one client's integers; the limit is 16 times that
+_CALIBRATION_ROUNDS = 4
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """What the server learns from a round.
+
+    ``vectors`` is int64[V, local_steps, K]: one weighted sum (V = 1) with shared directions, one a participant
+    otherwise.
+    """
+
+    vectors: Integers
+    participants: tuple[int, ...]
+    weight_sum: int
+    clipped: int
+    nonfinite: int
+
+
+class WeightedSum(msgspec.Struct, frozen=True, tag="weighted_sum"):
+    """Plain sums of the weighted integers; with per-client directions the vectors are kept side by side."""
+
+    def combine(self, task: Task, replies: Sequence[Reply]) -> Aggregate:
+        """Sum the replies to one task. The order in which they came does not matter.
+
+        Raises ReplyError if one does not fit the task, or if there is none.
+        """
+        if not replies:
+            raise ReplyError(f"round {task.round}: no client replied")
+        ordered = sorted(replies, key=lambda r: r.client)
+        if len({r.client for r in ordered}) < len(ordered):
+            raise ReplyError(f"round {task.round}: two replies of one client: expected one each")
+        vectors = np.stack([check_reply(task, r) for r in ordered])
+        return Aggregate(
+            vectors=vectors.sum(axis=0, keepdims=True) if task.sharing == "shared" else vectors,
+            participants=tuple(r.client for r in ordered),
+            weight_sum=sum(r.weight for r in ordered),
+            clipped=sum(r.clipped for r in ordered),
+            nonfinite=sum(r.nonfinite for r in ordered),
+        )
+
+
+def check_reply(task: Task, reply: Reply) -> Integers:
+    """The reply's integers int64[local_steps, K], or ReplyError naming the client and what is wrong."""
+    where = f"round {task.round}, client {reply.client}"
+    count = task.local_steps * task.num_directions
+    if reply.round != task.round:
+        raise ReplyError(f"{where}: reply to round {reply.round}: expected round {task.round}")
+    if not 1 <= reply.weight <= MAX_WEIGHT:
+        raise ReplyError(f"{where}: weight = {reply.weight}: expected 1..{MAX_WEIGHT}")
+    if len(reply.scalars) != 4 * count:
+        raise ReplyError(f"{where}: {len(reply.scalars)} bytes of scalars: expected {4 * count}")
+    values = unpack_int32(reply.scalars)
+    if values.size and int(np.abs(values).max()) > LIMIT * reply.weight:
+        raise ReplyError(f"{where}: scalar {int(np.abs(values).max())}: expected at most {LIMIT} x its weight")
+    if not (0 <= reply.clipped <= count and 0 <= reply.nonfinite <= count):
+        raise ReplyError(f"{where}: clipped = {reply.clipped}, nonfinite = {reply.nonfinite}: expected 0..{count}")
+    return values.reshape(task.local_steps, task.num_directions)
+
+
+def typical_scalar(row: Row) -> float:
+    """Root mean square of one client's integers, as far as the row tells.
+
+    From a sum over C clients it lies between the mean's and sqrt(C) times that; the geometric middle is taken.
+    """
+    clients = len(row.participants)
+    values = row.integers / row.weight_sum
+    rms = float(np.sqrt(np.mean(values**2)))
+    return rms * (clients**0.25 if row.sharing == "shared" else clients)
+
+
+def clipped_share(row: Row) -> float:
+    """Share of the clients' scalars that were clipped."""
+    return row.clipped / (row.num_directions * row.local_steps * len(row.participants))
+
+
+def next_exponent(last: Row | None) -> int:
+    """The power of two on which the next round encodes its scalars, from the last round's sums."""
+    if last is None:
+        return FIRST_EXPONENT
+    typical = typical_scalar(last)
+    if clipped_share(last) > 0.25:
+        shift = 6  # far too narrow: the sums say little
+    elif typical == 0:
+        shift = -6 if last.nonfinite == 0 else 0
+    else:
+        shift = round(math.log2(typical)) - _TARGET_BITS
+        if clipped_share(last) > 0.01:
+            shift = max(shift, 1)
+    return max(-60, min(60, last.exponent + shift))
+
+
+def calibrates(last: Row | None) -> bool:
+    """Whether the next round only measures the scale: round 0 does, and a few more if it missed by far."""
+    if last is None:
+        return True
+    if last.applied or last.round + 1 >= _CALIBRATION_ROUNDS:
+        return False
+    return clipped_share(last) > 0.1 or typical_scalar(last) < 8

@@ -1,0 +1,35 @@
+"""Checks of options, shared by every configuration class; they raise OptionError."""
+
+from __future__ import annotations
+
+import math
+from typing import TypeGuard
+
+from baffle.errors import OptionError
+
+
+def require_positive(field: str, value: object) -> None:
+    """A finite number > 0.
+
+    >>> require_positive("sigma", float("nan"))
+    Traceback (most recent call last):
+    baffle.errors.OptionError: sigma = nan: expected a finite number > 0
+    """
+    if not _is_number(value) or not math.isfinite(value) or value <= 0:
+        raise OptionError(field, value, "a finite number > 0")
+
+
+def require_between(field: str, value: object, low: float, high: float, *, open_high: bool = False) -> None:
+    """A number in [low, high], or [low, high) with ``open_high``."""
+    if not _is_number(value) or not low <= value <= high or (open_high and value == high):
+        raise OptionError(field, value, f"a number >= {low} and {'<' if open_high else '<='} {high}")
+
+
+def require_count(field: str, value: object, low: int = 1, high: int | None = None) -> None:
+    """An integer >= low (and <= high)."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+        raise OptionError(field, value, f"an integer >= {low}" + (f" and <= {high}" if high is not None else ""))
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

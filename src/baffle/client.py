@@ -1,0 +1,129 @@
+"""The client: task, weights and a batch -> integers. Forward passes only.
+
+BAFFLE (arXiv 2301.12195), section 3: finite differences of the loss along shared directions. Here a scalar is
+encoded as an integer on the round's power-of-two scale and weighted by an integer, so that everything after it
+(sums, secure sums, rebuild) is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from baffle.checks import require_positive
+from baffle.data import Dataset
+from baffle.directions import Directions
+from baffle.estimate import FAST, Execution, combine
+from baffle.perturb import Perturbations
+from baffle.runtimes import Runtime
+from baffle.types import LIMIT, MAX_WEIGHT, Integers, Losses, Reply, Table, Task, Weights, pack_int32
+
+
+class ClipScalars(msgspec.Struct, frozen=True, tag="clip_scalars"):
+    """Clip each scalar (a directional derivative of the loss) to [-limit, limit] on the client."""
+
+    limit: float
+
+    def __post_init__(self) -> None:
+        require_positive("clip_scalars.limit", self.limit)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Fixed-point scalars int64[K] and how many were clipped, or not finite and sent as 0."""
+
+    integers: Integers
+    clipped: int
+    nonfinite: int
+
+
+def perturbations(task: Task, table: Table, client: int, step: int = 0) -> Perturbations:
+    """The passes that a task asks of a client at one local step."""
+    owner = 0 if task.sharing == "shared" else client + 1
+    directions = Directions(table, task.family, (task.key, task.round), owner, step)
+    if task.difference == "forward":
+        return Perturbations(directions, task.num_directions, (task.sigma,), baseline=True)
+    return Perturbations(directions, task.num_directions, (task.sigma, -task.sigma), baseline=False)
+
+
+def finite_differences(task: Task, losses: Losses) -> npt.NDArray[np.float64]:
+    """Scalars s_k of the mean loss: float32[passes, examples] -> float64[K].
+
+    Forward: (L(W + sigma d) - L(W)) / sigma; central: (L(W + sigma d) - L(W - sigma d)) / (2 sigma). Example by
+    example in float64, so that losses which are nearly equal cancel exactly.
+    """
+    precise = losses.astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        if task.difference == "forward":
+            gaps, width = precise[1:] - precise[0], task.sigma
+        else:
+            gaps, width = precise[0::2] - precise[1::2], 2 * task.sigma
+        return np.asarray(gaps.sum(axis=1) / (losses.shape[1] * width))
+
+
+def encode(task: Task, scalars: npt.NDArray[np.float64]) -> Encoded:
+    """Round to the task's scale, clip, and count; non-finite scalars become 0.
+
+    Half-way cases go to the even integer.
+    """
+    finite = np.isfinite(scalars)
+    limit = float(LIMIT)
+    if task.clip is not None:
+        limit = min(limit, float(np.floor(np.ldexp(task.clip, -task.exponent))))
+    units = np.rint(np.ldexp(np.where(finite, scalars, 0.0), -task.exponent))
+    integers = np.clip(units, -limit, limit)
+    return Encoded(integers.astype(np.int64), int((integers != units).sum()), int((~finite).sum()))
+
+
+def weight_of(examples: int, quantum: int) -> int:
+    """A client's integer weight: its examples in units of ``quantum``, from 1 to 255.
+
+    >>> [weight_of(n, quantum=4) for n in (1, 40, 42, 10**6)]
+    [1, 10, 11, 255]
+    """
+    return max(1, min(MAX_WEIGHT, (examples + quantum // 2) // quantum))
+
+
+def reply(task: Task, client: int, weight: int, steps: Sequence[Encoded]) -> Reply:
+    """Put the encoded scalars of all local steps into a message."""
+    return Reply(
+        round=task.round,
+        client=client,
+        weight=weight,
+        scalars=pack_int32(np.stack([s.integers for s in steps]) * weight),
+        clipped=sum(s.clipped for s in steps),
+        nonfinite=sum(s.nonfinite for s in steps),
+    )
+
+
+def local_update(
+    task: Task, table: Table, weights: Weights, encoded: Encoded, step: int, execution: Execution
+) -> Weights:
+    """One local step of plain SGD on the scalars as encoded, so that the sums describe every client's path."""
+    directions = Directions(table, task.family, (task.key, task.round), 0, step)
+    factor = directions.unit * 2.0**task.exponent / task.num_directions
+    gradient = (combine(directions, encoded.integers, execution) * factor).astype(np.float32)
+    return weights - np.float32(task.local_lr) * gradient
+
+
+def respond(
+    task: Task,
+    runtime: Runtime,
+    weights: Weights,
+    batch: Callable[[int], Dataset],
+    client: int,
+    examples: int,
+    execution: Execution = FAST,
+) -> Reply:
+    """Answer a task: ``batch(step)`` gives the mini-batch of each local step, ``examples`` sets the weight."""
+    steps: list[Encoded] = []
+    for step in range(task.local_steps):
+        losses = runtime.losses(weights, perturbations(task, runtime.table, client, step), batch(step))
+        steps.append(encode(task, finite_differences(task, losses)))
+        if step + 1 < task.local_steps:
+            weights = local_update(task, runtime.table, weights, steps[-1], step, execution)
+    return reply(task, client, weight_of(examples, task.quantum), steps)

@@ -1,0 +1,118 @@
+"""What ``baffle train`` can be told, by flags or by a TOML file, and how it becomes a method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+import msgspec
+
+from baffle.checks import require_count, require_positive
+from baffle.client import ClipScalars
+from baffle.errors import JournalError, OptionError, require_choice
+from baffle.method import Method
+from baffle.optim import Adam, AdamW, ClipUpdate, Constant, Cosine, Optimizer, Sgd
+from baffle.types import Difference, Family, Sharing
+
+
+class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Options of a training run. The TOML file has these names, with ``_`` or ``-``."""
+
+    dataset: str = "digits"
+    data: str | None = None
+    model: str = "lenet-small"
+    clients: int = 10
+    partition: str = "iid"
+    alpha: float = 0.5
+    participation: float = 1.0
+    batch_size: int = 32
+    num_directions: int = 100
+    family: Family = "rank1"
+    sharing: Sharing = "shared"
+    difference: Difference = "forward"
+    sigma: float = 1e-3
+    optimizer: str = "adam"
+    lr: float = 0.01
+    schedule: str = "cosine"
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    clip_scalars: float | None = None
+    clip_update: float | None = None
+    ema: float = 0.98
+    rounds: int = 200
+    local_steps: int = 1
+    local_lr: float | None = None
+    seed: int = 0
+    threads: int | None = None
+    evaluate_every: int = 10
+    snapshot_every: int = 100
+
+    def __post_init__(self) -> None:
+        require_choice("partition", self.partition, ["iid", "dirichlet"])
+        require_choice("optimizer", self.optimizer, ["sgd", "adam", "adamw"])
+        require_choice("schedule", self.schedule, ["constant", "cosine"])
+        require_count("clients", self.clients)
+        require_count("rounds", self.rounds)
+        require_count("seed", self.seed, 0, 2**64 - 1)
+        require_positive("alpha", self.alpha)
+        if self.threads is not None:
+            require_count("threads", self.threads)
+        if self.momentum and self.optimizer != "sgd":
+            raise OptionError("momentum", self.momentum, f"optimizer sgd, not {self.optimizer}")
+
+    def method(self) -> Method:
+        """The method these options describe."""
+        return Method(
+            num_directions=self.num_directions,
+            family=self.family,
+            sharing=self.sharing,
+            difference=self.difference,
+            sigma=self.sigma,
+            batch_size=self.batch_size,
+            participation=self.participation,
+            local_steps=self.local_steps,
+            local_lr=self.local_lr,
+            client=() if self.clip_scalars is None else (ClipScalars(self.clip_scalars),),
+            server=() if self.clip_update is None else (ClipUpdate(self.clip_update),),
+            optimizer=self._optimizer(),
+            ema=self.ema,
+        )
+
+    def _optimizer(self) -> Optimizer:
+        schedule = Cosine(self.rounds) if self.schedule == "cosine" else Constant()
+        if self.optimizer == "sgd":
+            return Sgd(self.lr, self.momentum, self.weight_decay, schedule)
+        rule = Adam if self.optimizer == "adam" else AdamW
+        return rule(lr=self.lr, weight_decay=self.weight_decay, schedule=schedule)
+
+
+_CHOICES = {"family": get_args(Family), "sharing": get_args(Sharing), "difference": get_args(Difference)}
+
+
+def train_config(file: Path | None, flags: dict[str, object]) -> TrainConfig:
+    """Options of a TOML file, if there is one, under the flags that were given (None: not given).
+
+    Raises OptionError naming the option, JournalError if the file cannot be read.
+    """
+    values: dict[str, object] = {}
+    if file is not None:
+        try:
+            values = msgspec.toml.decode(file.read_bytes(), type=dict[str, object])
+        except OSError as error:
+            raise JournalError(f"{file}: cannot be read: {error.strerror}") from error
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise OptionError("config", str(file), f"a TOML file of options ({error})") from error
+        values = {name.replace("-", "_"): value for name, value in values.items()}
+    values |= {name: value for name, value in flags.items() if value is not None}
+    for name in values:
+        require_choice("option", name, TrainConfig.__struct_fields__)
+    try:
+        return msgspec.convert(values, TrainConfig)
+    except msgspec.ValidationError as error:
+        if isinstance(error.__cause__, OptionError):
+            raise error.__cause__ from None
+        reason, _, field = str(error).partition(" - at `$.")
+        name = field.rstrip("`")
+        if name in _CHOICES:
+            require_choice(name, str(values[name]), _CHOICES[name])
+        raise OptionError(name or "option", values.get(name), reason.lower().removeprefix("expected ")) from None

@@ -1,0 +1,139 @@
+"""Random directions, addressed by counter: any part of any direction alone, on any machine.
+
+Three families, all with E[d dT] = I:
+
+* ``rank1`` (default): each matrix (out, rest) gets a bT with a, b random signs; every other tensor a
+  sign vector. Costs out + rest bits a matrix and turns the rebuild into a matrix product.
+  (Sarkar et al., EGGROLL, 2025; Spall, SPSA, 1992.)
+* ``rademacher``: independent signs.
+* ``gaussian``: the discrete Gaussian on multiples of 2**-10, for fidelity to BAFFLE (arXiv 2301.12195).
+
+Entries are integers in units of 1 (signs) or 2**-10 (Gaussian). Counter words: block, direction, tensor,
+purpose/client/step (see ``philox.word3``); key: run key and round.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from baffle import gaussian
+from baffle.philox import BLOCK_BITS, U64, Key, Purpose, philox, stream, word3
+from baffle.types import Family, Table
+
+Signs = npt.NDArray[np.int8]
+Bytes = npt.NDArray[np.uint8]
+Entries = npt.NDArray[np.int16]
+
+_LONG = 256  # blocks a direction from which the compiled stream is the faster one
+ENTRIES_PER_BLOCK = {Purpose.SIGNS: BLOCK_BITS, Purpose.GAUSSIAN: BLOCK_BITS // 32}
+
+
+@dataclass(frozen=True)
+class Directions:
+    """The directions of one round, client and local step; nothing is drawn until asked for.
+
+    ``client`` is 0 for directions that all clients share and index + 1 for a client's own.
+
+    >>> from baffle.types import make_table
+    >>> d = Directions(make_table({"w": (2, 3)}), "rank1", key=(7, 1))
+    >>> d.entries(0, slice(0, 2)).tolist()
+    [[-1, -1, 1, -1, -1, 1], [1, 1, 1, -1, -1, -1]]
+    """
+
+    table: Table
+    family: Family
+    key: Key
+    client: int = 0
+    step: int = 0
+
+    @property
+    def unit(self) -> float:
+        """The value of one unit of an entry: a power of two."""
+        return 2.0**-gaussian.GRID_BITS if self.family == "gaussian" else 1.0
+
+    @property
+    def largest(self) -> int:
+        """The largest magnitude of an entry, in units."""
+        return gaussian.largest() if self.family == "gaussian" else 1
+
+    def is_rank1(self, tensor: int) -> bool:
+        """Whether a tensor's direction is a product of two sign vectors."""
+        return self.family == "rank1" and self.table[tensor].matrix is not None
+
+    def factors(self, ks: slice, tensors: list[int] | None = None) -> dict[int, tuple[Signs, Signs]]:
+        """The factors of rank-1 tensors: tensor -> (a int8[K, out], b int8[K, rest]).
+
+        One call of the generator draws them all.
+        """
+        chosen = [i for i in tensors or range(len(self.table)) if self.is_rank1(i)]
+        runs: list[tuple[int, Purpose, int]] = []  # (tensor, purpose, signs)
+        for i in chosen:
+            out, rest = self.table[i].matrix or (0, 0)
+            runs += [(i, Purpose.LEFT, out), (i, Purpose.RIGHT, rest)]
+        if not runs:
+            return {}
+        blocks = [-(-count // BLOCK_BITS) for _, _, count in runs]
+        c0 = np.concatenate([np.arange(b, dtype=np.uint64) for b in blocks])
+        c2 = np.repeat(np.array([i for i, _, _ in runs], np.uint64), blocks)
+        c3 = np.repeat(np.array([self._word3(p) for _, p, _ in runs], np.uint64), blocks)
+        words = philox(self.key, (c0, _column(ks), c2, c3))
+        ends = np.cumsum(blocks)
+        signs = [
+            _to_signs(_as_bytes(words[:, end - size : end]), count)
+            for end, size, (_, _, count) in zip(ends, blocks, runs, strict=True)
+        ]
+        return {i: (signs[2 * j], signs[2 * j + 1]) for j, i in enumerate(chosen)}
+
+    def sign_bits(self, tensor: int, ks: slice, first_block: int, blocks: int) -> Bytes:
+        """Packed sign bits of a tensor, 256 a block, lowest bit first: uint8[K, 32 * blocks]."""
+        return _as_bytes(self._blocks(Purpose.SIGNS, tensor, ks, first_block, blocks))
+
+    def entries(self, tensor: int, ks: slice, start: int = 0, stop: int | None = None) -> Entries:
+        """Entries ``start:stop`` of a tensor's directions, of any family: int16[K, stop - start], in units.
+
+        Rank-1 products are written out: this is the obvious form that the fast ones are tested against.
+        """
+        stop = self.table[tensor].size if stop is None else stop
+        if self.is_rank1(tensor):
+            a, b = self.factors(ks, [tensor])[tensor]
+            _, rest = self.table[tensor].matrix or (0, 1)
+            rows = np.arange(start, stop)
+            return (a[:, rows // rest] * b[:, rows % rest]).astype(np.int16)
+        purpose = Purpose.GAUSSIAN if self.family == "gaussian" else Purpose.SIGNS
+        per_block = ENTRIES_PER_BLOCK[purpose]
+        first = start // per_block
+        words = self._blocks(purpose, tensor, ks, first, -(-stop // per_block) - first)
+        part = slice(start - first * per_block, stop - first * per_block)
+        if purpose is Purpose.GAUSSIAN:
+            draws = np.ascontiguousarray(words.reshape(len(words), -1)).astype("<u8").view("<u4")
+            return gaussian.from_bits(draws[:, part])
+        return _to_signs(_as_bytes(words), part.stop)[:, part].astype(np.int16)
+
+    def _word3(self, purpose: Purpose) -> int:
+        return word3(purpose, self.client, self.step)
+
+    def _blocks(self, purpose: Purpose, tensor: int, ks: slice, first: int, blocks: int) -> U64:
+        """uint64[K, blocks, 4]"""
+        last = self._word3(purpose)
+        if blocks >= _LONG:
+            runs = [stream(self.key, (first, k, tensor, last), blocks) for k in range(ks.start, ks.stop)]
+            return np.stack(runs) if runs else np.empty((0, blocks, 4), np.uint64)
+        c0 = np.arange(first, first + blocks, dtype=np.uint64)
+        return philox(self.key, (c0, _column(ks), np.array([tensor], np.uint64), np.array([last], np.uint64)))
+
+
+def _column(ks: slice) -> U64:
+    return np.arange(ks.start, ks.stop, dtype=np.uint64)[:, None]
+
+
+def _as_bytes(words: U64) -> Bytes:
+    return np.ascontiguousarray(words.reshape(len(words), -1)).astype("<u8", copy=False).view(np.uint8)
+
+
+def _to_signs(packed: Bytes, count: int) -> Signs:
+    """Bit 1 is +1, bit 0 is -1."""
+    bits = np.unpackbits(packed, axis=1, count=count, bitorder="little").view(np.int8)
+    return bits * np.int8(2) - np.int8(1)

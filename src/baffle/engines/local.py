@@ -1,0 +1,136 @@
+"""All clients in this process: the simulation of a federation over the same messages as the network.
+
+With shared directions and one local step every participant evaluates the same perturbed models, so their
+batches go through each of them together; otherwise one client after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from baffle.client import encode, finite_differences, perturbations, reply, respond, weight_of
+from baffle.data import Dataset, concatenate, sample
+from baffle.engines import Exchange
+from baffle.errors import DataError
+from baffle.estimate import FAST, Execution
+from baffle.method import State
+from baffle.philox import Purpose, generator
+from baffle.runtimes import Evaluation, Runtime
+from baffle.types import Reply, Table, Task, Weights
+from baffle.wire import decode_row, encode_message
+
+
+class LocalEngine:
+    """Simulate clients that hold ``clients`` data sets, on one runtime.
+
+    Bytes are counted as a deployment would send them: each reply's and each task's encoded length, plus what
+    the participant needs to catch up: the rows since it last took part, or the full state (weights and
+    optimizer slots) where that is shorter, as at first contact.
+
+    >>> import torch.nn.functional as F
+    >>> from torch import nn
+    >>> from baffle.data import load, partition
+    >>> from baffle.runtimes.pytorch import TorchRuntime
+    >>> train, test = load("digits")
+    >>> runtime = TorchRuntime(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), F.cross_entropy)
+    >>> LocalEngine(runtime, partition(train, 4)).sizes
+    (360, 360, 359, 359)
+    """
+
+    def __init__(
+        self, runtime: Runtime, clients: Sequence[Dataset], *, together: bool = True, execution: Execution = FAST
+    ) -> None:
+        if not clients:
+            raise DataError("clients: an empty list: expected at least one data set")
+        for i, data in enumerate(clients):
+            if len(data) == 0:
+                raise DataError(f"client {i} has no examples: expected at least one")
+        self._runtime, self._clients, self._together, self._execution = runtime, tuple(clients), together, execution
+        self._history = _History(len(clients))
+
+    @property
+    def table(self) -> Table:
+        """The trainable tensors."""
+        return self._runtime.table
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Examples of each client."""
+        return tuple(len(data) for data in self._clients)
+
+    @property
+    def plan(self) -> dict[str, str | int]:
+        """How passes are evaluated."""
+        return self._runtime.plan | {"clients": "together" if self._together else "one by one"}
+
+    def evaluate(self, weights: Weights, data: Dataset) -> Evaluation:
+        """Evaluate on the server's own test data."""
+        return self._runtime.evaluate(weights, data)
+
+    def exchange(self, task: Task, participants: Sequence[int], state: State, rows: Sequence[bytes]) -> Exchange:
+        """Let each participant answer the task."""
+        if self._together and task.sharing == "shared" and task.local_steps == 1:
+            replies = self._answer_together(task, participants, state.weights)
+        else:
+            replies = [self._answer(task, client, state.weights) for client in participants]
+        passes = task.local_steps * len(perturbations(task, self.table, 0))
+        examples = sum(min(task.batch_size or len(self._clients[c]), len(self._clients[c])) for c in participants)
+        state_bytes = sum(a.nbytes for a in (state.weights, *state.slots.values()))
+        caught_up = self._history.catch_up(participants, state_bytes, rows)
+        return Exchange(
+            replies=tuple(replies),
+            forward_passes=passes * len(participants),
+            samples_forwarded=passes * examples,
+            bytes_up=sum(len(encode_message(r)) for r in replies),
+            bytes_down=len(encode_message(task)) * len(participants) + caught_up,
+        )
+
+    def _batch(self, task: Task, client: int, step: int) -> Dataset:
+        rng = generator((task.key, task.round), Purpose.BATCH, client + 1, step)
+        return sample(self._clients[client], task.batch_size, rng)
+
+    def _answer(self, task: Task, client: int, weights: Weights) -> Reply:
+        return respond(
+            task,
+            self._runtime,
+            weights,
+            lambda step: self._batch(task, client, step),
+            client,
+            len(self._clients[client]),
+            self._execution,
+        )
+
+    def _answer_together(self, task: Task, participants: Sequence[int], weights: Weights) -> list[Reply]:
+        batches = [self._batch(task, client, 0) for client in participants]
+        losses = self._runtime.losses(weights, perturbations(task, self.table, 0), concatenate(batches))
+        parts = np.split(losses, np.cumsum([len(b) for b in batches])[:-1], axis=1)
+        return [
+            reply(
+                task,
+                client,
+                weight_of(len(self._clients[client]), task.quantum),
+                [encode(task, finite_differences(task, part))],
+            )
+            for client, part in zip(participants, parts, strict=True)
+        ]
+
+
+class _History:
+    """Bytes of rows that each client lacks, from the journal's rows alone (so it survives a resume)."""
+
+    def __init__(self, clients: int) -> None:
+        self._ends = [0]  # cumulative bytes of rows
+        self._has: list[int | None] = [None] * clients  # rounds that a client has replayed
+
+    def catch_up(self, participants: Sequence[int], state_bytes: int, rows: Sequence[bytes]) -> int:
+        for index in range(len(self._ends) - 1, len(rows)):
+            self._ends.append(self._ends[-1] + len(rows[index]))
+            for client in decode_row(rows[index]).participants:
+                self._has[client] = index
+        total = 0
+        for client in participants:
+            has = self._has[client]
+            total += state_bytes if has is None else min(state_bytes, self._ends[len(rows)] - self._ends[has])
+        return total

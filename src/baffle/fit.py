@@ -1,0 +1,62 @@
+"""The shortest way in: a PyTorch model, clients' data and a loss -> a trained model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from baffle.data import Dataset
+from baffle.engines.local import LocalEngine
+from baffle.method import Method
+from baffle.optim import Adam, Cosine
+from baffle.train import Progress, Run, train
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def default_method(rounds: int) -> Method:
+    """100 shared rank-1 directions, forward differences, Adam 1e-2 on a cosine over ``rounds``."""
+    return Method(optimizer=Adam(lr=0.01, schedule=Cosine(rounds)))
+
+
+def fit(
+    model: nn.Module,
+    clients: Sequence[Dataset],
+    *,
+    loss: Callable[..., Tensor],
+    test: Dataset | None = None,
+    rounds: int = 400,
+    method: Method | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Run:
+    """Train a copy of ``model`` on clients that run forward passes only, simulated in this process.
+
+    The model itself stays as it is; ``run.load_into(model)`` brings the result into it. ``loss(output, target)``
+    is any function of ``torch.nn.functional`` or one that gives a number an example.
+
+    >>> import torch.nn.functional as F
+    >>> from torch import nn
+    >>> import baffle as bf
+    >>> train, test = bf.load("digits")
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    >>> run = fit(model, bf.partition(train, clients=10), loss=F.cross_entropy, test=test, rounds=40)
+    >>> run.accuracy > 0.75
+    True
+    """
+    from baffle.runtimes.pytorch import TorchRuntime
+
+    runtime = TorchRuntime(model, loss)
+    return train(
+        default_method(rounds) if method is None else method,
+        LocalEngine(runtime, clients),
+        runtime.initial_weights(),
+        rounds=rounds,
+        test=test,
+        seed=seed,
+        out=out,
+        progress=progress,
+    )

@@ -1,0 +1,78 @@
+"""Gaussian numbers on the grid of multiples of 2**-10, by integer operations only.
+
+A magnitude m has probability proportional to exp(-m**2 / 2**21): the discrete Gaussian, whose variance on
+this grid is 1 to more digits than can be counted. The thresholds below are computed with big integers
+(no libm), so they are the same on every machine; ``docs/protocol.md`` prints their hash.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+
+GRID_BITS = 10
+_BITS = 31  # a draw is one sign bit and 31 bits that are looked up in the table
+_GUIDE_BITS = 16
+_FIXED = 256  # fraction bits of the big-integer arithmetic
+
+
+@cache
+def thresholds() -> npt.NDArray[np.uint32]:
+    """Increasing uint32 thresholds: the magnitude of a 31-bit draw v is the number of thresholds <= v.
+
+    >>> len(thresholds()), int(thresholds()[0])
+    (6490, 836643)
+    """
+    one = 1 << _FIXED
+    exp_neg, term = one, one  # exp(-2**-21) by its series
+    for i in range(1, 40):
+        term = -term // (i << 21)
+        exp_neg += term
+    squared = exp_neg * exp_neg >> _FIXED
+    weights, weight, ratio = [one], one, exp_neg  # weight(m) and exp(-(2m + 1) / 2**21)
+    while weight >> (_FIXED - 64):
+        weight = weight * ratio >> _FIXED
+        ratio = ratio * squared >> _FIXED
+        weights.append(weight)
+    total = 2 * sum(weights) - one  # both signs; zero once
+    result, cumulative = [], 0
+    for m, weight in enumerate(weights):
+        cumulative += weight if m == 0 else 2 * weight
+        threshold = ((cumulative << (_BITS + 1)) + total) // (2 * total)  # rounded to nearest
+        if threshold >= 1 << _BITS:
+            break
+        result.append(threshold)
+    return np.array(result, np.uint32)
+
+
+@cache
+def largest() -> int:
+    """The largest magnitude, in units of 2**-10."""
+    return len(thresholds())
+
+
+@cache
+def _guide() -> tuple[npt.NDArray[np.int16], npt.NDArray[np.bool_]]:
+    """For each leading 16 bits of a draw: the magnitude at its start, and whether the rest can change it."""
+    starts = np.arange(1 << _GUIDE_BITS, dtype=np.uint32) << np.uint32(_BITS - _GUIDE_BITS)
+    ends = starts + np.uint32((1 << (_BITS - _GUIDE_BITS)) - 1)
+    low, high = (np.searchsorted(thresholds(), v, side="right") for v in (starts, ends))
+    return low.astype(np.int16), low != high
+
+
+def from_bits(bits: npt.NDArray[np.uint32]) -> npt.NDArray[np.int16]:
+    """Turn uniform 32-bit words into Gaussian integers, in units of 2**-10; bit 0 is the sign.
+
+    >>> from_bits(np.array([0, 1, 2 * 836643, 2 * 836643 + 1], np.uint32)).tolist()
+    [0, 0, 1, -1]
+    """
+    draws = bits >> np.uint32(1)
+    low, ambiguous = _guide()
+    lead = draws >> np.uint32(_BITS - _GUIDE_BITS)
+    magnitude = low[lead]
+    where = np.nonzero(ambiguous[lead])
+    magnitude[where] = np.searchsorted(thresholds(), draws[where], side="right").astype(np.int16)
+    signed: npt.NDArray[np.int16] = np.where(bits & np.uint32(1), -magnitude, magnitude)
+    return signed

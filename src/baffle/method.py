@@ -1,0 +1,256 @@
+"""The whole chain of one round: plan a task, absorb the replies, replay a row. Pure functions of a state.
+
+``plan`` -> clients -> ``absorb`` -> row. ``absorb`` takes every decision that is not element-wise and writes it
+into the row; ``replay`` applies a row and decides nothing, so that whoever has the rows has the same weights,
+bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import msgspec
+import numpy as np
+
+from baffle import optim
+from baffle.aggregate import WeightedSum, calibrates, next_exponent
+from baffle.checks import require_between, require_count, require_positive
+from baffle.client import ClipScalars, weight_of
+from baffle.directions import Directions
+from baffle.errors import DivergedError, OptionError, PlanError, require_choice
+from baffle.estimate import FAST, Execution, check_exact, estimate
+from baffle.optim import Adam, ClipUpdate, Optimizer, Sgd, Slots
+from baffle.philox import Purpose, generator
+from baffle.types import (
+    MAX_WEIGHT,
+    MAX_WEIGHT_SUM,
+    Difference,
+    Family,
+    Reply,
+    Row,
+    Sharing,
+    Table,
+    Task,
+    Weights,
+    pack_int32,
+)
+
+
+@dataclass(frozen=True)
+class State:
+    """Where training stands: replay state (weights, slots, step), the evaluation average, the next round."""
+
+    round: int
+    step: int
+    weights: Weights
+    slots: Slots
+    average: Weights
+
+
+class Method(msgspec.Struct, frozen=True, kw_only=True):
+    """What is done in a round. See ``docs/design.md`` for how to choose.
+
+    * ``num_directions``: K, the numbers that each client returns.
+    * ``family``: ``rank1``, ``rademacher`` or ``gaussian`` directions.
+    * ``sharing``: all clients share K directions (their scalars can be summed), or each has its own.
+    * ``difference``: ``forward`` (K + 1 passes) or ``central`` (2 K passes).
+    * ``sigma``: step of the finite difference.
+    * ``batch_size``: examples of a client's mini-batch; None: all it has.
+    * ``participation``: share of the clients that take part in a round.
+    * ``local_steps``, ``local_lr``: SGD steps on the client before it replies, and their learning rate; with
+      plain ``sgd`` on the server the default lr / local_steps is federated averaging (FedAvg).
+    * ``client``, ``server``: clipping of scalars, of the estimate.
+    * ``ema``: decay of the average of the weights that is evaluated.
+
+    >>> Method(num_directions=0)
+    Traceback (most recent call last):
+    baffle.errors.OptionError: num_directions = 0: expected an integer >= 1 and <= 1048576
+    """
+
+    num_directions: int = 100
+    family: Family = "rank1"
+    sharing: Sharing = "shared"
+    difference: Difference = "forward"
+    sigma: float = 1e-3
+    batch_size: int | None = 32
+    participation: float = 1.0
+    local_steps: int = 1
+    local_lr: float | None = None
+    client: tuple[ClipScalars, ...] = ()
+    server: tuple[ClipUpdate, ...] = ()
+    aggregate: WeightedSum = WeightedSum()
+    optimizer: Optimizer = Adam()
+    ema: float = 0.98
+
+    def __post_init__(self) -> None:
+        require_count("num_directions", self.num_directions, 1, 2**20)
+        require_choice("family", self.family, ["rank1", "rademacher", "gaussian"])
+        require_choice("sharing", self.sharing, ["shared", "per-client"])
+        require_choice("difference", self.difference, ["forward", "central"])
+        require_positive("sigma", self.sigma)
+        if self.batch_size is not None:
+            require_count("batch_size", self.batch_size)
+        require_between("participation", self.participation, 0, 1)
+        if self.participation == 0:
+            raise OptionError("participation", self.participation, "a share of the clients > 0")
+        require_count("local_steps", self.local_steps, 1, 2**20)
+        if self.local_lr is not None:
+            require_positive("local_lr", self.local_lr)
+        require_between("ema", self.ema, 0, 1, open_high=True)
+        for field in ("client", "server"):  # lists are welcome, tuples are kept
+            msgspec.structs.force_setattr(self, field, tuple(getattr(self, field)))
+        if self.local_steps > 1 and self.sharing == "per-client":
+            raise PlanError("local_steps > 1 with sharing = 'per-client': local steps need directions shared by step")
+        if self.local_steps > 1 and self.local_lr is None and not _is_plain(self.optimizer):
+            raise PlanError(
+                f"local_steps = {self.local_steps} with optimizer {self.optimizer.name!r}: expected local_lr, the "
+                "learning rate of the clients' own steps (only plain sgd has a default)"
+            )
+
+    def init(self, weights: Weights) -> State:
+        """The state before round 0."""
+        start = np.array(weights, np.float32)
+        if not np.isfinite(start).all():
+            raise DivergedError("initial weights: found NaN or infinity: expected finite numbers")
+        return State(0, 0, start, self.optimizer.init(start.size), start)
+
+    def plan(
+        self, state: State, table: Table, sizes: Sequence[int], key: int, last: Row | None
+    ) -> tuple[Task, tuple[int, ...]]:
+        """The next round's task and participants, for clients with ``sizes`` examples each."""
+        count = max(1, round(self.participation * len(sizes)))
+        rng = generator((key, state.round), Purpose.PARTICIPANTS)
+        participants = tuple(sorted(rng.choice(len(sizes), size=count, replace=False).tolist()))
+        quantum = quantum_for(max(sizes), count)
+        weight_sum = sum(weight_of(sizes[c], quantum) for c in participants)
+        directions = Directions(table, self.family, (key, state.round))
+        check_exact(directions, self.num_directions, self.local_steps, weight_sum)
+        task = Task(
+            round=state.round,
+            key=key,
+            family=self.family,
+            sharing=self.sharing,
+            difference=self.difference,
+            num_directions=self.num_directions,
+            sigma=self.sigma,
+            exponent=next_exponent(last),
+            clip=min((c.limit for c in self.client), default=None) if not calibrates(last) else None,
+            batch_size=self.batch_size,
+            local_steps=self.local_steps,
+            local_lr=self._local_lr(state.step + 1),
+            quantum=quantum,
+            state_sha256=state_sha256(state),
+        )
+        return task, participants
+
+    def absorb(
+        self,
+        state: State,
+        table: Table,
+        task: Task,
+        replies: Sequence[Reply],
+        last: Row | None,
+        execution: Execution = FAST,
+    ) -> tuple[Row, State]:
+        """Aggregate the replies, decide every number of the update, apply it: the row and the new state.
+
+        Raises ReplyError if a reply does not fit, DivergedError if the weights would not stay finite.
+        """
+        total = self.aggregate.combine(task, replies)
+        step = state.step + 1
+        scalars = task.num_directions * task.local_steps * len(total.participants)
+        row = Row(
+            round=task.round,
+            key=task.key,
+            applied=not calibrates(last) and total.nonfinite < scalars,
+            family=task.family,
+            sharing=task.sharing,
+            num_directions=task.num_directions,
+            difference=task.difference,
+            sigma=task.sigma,
+            exponent=task.exponent,
+            local_steps=task.local_steps,
+            participants=total.participants,
+            weight_sum=total.weight_sum,
+            scalars=pack_int32(total.vectors),
+            clipped=total.clipped,
+            nonfinite=total.nonfinite,
+            clip_factor=1.0,
+            optimizer=self.optimizer.name,
+            coefficients=self.optimizer.coefficients(step),
+            ema=optim.average_decay(self.ema, step),
+            weights_sha256=b"",
+            state_sha256=b"",
+        )
+        gradient = estimate(table, row, execution)
+        factor = min((clip.factor(gradient) for clip in self.server), default=1.0)
+        row = msgspec.structs.replace(row, clip_factor=factor)
+        after = _step(state, row, gradient)
+        row = msgspec.structs.replace(
+            row, weights_sha256=weights_sha256(after.weights), state_sha256=state_sha256(after)
+        )
+        return row, after
+
+    def _local_lr(self, step: int) -> float:
+        if self.local_steps == 1:
+            return 0.0
+        if self.local_lr is not None:
+            return float(np.float32(self.local_lr))
+        return float(np.float32(self.optimizer.coefficients(step)["lr"] / self.local_steps))
+
+
+def replay(state: State, table: Table, row: Row, execution: Execution = FAST) -> State:
+    """Apply a row to the state before it. Whoever does this gets the same bits as the server."""
+    return _step(state, row, estimate(table, row, execution) if row.applied else state.weights)
+
+
+def quantum_for(largest: int, participants: int) -> int:
+    """Examples per unit of weight: the smallest power of two that keeps weights <= 255 and their sum < 2**17.
+
+    With no more than 255 examples a client (and 514 participants) a weight is the number of examples itself.
+
+    >>> quantum_for(255, 10), quantum_for(6000, 10)
+    (1, 32)
+    """
+    bound = min(MAX_WEIGHT, MAX_WEIGHT_SUM // participants)
+    if bound < 1:
+        raise PlanError(f"{participants} participants: expected at most {MAX_WEIGHT_SUM} in a round")
+    quantum = 1
+    while (largest + quantum // 2) // quantum > bound:
+        quantum *= 2
+    return quantum
+
+
+def weights_sha256(weights: Weights) -> bytes:
+    """SHA-256 of the flat weights as little-endian float32."""
+    return hashlib.sha256(weights.astype("<f4", copy=False).tobytes()).digest()
+
+
+def state_sha256(state: State) -> bytes:
+    """SHA-256 of the replay state: hash of the weights, slots in the order of their names, step (8 bytes)."""
+    digest = hashlib.sha256(weights_sha256(state.weights))
+    for name in sorted(state.slots):
+        digest.update(state.slots[name].astype("<f4", copy=False).tobytes())
+    digest.update(state.step.to_bytes(8, "little"))
+    return digest.digest()
+
+
+def _step(state: State, row: Row, gradient: Weights) -> State:
+    if not row.applied:
+        return replace(state, round=row.round + 1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        clipped = np.float32(row.clip_factor) * gradient
+        weights, slots = optim.update(row.optimizer, state.weights, state.slots, clipped, row.coefficients)
+        average = optim.average(state.average, weights, row.ema)
+    if not all(np.isfinite(a).all() for a in (weights, average, *slots.values())):
+        raise DivergedError(
+            f"round {row.round}: the update (lr = {row.coefficients['lr']:.3g}) would put NaN or infinity into the "
+            "weights; it was not applied. Use a smaller lr, or clip_update"
+        )
+    return State(row.round + 1, state.step + 1, weights, slots, average)
+
+
+def _is_plain(optimizer: Optimizer) -> bool:
+    return isinstance(optimizer, Sgd) and optimizer.momentum == 0 and optimizer.weight_decay == 0

@@ -1,0 +1,271 @@
+"""Optimizers, schedules and the evaluation average: element-wise float32, the same bits on every machine.
+
+Each optimizer splits in two. ``coefficients(step)`` runs once, on the server: it computes every number that
+is not element-wise (learning rate of the step, bias corrections) and these go into the journal's row.
+``update`` runs on every machine that replays the row: separate IEEE float32 operations in a fixed order,
+nothing fused, nothing computed twice.
+
+SGD with momentum (Sutskever et al., ICML 2013); Adam (Kingma and Ba, arXiv 1412.6980); AdamW (Loshchilov and
+Hutter, arXiv 1711.05101); cosine schedule (arXiv 1608.03983).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TypeAlias
+
+import msgspec
+import numpy as np
+
+from baffle.checks import require_between, require_count, require_positive
+from baffle.types import Weights
+
+Slots: TypeAlias = dict[str, Weights]
+"""The optimizer's own state: name -> float32[n]."""
+Coefficients: TypeAlias = dict[str, float]
+
+
+class Constant(msgspec.Struct, frozen=True, tag="constant"):
+    """The learning rate stays."""
+
+    def factor(self, step: int) -> float:
+        """Multiplier of the learning rate at update ``step`` (from 1)."""
+        return 1.0
+
+
+class Cosine(msgspec.Struct, frozen=True, tag="cosine"):
+    """From 1 down to ``final`` along half a cosine over ``rounds``, after a linear warm-up.
+
+    >>> [round(Cosine(rounds=4).factor(s), 3) for s in (1, 3, 5, 9)]
+    [1.0, 0.5, 0.0, 0.0]
+    """
+
+    rounds: int
+    warmup: int = 0
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_count("cosine.rounds", self.rounds)
+        require_count("cosine.warmup", self.warmup, 0, self.rounds - 1)
+        require_between("cosine.final", self.final, 0, 1)
+
+    def factor(self, step: int) -> float:
+        """Multiplier of the learning rate at update ``step`` (from 1)."""
+        if step <= self.warmup:
+            return step / (self.warmup + 1)
+        progress = min(1.0, (step - 1 - self.warmup) / (self.rounds - self.warmup))
+        return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Decay(msgspec.Struct, frozen=True, tag="decay"):
+    """Multiply by ``gamma`` every ``every`` updates.
+
+    >>> [Decay(every=2, gamma=0.5).factor(s) for s in (1, 2, 3, 5)]
+    [1.0, 1.0, 0.5, 0.25]
+    """
+
+    every: int
+    gamma: float = 0.1
+
+    def __post_init__(self) -> None:
+        require_count("decay.every", self.every)
+        require_between("decay.gamma", self.gamma, 0, 1)
+
+    def factor(self, step: int) -> float:
+        """Multiplier of the learning rate at update ``step`` (from 1)."""
+        return float(self.gamma ** ((step - 1) // self.every))
+
+
+Schedule = Constant | Cosine | Decay
+
+
+class Sgd(msgspec.Struct, frozen=True, tag="sgd"):
+    """w <- w - lr b with b <- momentum b + g + weight_decay w.
+
+    >>> sgd = Sgd(lr=0.5)
+    >>> update("sgd", np.float32([1, 2]), sgd.init(2), np.float32([2, -2]), sgd.coefficients(1))[0].tolist()
+    [0.0, 3.0]
+    """
+
+    lr: float = 0.1
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    schedule: Schedule = Constant()
+
+    def __post_init__(self) -> None:
+        require_positive("lr", self.lr)
+        require_between("momentum", self.momentum, 0, 1, open_high=True)
+        require_between("weight_decay", self.weight_decay, 0, math.inf, open_high=True)
+
+    @property
+    def name(self) -> str:
+        """Name of the update rule in rows."""
+        return "sgd"
+
+    def init(self, size: int) -> Slots:
+        """Zero slots for ``size`` parameters."""
+        return {"momentum": np.zeros(size, np.float32)} if self.momentum else {}
+
+    def coefficients(self, step: int) -> Coefficients:
+        """The numbers of update ``step`` (from 1) that are not element-wise, each a float32."""
+        values = {"lr": self.lr * self.schedule.factor(step), "weight_decay": self.weight_decay}
+        return _as_float32(values | ({"momentum": self.momentum} if self.momentum else {}))
+
+
+class Adam(msgspec.Struct, frozen=True, tag="adam"):
+    """Adam with bias correction; ``weight_decay`` is added to the gradient.
+
+    >>> adam = Adam(lr=0.1)
+    >>> w, slots = update("adam", np.float32([1, 1]), adam.init(2), np.float32([3, -7]), adam.coefficients(1))
+    >>> w.round(5).tolist()
+    [0.8999999761581421, 1.100000023841858]
+    """
+
+    lr: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    schedule: Schedule = Constant()
+
+    def __post_init__(self) -> None:
+        _check_adam(self)
+
+    @property
+    def name(self) -> str:
+        """Name of the update rule in rows."""
+        return "adam"
+
+    def init(self, size: int) -> Slots:
+        """Zero slots for ``size`` parameters."""
+        return {"m": np.zeros(size, np.float32), "v": np.zeros(size, np.float32)}
+
+    def coefficients(self, step: int) -> Coefficients:
+        """The numbers of update ``step`` (from 1) that are not element-wise, each a float32."""
+        return _adam_coefficients(self, step)
+
+
+class AdamW(msgspec.Struct, frozen=True, tag="adamw"):
+    """Adam with decoupled weight decay: w shrinks by lr * weight_decay at each update."""
+
+    lr: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    schedule: Schedule = Constant()
+
+    def __post_init__(self) -> None:
+        _check_adam(self)
+
+    @property
+    def name(self) -> str:
+        """Name of the update rule in rows."""
+        return "adamw"
+
+    def init(self, size: int) -> Slots:
+        """Zero slots for ``size`` parameters."""
+        return {"m": np.zeros(size, np.float32), "v": np.zeros(size, np.float32)}
+
+    def coefficients(self, step: int) -> Coefficients:
+        """The numbers of update ``step`` (from 1) that are not element-wise, each a float32."""
+        values = _adam_coefficients(self, step)
+        lr = self.lr * self.schedule.factor(step)
+        return values | _as_float32({"shrink": 1 - lr * self.weight_decay, "weight_decay": 0.0})
+
+
+Optimizer = Sgd | Adam | AdamW
+
+
+def update(
+    name: str, weights: Weights, slots: Slots, gradient: Weights, coefficients: Coefficients
+) -> tuple[Weights, Slots]:
+    """One step of the rule ``name``; returns new weights and slots, the arguments stay as they are."""
+    numbers = {key: np.float32(value) for key, value in coefficients.items()}
+    return _RULES[name](weights, slots, gradient, numbers)
+
+
+def average(previous: Weights, weights: Weights, decay: float) -> Weights:
+    """Exponential moving average for evaluation: decay * previous + (1 - decay) * weights, in float32."""
+    d = np.float32(decay)
+    return d * previous + (np.float32(1) - d) * weights
+
+
+def average_decay(decay: float, step: int) -> float:
+    """The decay at update ``step``: short at first, (1 + t) / (10 + t), then ``decay``; a float32."""
+    return float(np.float32(min(decay, (1 + step) / (10 + step))))
+
+
+class ClipUpdate(msgspec.Struct, frozen=True, tag="clip_update"):
+    """Scale the estimate so that its largest magnitude is at most ``max_norm`` (on the server).
+
+    The published code clips each client's gradient so, which is not linear; clipping the estimate is, up to
+    one factor that the row records.
+
+    >>> ClipUpdate(0.5).factor(np.float32([0.25, -2.0]))
+    0.25
+    """
+
+    max_norm: float
+
+    def __post_init__(self) -> None:
+        require_positive("clip_update.max_norm", self.max_norm)
+
+    def factor(self, gradient: Weights) -> float:
+        """The factor to multiply the estimate by; a float32 <= 1."""
+        largest = float(np.abs(gradient).max(initial=0.0))
+        return 1.0 if largest <= self.max_norm else float(np.float32(self.max_norm / largest))
+
+
+_Numbers: TypeAlias = dict[str, np.float32]
+_Rule: TypeAlias = Callable[[Weights, Slots, Weights, _Numbers], tuple[Weights, Slots]]
+
+
+def _sgd(weights: Weights, slots: Slots, gradient: Weights, c: _Numbers) -> tuple[Weights, Slots]:
+    step = gradient + c["weight_decay"] * weights if c["weight_decay"] else gradient
+    if "momentum" in c:
+        step = c["momentum"] * slots["momentum"] + step
+        slots = {"momentum": step}
+    return weights - c["lr"] * step, slots
+
+
+def _adam(weights: Weights, slots: Slots, gradient: Weights, c: _Numbers) -> tuple[Weights, Slots]:
+    one = np.float32(1)
+    if c["weight_decay"]:
+        gradient = gradient + c["weight_decay"] * weights
+    m: Weights = c["beta1"] * slots["m"] + (one - c["beta1"]) * gradient
+    v: Weights = c["beta2"] * slots["v"] + (one - c["beta2"]) * (gradient * gradient)
+    root: Weights = np.sqrt(v / c["correction2"])
+    step: Weights = (m / c["correction1"]) / (root + c["eps"])
+    base = c["shrink"] * weights if "shrink" in c else weights
+    return base - c["lr"] * step, {"m": m, "v": v}
+
+
+_RULES: dict[str, _Rule] = {"sgd": _sgd, "adam": _adam, "adamw": _adam}
+
+
+def _adam_coefficients(adam: Adam | AdamW, step: int) -> Coefficients:
+    return _as_float32(
+        {
+            "lr": adam.lr * adam.schedule.factor(step),
+            "beta1": adam.beta1,
+            "beta2": adam.beta2,
+            "eps": adam.eps,
+            "correction1": 1 - adam.beta1**step,
+            "correction2": 1 - adam.beta2**step,
+            "weight_decay": adam.weight_decay,
+        }
+    )
+
+
+def _check_adam(adam: Adam | AdamW) -> None:
+    require_positive("lr", adam.lr)
+    require_between("beta1", adam.beta1, 0, 1, open_high=True)
+    require_between("beta2", adam.beta2, 0, 1, open_high=True)
+    require_positive("eps", adam.eps)
+    require_between("weight_decay", adam.weight_decay, 0, math.inf, open_high=True)
+
+
+def _as_float32(values: Coefficients) -> Coefficients:
+    return {key: float(np.float32(value)) for key, value in values.items()}

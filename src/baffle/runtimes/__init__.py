@@ -1,0 +1,50 @@
+"""The one thing a client must be able to do: evaluate losses. One file an inference engine.
+
+Whatever runs forward passes implements :class:`Runtime`; one contract suite in the tests holds for all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from baffle.data import Dataset
+from baffle.perturb import Perturbations
+from baffle.types import Losses, Table, Weights
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Per-example losses float32[examples]; ``correct`` bool[examples] where targets are class labels."""
+
+    losses: npt.NDArray[np.float32]
+    correct: npt.NDArray[np.bool_] | None
+
+
+class Runtime(Protocol):
+    """Forward passes of one model and per-example loss, under any weights."""
+
+    @property
+    def table(self) -> Table:
+        """The trainable tensors."""
+        ...
+
+    @property
+    def plan(self) -> dict[str, str | int]:
+        """How passes are evaluated (engine, precision, threads): recorded with a run, reused on resume."""
+        ...
+
+    def initial_weights(self) -> Weights:
+        """The model's weights as it was handed over: float32[n]."""
+        ...
+
+    def losses(self, weights: Weights, perturbations: Perturbations, batch: Dataset) -> Losses:
+        """Losses of every pass: float32[passes, examples]. ``weights`` is not changed."""
+        ...
+
+    def evaluate(self, weights: Weights, data: Dataset) -> Evaluation:
+        """Losses and hits of the unperturbed model on a whole data set."""
+        ...

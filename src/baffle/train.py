@@ -1,0 +1,261 @@
+"""The training loop: plan, exchange, absorb, journal. It knows no engine, no model and no network.
+
+    for each round:  method.plan -> engine.exchange -> method.absorb -> journal.commit
+
+Round 0 calibrates the scale of the scalars; rounds 1 to ``rounds`` update the weights.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+
+from baffle.checks import require_count
+from baffle.data import Dataset
+from baffle.engines import Engine, Exchange
+from baffle.errors import PlanError
+from baffle.journal import Journal, Record, RunConfig
+from baffle.method import Method, State, weights_sha256
+from baffle.types import Row, Weights, table_size
+from baffle.wire import decode_row, encode_message
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Progress = Callable[[Record], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What training gave.
+
+    ``average`` is the exponential moving average of the weights, which is what loss and accuracy are of;
+    ``weights`` are the raw ones, whose hash the journal holds. Both flat, float32[n].
+    """
+
+    config: RunConfig
+    state: State
+    records: tuple[Record, ...]
+    loss: float | None
+    accuracy: float | None
+    path: Path | None = None
+
+    @property
+    def weights(self) -> Weights:
+        """The raw weights, float32[n]."""
+        return self.state.weights
+
+    @property
+    def average(self) -> Weights:
+        """The averaged weights, float32[n]."""
+        return self.state.average
+
+    @property
+    def weights_sha256(self) -> str:
+        """Hash of the raw weights."""
+        return weights_sha256(self.state.weights).hex()
+
+    def load_into(self, model: nn.Module) -> None:
+        """Copy the averaged weights into a PyTorch model."""
+        from baffle.runtimes.pytorch import load_into
+
+        load_into(model, self.config.table, self.average)
+
+    def summary(self) -> dict[str, str | int | float | None]:
+        """Totals of the run, as ``baffle train --json`` prints them."""
+        method, records = self.config.method, self.records
+        return {
+            "accuracy": self.accuracy,
+            "loss": self.loss,
+            "rounds": self.state.round - 1,
+            "clients": len(self.config.clients),
+            "num_directions": method.num_directions,
+            "family": method.family,
+            "sharing": method.sharing,
+            "difference": method.difference,
+            "sigma": method.sigma,
+            "forward_passes": sum(r.forward_passes for r in records),
+            "samples_forwarded": sum(r.samples_forwarded for r in records),
+            "bytes_up": sum(r.bytes_up for r in records),
+            "bytes_down": sum(r.bytes_down for r in records),
+            "seconds": round(sum(r.seconds for r in records), 3),
+            "peak_rss_mb": round(peak_rss_mb(), 1),
+            "parameters": table_size(self.config.table),
+            "weights_sha256": self.weights_sha256,
+            "run": None if self.path is None else str(self.path),
+        }
+
+
+def train(
+    method: Method,
+    engine: Engine,
+    initial: Weights,
+    *,
+    rounds: int,
+    test: Dataset | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    evaluate_every: int = 10,
+    snapshot_every: int = 100,
+    progress: Progress | None = None,
+    command: dict[str, str | int | float | bool | None] | None = None,
+) -> Run:
+    """Train from ``initial`` weights (float32[n]) for ``rounds`` updates.
+
+    ``out`` names a new run folder; without one nothing is written. Every ``evaluate_every`` rounds, and at the
+    end, the average is evaluated on ``test``. ``progress`` is called with each round's record.
+
+    >>> import torch.nn.functional as F
+    >>> from torch import nn
+    >>> import baffle as bf
+    >>> data, test = bf.load("digits")
+    >>> runtime = bf.TorchRuntime(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), F.cross_entropy)
+    >>> engine = bf.LocalEngine(runtime, bf.partition(data, clients=3))
+    >>> run = train(bf.Method(num_directions=20), engine, runtime.initial_weights(), rounds=5, test=test)
+    >>> run.summary()["rounds"]
+    5
+    """
+    config = RunConfig(
+        method=method,
+        key=require_key(seed),
+        rounds=_count("rounds", rounds),
+        evaluate_every=_count("evaluate_every", evaluate_every),
+        snapshot_every=_count("snapshot_every", snapshot_every),
+        table=engine.table,
+        plan=engine.plan,
+        clients=engine.sizes,
+        command=command,
+    )
+    state = method.init(initial)
+    method.plan(state, engine.table, engine.sizes, config.key, None)  # refuse a bad plan before anything is written
+    journal = None if out is None else Journal.create(out, config, state.weights)
+    return _loop(config, engine, state, journal, test, progress)
+
+
+def resume(
+    path: str | Path,
+    engine: Engine,
+    *,
+    test: Dataset | None = None,
+    rounds: int | None = None,
+    repair: bool = False,
+    progress: Progress | None = None,
+) -> Run:
+    """Continue a run folder where it stopped; the weights that follow are those of an undisturbed run.
+
+    ``rounds`` sets a new total. The engine must be made as it was. ``repair`` drops rounds behind damage.
+    """
+    journal = Journal.open(path, write=True, repair=repair)
+    config = journal.config
+    if engine.table != config.table:
+        raise PlanError(f"{path}: the run trains other tensors than this model has: expected the same model")
+    if engine.sizes != config.clients:
+        raise PlanError(f"{path}: the run has other clients than this engine: expected the same partition")
+    if rounds is not None:
+        config = msgspec.structs.replace(config, rounds=_count("rounds", rounds))
+    return _loop(config, engine, journal.state(), journal, test, progress)
+
+
+def _loop(
+    config: RunConfig,
+    engine: Engine,
+    state: State,
+    journal: Journal | None,
+    test: Dataset | None,
+    progress: Progress | None,
+) -> Run:
+    method, table = config.method, config.table
+    rows: list[bytes] = [] if journal is None else journal.rows
+    records: list[Record] = [] if journal is None else journal.records
+    last = decode_row(rows[-1]) if rows else None
+    try:
+        for index in range(state.round, config.rounds + 1):
+            started = time.perf_counter()
+            task, participants = method.plan(state, table, engine.sizes, config.key, last)
+            exchange = engine.exchange(task, participants, state, rows)
+            last, state = method.absorb(state, table, task, exchange.replies, last)
+            evaluated = index % config.evaluate_every == 0 or index == config.rounds
+            loss, accuracy = evaluate(engine, state.average, test) if evaluated else (None, None)
+            record = _record(last, exchange, loss, accuracy, table_size(table), time.perf_counter() - started)
+            if journal is None:
+                rows.append(encode_message(last))
+                records.append(record)
+            else:
+                journal.commit(encode_message(last), record)
+                if state.round % config.snapshot_every == 0:
+                    journal.snapshot(state)
+            if progress is not None:
+                progress(record)
+        if journal is not None:
+            journal.finish(state)
+    finally:
+        if journal is not None:
+            journal.close()
+    loss, accuracy = evaluate(engine, state.average, test)
+    return Run(config, state, tuple(records), loss, accuracy, None if journal is None else journal.path)
+
+
+def evaluate(engine: Engine, weights: Weights, test: Dataset | None) -> tuple[float | None, float | None]:
+    """Mean loss and accuracy on ``test``; None where there is none."""
+    if test is None:
+        return None, None
+    result = engine.evaluate(weights, test)
+    loss = float(result.losses.astype(np.float64).mean())
+    if not math.isfinite(loss):
+        loss = math.inf
+    return loss, None if result.correct is None else float(result.correct.mean())
+
+
+def require_key(seed: int) -> int:
+    """The run key of a seed: itself, an unsigned 64-bit integer."""
+    return _count("seed", seed, 0, 2**64 - 1)
+
+
+def peak_rss_mb() -> float:
+    """Peak resident memory of this process, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def _record(
+    row: Row, exchange: Exchange, loss: float | None, accuracy: float | None, parameters: int, seconds: float
+) -> Record:
+    rms = float(np.sqrt(np.mean(row.integers.astype(np.float64) ** 2)))
+    weight = row.weight_sum if row.sharing == "shared" else row.weight_sum / len(row.participants)
+    scalar_rms = rms / weight * 2.0**row.exponent
+    directions = row.integers.size
+    return Record(
+        round=row.round,
+        applied=row.applied,
+        loss=loss,
+        accuracy=accuracy,
+        lr=row.coefficients["lr"],
+        sigma=row.sigma,
+        exponent=row.exponent,
+        clip_factor=row.clip_factor,
+        scalar_rms=scalar_rms,
+        estimate_norm=scalar_rms * math.sqrt(parameters / directions),
+        participants=len(row.participants),
+        clipped=row.clipped,
+        nonfinite=row.nonfinite,
+        forward_passes=exchange.forward_passes,
+        samples_forwarded=exchange.samples_forwarded,
+        bytes_up=exchange.bytes_up,
+        bytes_down=exchange.bytes_down,
+        seconds=seconds,
+        weights_sha256=row.weights_sha256.hex(),
+    )
+
+
+def _count(field: str, value: int, low: int = 1, high: int | None = None) -> int:
+    require_count(field, value, low, high)
+    return value

@@ -1,0 +1,177 @@
+"""The values that travel between server, client and journal, and the names for their arrays.
+
+Everything here is immutable. Messages are encoded as MessagePack maps in field order
+(``docs/protocol.md`` is the specification for other languages).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from baffle.errors import ReplyError
+
+Weights: TypeAlias = npt.NDArray[np.float32]
+"""All trainable parameters, flat, in table order: float32[n]."""
+Integers: TypeAlias = npt.NDArray[np.int64]
+"""Fixed-point scalars, or sums of them: int64."""
+Losses: TypeAlias = npt.NDArray[np.float32]
+"""Per-example losses: float32[passes, examples]."""
+Array: TypeAlias = npt.NDArray[np.generic]
+
+Family = Literal["rank1", "rademacher", "gaussian"]
+Sharing = Literal["shared", "per-client"]
+Difference = Literal["forward", "central"]
+
+UInt64 = Annotated[int, msgspec.Meta(ge=0)]
+
+LIMIT = 2**14 - 1
+"""Largest magnitude of one encoded scalar (15 bits with its sign)."""
+MAX_WEIGHT = 255
+"""Largest integer weight of one client."""
+MAX_WEIGHT_SUM = 2**17 - 1
+"""Largest sum of the weights of a round, so that a weighted sum of scalars fits 4 bytes."""
+
+
+class ParamSpec(msgspec.Struct, frozen=True):
+    """One trainable tensor: its name, its shape and where it starts in the flat weights.
+
+    >>> ParamSpec("conv.weight", (16, 1, 5, 5), offset=0).matrix
+    (16, 25)
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def size(self) -> int:
+        """Number of entries."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def matrix(self) -> tuple[int, int] | None:
+        """The shape as (out, rest) if the tensor has two or more dimensions, else None."""
+        if len(self.shape) < 2 or self.size == 0:
+            return None
+        return self.shape[0], self.size // self.shape[0]
+
+    @property
+    def slice(self) -> slice:
+        """Where the tensor lies in the flat weights."""
+        return slice(self.offset, self.offset + self.size)
+
+
+Table: TypeAlias = tuple[ParamSpec, ...]
+"""Every trainable tensor, in the order of the flat weights."""
+
+
+def make_table(shapes: dict[str, tuple[int, ...]]) -> Table:
+    """Lay tensors out one after another.
+
+    >>> [(p.name, p.offset) for p in make_table({"w": (3, 2), "b": (3,)})]
+    [('w', 0), ('b', 6)]
+    """
+    specs: list[ParamSpec] = []
+    offset = 0
+    for name, shape in shapes.items():
+        specs.append(ParamSpec(name, tuple(int(d) for d in shape), offset))
+        offset += specs[-1].size
+    return tuple(specs)
+
+
+def table_size(table: Table) -> int:
+    """Number of trainable parameters n."""
+    return sum(spec.size for spec in table)
+
+
+class Task(msgspec.Struct, frozen=True, kw_only=True):
+    """What the server asks of a client in one round."""
+
+    round: int
+    key: UInt64
+    """Run key: with ``round`` it defines every direction of the round."""
+    family: Family
+    sharing: Sharing
+    difference: Difference
+    num_directions: int
+    sigma: float
+    exponent: int
+    """Scalars travel as integers in units of 2**exponent."""
+    clip: float | None
+    """Clipping norm of one scalar, in units of the loss's derivative; None: only the range limits it."""
+    batch_size: int | None
+    local_steps: int
+    local_lr: float
+    quantum: int
+    """Examples per unit of a client's integer weight."""
+    state_sha256: bytes
+    """Hash of the replay state that the round starts from."""
+
+
+class Reply(msgspec.Struct, frozen=True, kw_only=True):
+    """What a client answers: K weighted integers a local step, and three counts."""
+
+    round: int
+    client: int
+    weight: int
+    scalars: bytes
+    """int32, little-endian, [local_steps, K]: weight x fixed-point scalar."""
+    clipped: int
+    nonfinite: int
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of the journal: all that is needed to repeat a round's update bit for bit."""
+
+    round: int
+    key: UInt64
+    applied: bool
+    """False: the round only calibrated the scale, or brought nothing usable; weights stay."""
+    family: Family
+    sharing: Sharing
+    num_directions: int
+    difference: Difference
+    sigma: float
+    exponent: int
+    local_steps: int
+    participants: tuple[int, ...]
+    weight_sum: int
+    scalars: bytes
+    """int32, little-endian, [vectors, local_steps, K]; one vector if shared, else one a participant."""
+    clipped: int
+    nonfinite: int
+    clip_factor: float
+    optimizer: str
+    coefficients: dict[str, float]
+    """Every number of the update that is not element-wise; each is exactly a float32."""
+    ema: float
+    """Decay of the average that is evaluated, at this row; a float32."""
+    weights_sha256: bytes
+    """Hash of the weights after this row."""
+    state_sha256: bytes
+    """Hash of the replay state (weights, optimizer slots, step) after this row."""
+
+    @property
+    def integers(self) -> Integers:
+        """The scalars as int64[vectors, local_steps, K]."""
+        return unpack_int32(self.scalars).reshape(-1, self.local_steps, self.num_directions)
+
+
+def pack_int32(values: Integers) -> bytes:
+    """Encode integers as little-endian int32.
+
+    >>> pack_int32(np.array([1, -2]))
+    b'\\x01\\x00\\x00\\x00\\xfe\\xff\\xff\\xff'
+    """
+    if values.size and int(np.abs(values).max()) >= 2**31:
+        raise ReplyError(f"scalar {int(np.abs(values).max())}: expected a magnitude below 2**31")
+    return values.astype("<i4").tobytes()
+
+
+def unpack_int32(data: bytes) -> Integers:
+    """Decode little-endian int32 to int64; the inverse of :func:`pack_int32`."""
+    return np.frombuffer(data, "<i4").astype(np.int64)
