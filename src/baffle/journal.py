@@ -110,7 +110,7 @@ class Journal:
             with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
                 temporary = Path(folder, "run")
                 (temporary / "snapshots").mkdir(parents=True)
-                write_atomic(temporary / "config.json", msgspec.json.format(msgspec.json.encode(config)) + b"\n")
+                write_atomic(temporary / "config.json", _encode_config(config))
                 write_atomic(temporary / "initial.safetensors", save(named_tensors(config.table, initial)))
                 for name in ("rows.bin", "metrics.jsonl"):
                     write_atomic(temporary / name, b"")
@@ -192,6 +192,11 @@ class Journal:
         self._write(f"snapshots/{state.round:08d}.safetensors", save(tensors, metadata))
         for old in sorted((self.path / "snapshots").glob("*.safetensors"))[:-_KEEP_SNAPSHOTS]:
             old.unlink(missing_ok=True)
+
+    def extend(self, rounds: int) -> None:
+        """Set a new total of rounds."""
+        self.config = msgspec.structs.replace(self.config, rounds=rounds)
+        self._write("config.json", _encode_config(self.config))
 
     def finish(self, state: State) -> None:
         """Write ``model.safetensors``: the averaged weights under the model's own names."""
@@ -333,6 +338,10 @@ def _flatten(table: Table, tensors: dict[str, np.ndarray]) -> Weights:
             raise ValueError(f"{spec.name} has shape {tensors[spec.name].shape}: expected {spec.shape}")
         flat[spec.slice] = tensors[spec.name].reshape(-1)
     return flat
+
+
+def _encode_config(config: RunConfig) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(config)) + b"\n"
 
 
 def _read_config(path: Path) -> RunConfig:

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
 import numpy as np
 
 from baffle.checks import require_count
@@ -161,8 +160,8 @@ def resume(
     if engine.sizes != config.clients:
         raise PlanError(f"{path}: the run has other clients than this engine: expected the same partition")
     if rounds is not None:
-        config = msgspec.structs.replace(config, rounds=_count("rounds", rounds))
-    return _loop(config, engine, journal.state(), journal, test, progress)
+        journal.extend(_count("rounds", rounds))
+    return _loop(journal.config, engine, journal.state(), journal, test, progress)
 
 
 def _loop(
