@@ -26,6 +26,7 @@ format: .venv/installed  ## Format the code.
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+test: export OMP_NUM_THREADS = 1
 test: lint  ## Lint, types, tests, and every snippet of README and docs.
 	$(BIN)/pytest -q -n 2 -m 'not slow'
 

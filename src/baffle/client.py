@@ -74,7 +74,8 @@ def encode(task: Task, scalars: npt.NDArray[np.float64]) -> Encoded:
     limit = float(LIMIT)
     if task.clip is not None:
         limit = min(limit, float(np.floor(np.ldexp(task.clip, -task.exponent))))
-    units = np.rint(np.ldexp(np.where(finite, scalars, 0.0), -task.exponent))
+    with np.errstate(over="ignore"):  # infinitely many units are clipped like any other excess
+        units = np.rint(np.ldexp(np.where(finite, scalars, 0.0), -task.exponent))
     integers = np.clip(units, -limit, limit)
     return Encoded(integers.astype(np.int64), int((integers != units).sum()), int((~finite).sum()))
 

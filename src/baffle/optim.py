@@ -83,8 +83,8 @@ Schedule = Constant | Cosine | Decay
 class Sgd(msgspec.Struct, frozen=True, tag="sgd"):
     """w <- w - lr b with b <- momentum b + g + weight_decay w.
 
-    >>> sgd = Sgd(lr=0.5)
-    >>> update("sgd", np.float32([1, 2]), sgd.init(2), np.float32([2, -2]), sgd.coefficients(1))[0].tolist()
+    >>> sgd, w, g = Sgd(lr=0.5), np.array([1, 2], np.float32), np.array([2, -2], np.float32)
+    >>> update("sgd", w, sgd.init(2), g, sgd.coefficients(1))[0].tolist()
     [0.0, 3.0]
     """
 
@@ -116,8 +116,8 @@ class Sgd(msgspec.Struct, frozen=True, tag="sgd"):
 class Adam(msgspec.Struct, frozen=True, tag="adam"):
     """Adam with bias correction; ``weight_decay`` is added to the gradient.
 
-    >>> adam = Adam(lr=0.1)
-    >>> w, slots = update("adam", np.float32([1, 1]), adam.init(2), np.float32([3, -7]), adam.coefficients(1))
+    >>> adam, w, g = Adam(lr=0.1), np.array([1, 1], np.float32), np.array([3, -7], np.float32)
+    >>> w, slots = update("adam", w, adam.init(2), g, adam.coefficients(1))
     >>> w.round(5).tolist()
     [0.8999999761581421, 1.100000023841858]
     """
@@ -203,7 +203,7 @@ class ClipUpdate(msgspec.Struct, frozen=True, tag="clip_update"):
     The published code clips each client's gradient so, which is not linear; clipping the estimate is, up to
     one factor that the row records.
 
-    >>> ClipUpdate(0.5).factor(np.float32([0.25, -2.0]))
+    >>> ClipUpdate(0.5).factor(np.array([0.25, -2.0], np.float32))
     0.25
     """
 

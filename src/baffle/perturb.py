@@ -7,8 +7,9 @@ bounded whatever their number.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +41,17 @@ class Perturbations:
     num_directions: int
     steps: tuple[float, ...]
     baseline: bool
+    first: int = 0
+    """Number of the first direction."""
+
+    def split(self, parts: int) -> list[Perturbations]:
+        """The same passes in the same order, in at most ``parts`` portions for as many workers."""
+        ends = [self.num_directions * i // parts for i in range(parts + 1)]
+        portions = [
+            replace(self, num_directions=end - start, baseline=self.baseline and i == 0, first=self.first + start)
+            for i, (start, end) in enumerate(itertools.pairwise(ends))
+        ]
+        return [p for p in portions if len(p)]
 
     def __len__(self) -> int:
         """Number of passes."""
@@ -51,8 +63,9 @@ class Perturbations:
             scratch[:] = weights
             yield scratch
         per_block = _directions_per_block(self.directions)
-        for start in range(0, self.num_directions, per_block):
-            block = _Block(self.directions, slice(start, min(start + per_block, self.num_directions)))
+        end = self.first + self.num_directions
+        for start in range(self.first, end, per_block):
+            block = _Block(self.directions, slice(start, min(start + per_block, end)))
             for k in range(block.size):
                 for step in self.steps:
                     block.perturb(k, np.float32(step), weights, scratch)

@@ -1,0 +1,214 @@
+"""Client and aggregation: finite differences, fixed-point encoding, weights, sums, the next scale."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from baffle.aggregate import (
+    FIRST_EXPONENT,
+    WeightedSum,
+    calibrates,
+    check_reply,
+    clipped_share,
+    next_exponent,
+    typical_scalar,
+)
+from baffle.client import Encoded, encode, finite_differences, reply, weight_of
+from baffle.errors import ReplyError
+from baffle.types import LIMIT, Integers, Reply, Row, Task, pack_int32, unpack_int32
+
+TASK = Task(
+    round=3,
+    key=1,
+    family="rank1",
+    sharing="shared",
+    difference="forward",
+    num_directions=2,
+    sigma=0.5,
+    exponent=-4,
+    clip=None,
+    batch_size=None,
+    local_steps=1,
+    local_lr=0.0,
+    quantum=1,
+    state_sha256=b"",
+)
+
+
+def row(values: list[int], *, clients: int = 1, weight: int = 1, clipped: int = 0, applied: bool = True) -> Row:
+    return Row(
+        round=3,
+        key=1,
+        applied=applied,
+        family="rank1",
+        sharing="shared",
+        num_directions=len(values),
+        difference="forward",
+        sigma=0.5,
+        exponent=-4,
+        local_steps=1,
+        participants=tuple(range(clients)),
+        weight_sum=weight,
+        scalars=pack_int32(np.array(values)),
+        clipped=clipped,
+        nonfinite=0,
+        clip_factor=1.0,
+        optimizer="sgd",
+        coefficients={},
+        ema=0.0,
+        weights_sha256=b"",
+        state_sha256=b"",
+    )
+
+
+def test_forward_difference_by_hand() -> None:
+    losses = np.array([[1, 3], [2, 4], [1, 1]], np.float32)  # baseline, two directions; two examples
+    assert finite_differences(TASK, losses).tolist() == [2.0, -2.0]  # mean gap / 0.5
+
+
+def test_central_difference_by_hand() -> None:
+    losses = np.array([[1, 3], [2, 4], [1, 1], [0, 0]], np.float32)  # +, - for each direction
+    task = msgspec.structs.replace(TASK, difference="central")
+    assert finite_differences(task, losses).tolist() == [-1.0, 1.0]
+
+
+def test_tiny_gaps_between_large_losses_survive() -> None:
+    losses = np.full((2, 1000), 1000.0, np.float32)
+    losses[1, 0] = np.nextafter(np.float32(1000), np.float32(2000))
+    assert finite_differences(TASK, losses)[0] == pytest.approx(float(losses[1, 0] - np.float32(1000)) / 500, rel=1e-12)
+
+
+def test_encoding_rounds_to_even_clips_and_counts() -> None:
+    scalars = np.array([0.5 / 16, 1.5 / 16, -2.5 / 16, 3.0, 1e9, -1e9, math.nan, math.inf, -math.inf])
+    encoded = encode(TASK, scalars)
+    assert encoded.integers.tolist() == [0, 2, -2, 48, LIMIT, -LIMIT, 0, 0, 0]
+    assert (encoded.clipped, encoded.nonfinite) == (2, 3)
+
+
+def test_clipping_norm_is_in_units_of_the_derivative() -> None:
+    encoded = encode(msgspec.structs.replace(TASK, clip=2.03), np.array([1.0, 2.0, 2.1, -5.0]))
+    assert encoded.integers.tolist() == [16, 32, 32, -32]  # 2.03 is 32.48 units
+    assert encoded.clipped == 2
+
+
+@given(st.lists(st.floats(allow_nan=True, width=64), min_size=1, max_size=20), st.integers(-40, 40))
+def test_encoding_is_bounded_and_near(values: list[float], exponent: int) -> None:
+    scalars = np.array(values)
+    encoded = encode(msgspec.structs.replace(TASK, exponent=exponent), scalars)
+    assert np.abs(encoded.integers).max() <= LIMIT
+    kept = np.isfinite(scalars) & (np.abs(scalars) <= LIMIT * 2.0**exponent)
+    assert np.all(np.abs(encoded.integers[kept] * 2.0**exponent - scalars[kept]) <= 0.5 * 2.0**exponent)
+    assert encoded.nonfinite == int((~np.isfinite(scalars)).sum())
+    with np.errstate(over="ignore"):
+        units = np.rint(np.ldexp(np.abs(scalars), -exponent))
+    assert encoded.clipped == int((np.isfinite(scalars) & (units > LIMIT)).sum())
+
+
+@given(st.integers(1, 10**7), st.integers(0, 16))
+def test_weights_are_proportional_within_half_a_unit(examples: int, log_quantum: int) -> None:
+    weight = weight_of(examples, 2**log_quantum)
+    assert 1 <= weight <= 255
+    if 1 < weight < 255:
+        assert abs(weight - examples / 2**log_quantum) <= 0.5
+
+
+def make_reply(client: int, integers: list[int], weight: int = 1, **counts: int) -> Reply:
+    return reply(
+        TASK, client, weight, [Encoded(np.array(integers), counts.get("clipped", 0), counts.get("nonfinite", 0))]
+    )
+
+
+def test_weighted_sum_by_hand_in_any_order() -> None:
+    replies = [make_reply(4, [1, -2], 3, clipped=1), make_reply(2, [10, 5], 2, nonfinite=1)]
+    for order in (replies, replies[::-1]):
+        total = WeightedSum().combine(TASK, order)
+        assert total.vectors.tolist() == [[[23, 4]]]  # 3 * 1 + 2 * 10, 3 * -2 + 2 * 5
+        assert (total.participants, total.weight_sum, total.clipped, total.nonfinite) == ((2, 4), 5, 1, 1)
+
+
+def test_vectors_of_own_directions_stay_apart() -> None:
+    task = msgspec.structs.replace(TASK, sharing="per-client")
+    total = WeightedSum().combine(task, [make_reply(4, [1, -2], 3), make_reply(2, [10, 5], 2)])
+    assert total.vectors.tolist() == [[[20, 10]], [[3, -6]]]
+    assert total.participants == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"round": 2}, "client 7: reply to round 2: expected round 3"),
+        ({"weight": 0}, "weight = 0: expected 1..255"),
+        ({"weight": 256}, "weight = 256"),
+        ({"scalars": b"\0" * 12}, "12 bytes of scalars: expected 8"),
+        ({"scalars": b"\0" * 7}, "7 bytes"),
+        ({"scalars": pack_int32(np.array([LIMIT + 1, 0]))}, "scalar 16384: expected at most 16383 x its weight"),
+        ({"scalars": b"\0\0\0\x80" + b"\0" * 4}, "scalar 2147483648"),
+        ({"clipped": 3}, "clipped = 3"),
+        ({"nonfinite": -1}, "nonfinite = -1"),
+    ],
+)
+def test_hostile_replies_are_refused_by_name(change: dict[str, object], message: str) -> None:
+    good = make_reply(7, [1, 2])
+    check_reply(TASK, good)
+    with pytest.raises(ReplyError, match=message):
+        check_reply(TASK, msgspec.structs.replace(good, **change))
+
+
+def test_no_reply_and_two_of_one_client_are_refused() -> None:
+    with pytest.raises(ReplyError, match="no client replied"):
+        WeightedSum().combine(TASK, [])
+    with pytest.raises(ReplyError, match="two replies"):
+        WeightedSum().combine(TASK, [make_reply(1, [1, 1]), make_reply(1, [1, 1])])
+
+
+@given(st.lists(st.integers(-(2**31) + 1, 2**31 - 1), max_size=50))
+def test_packing_is_lossless(values: list[int]) -> None:
+    integers: Integers = np.array(values, np.int64)
+    assert unpack_int32(pack_int32(integers)).tolist() == values
+
+
+def test_packing_refuses_what_does_not_fit() -> None:
+    with pytest.raises(ReplyError, match="expected a magnitude below"):
+        pack_int32(np.array([2**31]))
+
+
+def test_first_round_calibrates_on_a_wide_scale() -> None:
+    def early(values: list[int], clipped: int = 0) -> Row:
+        return msgspec.structs.replace(row(values, applied=False, clipped=clipped), round=0)
+
+    assert next_exponent(None) == FIRST_EXPONENT
+    assert calibrates(None)
+    assert not calibrates(early([1000, -1000]))
+    assert calibrates(early([1, -1]))  # too coarse: measure again
+    assert calibrates(early([1000, -1000], clipped=1))
+    assert not calibrates(msgspec.structs.replace(row([1, -1], applied=False), round=9))  # give up measuring
+
+
+def test_next_scale_brings_scalars_to_ten_bits() -> None:
+    assert next_exponent(row([1024, -1024])) == -4
+    assert next_exponent(row([4096, 4096, -4096])) == -2
+    assert next_exponent(row([16, 16])) == -10
+    assert next_exponent(row([0, 0])) == -10
+    assert next_exponent(row([1024, 1024], clipped=1)) == -4 + 6  # half of them clipped
+
+
+def test_clipping_widens_the_scale_at_least_by_two() -> None:
+    values = [100] * 100
+    assert next_exponent(row(values, clipped=0)) < -4
+    assert next_exponent(row(values, clipped=2)) == -3
+
+
+def test_sums_over_clients_are_brought_back_to_one_client() -> None:
+    many = row([16 * 1024, -16 * 1024], clients=16, weight=16)
+    assert typical_scalar(many) == pytest.approx(2 * 1024)  # between 1024 (all agree) and 4096 (all independent)
+    own = msgspec.structs.replace(
+        many, sharing="per-client", scalars=pack_int32(np.array([5 * 1024] * 32)), weight_sum=80
+    )
+    assert typical_scalar(own) == pytest.approx(1024)
+    assert clipped_share(msgspec.structs.replace(own, clipped=8)) == 0.25

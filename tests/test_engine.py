@@ -1,0 +1,183 @@
+"""The local engine: one seam, two strategies, counted passes and bytes; training that must learn."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import baffle as bf
+from baffle.data import Dataset
+from baffle.errors import DataError
+from baffle.models import build
+from baffle.runtimes.pytorch import TorchRuntime
+from baffle.wire import encode_message
+
+
+def linear() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+
+def engine(clients: int = 4, *, together: bool = True) -> bf.LocalEngine:
+    train, _ = bf.load("digits")
+    return bf.LocalEngine(
+        TorchRuntime(linear(), F.cross_entropy, threads=1), bf.partition(train, clients), together=together
+    )
+
+
+def initial(size: int = 650) -> np.ndarray:
+    return (np.random.default_rng(0).normal(size=size) * 0.1).astype(np.float32)
+
+
+def test_together_and_one_by_one_agree() -> None:
+    method = bf.Method(num_directions=7)
+    state = method.init(initial())
+    task, participants = method.plan(state, engine().table, engine().sizes, 3, None)
+    joint = engine().exchange(task, participants, state, [])
+    apart = engine(together=False).exchange(task, participants, state, [])
+    for a, b in zip(joint.replies, apart.replies, strict=True):
+        assert (a.client, a.weight, a.clipped, a.nonfinite) == (b.client, b.weight, b.clipped, b.nonfinite)
+        gap = np.frombuffer(a.scalars, "<i4") - np.frombuffer(b.scalars, "<i4")
+        assert np.abs(gap).max() <= a.weight  # one unit: kernels may round differently for another batch size
+    assert joint.forward_passes == apart.forward_passes == 4 * 8
+    assert joint.samples_forwarded == apart.samples_forwarded == 4 * 8 * 32
+
+
+@pytest.mark.parametrize(("difference", "passes"), [("forward", 8), ("central", 14)])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_passes_samples_and_bytes_are_counted(difference: str, passes: int, steps: int) -> None:
+    method = msgspec.structs.replace(
+        bf.Method(num_directions=7, local_steps=steps, optimizer=bf.sgd(0.1), batch_size=400), difference=difference
+    )
+    here = engine()
+    state = method.init(initial())
+    task, _ = method.plan(state, here.table, here.sizes, 3, None)
+    exchange = here.exchange(task, (0, 2), state, [])
+    assert exchange.forward_passes == 2 * passes * steps
+    assert exchange.samples_forwarded == passes * steps * (360 + 359)  # whole clients: fewer than 400 examples
+    assert exchange.bytes_up == sum(len(encode_message(r)) for r in exchange.replies)
+    assert all(len(r.scalars) == 4 * 7 * steps for r in exchange.replies)
+    assert exchange.bytes_down == 2 * (len(encode_message(task)) + 4 * 650)  # first contact: the weights
+
+
+def test_absent_clients_catch_up_by_rows_or_by_state() -> None:
+    method = bf.Method(num_directions=3, optimizer=bf.sgd(0.01))
+    here = engine()
+    state, last = method.init(initial()), None
+    rows: list[bytes] = []
+    down: list[int] = []
+    for participants in ((0, 1), (0,), (0,), (0, 1, 2)):
+        task, _ = method.plan(state, here.table, here.sizes, 3, last)
+        exchange = here.exchange(task, participants, state, rows)
+        down.append(exchange.bytes_down - len(encode_message(task)) * len(participants))
+        last, state = method.absorb(state, here.table, task, exchange.replies, last)
+        rows.append(encode_message(last))
+    length = [len(r) for r in rows]
+    weights = 4 * 650
+    assert down == [2 * weights, length[0], length[1], length[2] + sum(length[:3]) + weights]
+    fresh = engine()  # as after a resume: the rows tell it who has what
+    task, _ = method.plan(state, here.table, here.sizes, 3, last)
+    assert fresh.exchange(task, (0, 1), state, rows).bytes_down == 2 * (len(encode_message(task)) + length[3])
+
+
+def test_batches_differ_by_client_round_and_step_and_repeat() -> None:
+    method = bf.Method(num_directions=2, local_steps=2, batch_size=5, optimizer=bf.sgd(0.1))
+    here = engine()
+    state = method.init(initial())
+    task, _ = method.plan(state, here.table, here.sizes, 3, None)
+    batches = {
+        (round_, client, step): here._batch(msgspec.structs.replace(task, round=round_), client, step).x.tobytes()
+        for round_ in (0, 1)
+        for client in (0, 1)
+        for step in (0, 1)
+    }
+    assert len(set(batches.values())) == 8
+    assert here._batch(task, 0, 0).x.tobytes() == batches[0, 0, 0]
+
+
+def test_clients_without_data_are_named() -> None:
+    train, _ = bf.load("digits")
+    empty = Dataset(np.zeros((0, 1, 8, 8)), np.zeros(0, np.int64))
+    with pytest.raises(DataError, match="client 1 has no examples"):
+        bf.LocalEngine(TorchRuntime(linear(), F.cross_entropy), [train, empty])
+    with pytest.raises(DataError, match="expected at least one data set"):
+        bf.LocalEngine(TorchRuntime(linear(), F.cross_entropy), [])
+
+
+def run(rounds: int = 60, model: str = "mlp", **options: object) -> bf.Run:
+    train, test = bf.load("digits")
+    method = msgspec.structs.replace(
+        bf.Method(num_directions=100, batch_size=16, optimizer=bf.adam(0.02, schedule=bf.cosine(rounds))), **options
+    )
+    parts = bf.partition(train, clients=10)
+    return bf.fit(build(model, (1, 8, 8), 10), parts, loss=F.cross_entropy, test=test, rounds=rounds, method=method)
+
+
+@pytest.mark.parametrize("family", ["rank1", "rademacher", "gaussian"])
+def test_every_family_learns(family: str) -> None:
+    done = run(family=family)
+    assert done.accuracy is not None
+    assert 0.86 < done.accuracy < 0.97
+
+
+def test_central_differences_learn() -> None:
+    assert (run(difference="central", num_directions=50).accuracy or 0) > 0.84
+
+
+def test_own_directions_learn_faster() -> None:
+    assert (run(sharing="per-client", num_directions=30).accuracy or 0) > 0.88
+
+
+def test_local_steps_learn() -> None:
+    train, test = bf.load("digits")
+    method = bf.Method(num_directions=40, local_steps=4, batch_size=16, optimizer=bf.sgd(1.0), ema=0.5)
+    done = bf.fit(linear(), bf.partition(train, 10), loss=F.cross_entropy, test=test, rounds=12, method=method)
+    assert (done.accuracy or 0) > 0.85
+
+
+def test_partial_participation_of_unlike_clients_learns() -> None:
+    train, test = bf.load("digits")
+    parts = bf.partition(train, clients=20, alpha=0.3)
+    method = bf.Method(participation=0.5, batch_size=16, optimizer=bf.adam(0.02, schedule=bf.cosine(60)))
+    done = bf.fit(build("mlp", (1, 8, 8), 10), parts, loss=F.cross_entropy, test=test, rounds=60, method=method)
+    assert (done.accuracy or 0) > 0.80
+    assert {r.participants for r in done.records} == {10}
+
+
+def test_the_default_model_learns() -> None:
+    assert (run(rounds=40, model="lenet-small", batch_size=8).accuracy or 0) > 0.75
+
+
+def test_training_leaves_the_global_generator_alone() -> None:
+    before = torch.get_rng_state()
+    run(rounds=2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_load_into_brings_the_average_into_the_model() -> None:
+    train, test = bf.load("digits")
+    model = linear()
+    done = bf.fit(model, bf.partition(train, 5), loss=F.cross_entropy, test=test, rounds=15)
+    done.load_into(model)
+    again = bf.LocalEngine(TorchRuntime(model, F.cross_entropy), [train])
+    result = again.evaluate(TorchRuntime(model, F.cross_entropy).initial_weights(), test)
+    assert result.correct is not None
+    assert float(result.correct.mean()) == done.accuracy
+
+
+def test_the_core_imports_without_torch() -> None:
+    code = (
+        "import sys\nsys.modules['torch'] = None\nimport baffle\n"
+        "heavy = [m for m in ('torch', 'typer', 'rich', 'matplotlib', 'sklearn', 'flwr') if sys.modules.get(m)]\n"
+        "assert not heavy, heavy\n"
+        "try:\n    baffle.TorchRuntime\nexcept baffle.BaffleError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "pip install 'baffle[torch]'" in done.stdout

@@ -1,0 +1,224 @@
+"""The chain of a round: plan, absorb, replay; and what a method refuses."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+
+import msgspec
+import numpy as np
+import pytest
+
+import baffle as bf
+from baffle.client import Encoded, reply
+from baffle.directions import Directions
+from baffle.errors import BaffleError, DivergedError, OptionError, PlanError
+from baffle.estimate import Execution
+from baffle.method import Method, State, quantum_for, replay, state_sha256, weights_sha256
+from baffle.types import MAX_WEIGHT, MAX_WEIGHT_SUM, Integers, Reply, Row, Table, Task, make_table, table_size
+
+TABLE: Table = make_table({"w": (3, 4), "b": (3,)})
+SIZES = (10, 20, 30, 40)
+
+
+def calibrated(method: Method, state: State) -> tuple[Row, State]:
+    """Round 0, with scalars of about the target size."""
+    task, participants = method.plan(state, TABLE, SIZES, 5, None)
+    return method.absorb(state, TABLE, task, answers(task, participants, scale=1000), None)
+
+
+def answers(task: Task, participants: tuple[int, ...], scale: int = 1000, seed: int = 0) -> list[Reply]:
+    rng = np.random.default_rng(seed)
+    integers: Integers = rng.integers(-scale, scale + 1, (len(participants), task.local_steps, task.num_directions))
+    weight = {c: SIZES[c] for c in participants}
+    return [
+        reply(task, c, weight[c], [Encoded(step, 0, 0) for step in vectors])
+        for c, vectors in zip(participants, integers, strict=True)
+    ]
+
+
+def start(method: Method) -> State:
+    return method.init(np.linspace(-1, 1, table_size(TABLE)).astype(np.float32))
+
+
+def test_round_zero_only_calibrates() -> None:
+    method = Method(num_directions=8)
+    state = start(method)
+    row, after = calibrated(method, state)
+    assert not row.applied
+    assert np.array_equal(after.weights, state.weights)
+    assert (after.round, after.step) == (1, 0)
+
+
+@pytest.mark.parametrize("sharing", ["shared", "per-client"])
+@pytest.mark.parametrize("family", ["rank1", "rademacher", "gaussian"])
+@pytest.mark.parametrize("optimizer", [bf.sgd(0.1), bf.sgd(0.1, momentum=0.9), bf.adam(0.01), bf.adamw(0.01)], ids=repr)
+def test_replay_is_absorb_bit_for_bit(sharing: str, family: str, optimizer: bf.adam) -> None:
+    method = msgspec.convert(
+        {
+            "num_directions": 9,
+            "sharing": sharing,
+            "family": family,
+            "server": [{"type": "clip_update", "max_norm": 0.001}],
+        },
+        Method,
+    )
+    method = msgspec.structs.replace(method, optimizer=optimizer)
+    last, state = calibrated(method, start(method))
+    for seed in range(4):
+        task, participants = method.plan(state, TABLE, SIZES, 5, last)
+        assert task.state_sha256 == state_sha256(state)
+        row, after = method.absorb(state, TABLE, task, answers(task, participants, seed=seed), last)
+        assert row.applied
+        assert row.clip_factor < 1
+        for execution in (Execution(), Execution(threads=2, block=3), Execution(slow=True)):
+            again = replay(state, TABLE, row, execution)
+            assert state_sha256(again) == state_sha256(after) == row.state_sha256
+            assert again.average.tobytes() == after.average.tobytes()
+        assert row.weights_sha256 == weights_sha256(after.weights)
+        assert not np.array_equal(after.weights, state.weights)
+        last, state = row, after
+
+
+def test_sgd_round_by_hand() -> None:
+    table = make_table({"b": (2,)})
+    method = Method(num_directions=1, family="rademacher", optimizer=bf.sgd(0.5), ema=0.0)
+    state = method.init(np.array([1, 1], np.float32))
+    state = State(1, 0, state.weights, state.slots, state.average)
+    last = msgspec.structs.replace(calibrated(Method(num_directions=8), start(Method()))[0], applied=True)
+    task, _ = method.plan(state, table, (3, 1), 5, last)
+    task = msgspec.structs.replace(task, exponent=-3)
+    replies = [reply(task, 0, 3, [Encoded(np.array([8]), 0, 0)]), reply(task, 1, 1, [Encoded(np.array([-8]), 0, 0)])]
+    row, after = method.absorb(state, table, task, replies, last)
+    signs = Directions(table, "rademacher", (5, 1)).entries(0, slice(0, 1))[0]
+    # mean scalar (3 * 1 - 1 * 1) / 4 = 0.5 along the direction, learning rate 0.5
+    assert after.weights.tolist() == (1 - 0.25 * signs).tolist()
+    assert row.weight_sum == 4
+
+
+def test_a_round_without_a_finite_scalar_changes_nothing() -> None:
+    method = Method(num_directions=4)
+    last, state = calibrated(method, start(method))
+    task, participants = method.plan(state, TABLE, SIZES, 5, last)
+    lost = [reply(task, c, 1, [Encoded(np.zeros(4, np.int64), 0, 4)]) for c in participants]
+    row, after = method.absorb(state, TABLE, task, lost, last)
+    assert not row.applied
+    assert after.weights.tobytes() == state.weights.tobytes()
+    assert (after.round, after.step) == (state.round + 1, state.step)
+
+
+def test_an_update_to_infinity_is_refused() -> None:
+    method = Method(num_directions=4, optimizer=bf.sgd(1e38))
+    last, state = calibrated(method, start(method))
+    task, participants = method.plan(state, TABLE, SIZES, 5, last)
+    with pytest.raises(DivergedError, match=r"round 1: the update .* would put NaN or infinity"):
+        method.absorb(state, TABLE, msgspec.structs.replace(task, exponent=30), answers(task, participants), last)
+
+
+def test_initial_weights_must_be_finite() -> None:
+    with pytest.raises(DivergedError, match="initial weights"):
+        Method().init(np.array([1, math.nan], np.float32))
+
+
+def test_participants_are_sampled_by_round() -> None:
+    method = Method(participation=0.5)
+    state = start(method)
+    cohorts = []
+    for r in range(200):
+        _, participants = method.plan(State(r, 0, state.weights, state.slots, state.average), TABLE, SIZES, 5, None)
+        assert len(participants) == 2
+        assert list(participants) == sorted(set(participants))
+        cohorts.append(participants)
+    counts = np.bincount(np.array(cohorts).reshape(-1), minlength=4)
+    assert counts.min() > 60  # 100 expected of 200
+    assert Method(participation=1e-9).plan(state, TABLE, SIZES, 5, None)[1] in [(0,), (1,), (2,), (3,)]
+
+
+@pytest.mark.parametrize("participants", [1, 10, 514, 515, 5000, MAX_WEIGHT_SUM])
+@pytest.mark.parametrize("largest", [1, 255, 256, 6000, 10**7])
+def test_weights_always_fit_their_four_bytes(participants: int, largest: int) -> None:
+    quantum = quantum_for(largest, participants)
+    weight = max(1, (largest + quantum // 2) // quantum)
+    assert weight <= MAX_WEIGHT
+    assert weight * participants <= MAX_WEIGHT_SUM
+    if quantum > 1:  # no finer quantum would do
+        finer = (largest + quantum // 4) // (quantum // 2)
+        assert finer > MAX_WEIGHT or finer * participants > MAX_WEIGHT_SUM
+
+
+def test_too_many_participants_are_refused() -> None:
+    with pytest.raises(PlanError, match="expected at most 131071"):
+        quantum_for(1, MAX_WEIGHT_SUM + 1)
+
+
+def test_a_plan_that_cannot_be_exact_is_refused() -> None:
+    method = Method(num_directions=2**20, family="gaussian", local_steps=50, optimizer=bf.sgd(0.1))
+    with pytest.raises(PlanError, match=r"expected < 2\*\*53"):
+        method.plan(start(method), TABLE, SIZES, 5, None)
+
+
+def test_plain_sgd_with_local_steps_is_federated_averaging() -> None:
+    method = Method(num_directions=6, local_steps=3, optimizer=bf.sgd(0.3))
+    last, state = calibrated(method, start(method))
+    task, participants = method.plan(state, TABLE, SIZES, 5, last)
+    assert task.local_lr == float(np.float32(0.3 / 3))
+    replies = answers(task, participants)
+    _, after = method.absorb(state, TABLE, task, replies, last)
+    expected = np.zeros(table_size(TABLE))
+    for answer in replies:
+        weights = state.weights
+        vectors = np.frombuffer(answer.scalars, "<i4").reshape(3, 6) // answer.weight
+        for step, integers in enumerate(vectors):
+            weights = bf.client.local_update(task, TABLE, weights, Encoded(integers, 0, 0), step, Execution())
+        expected += answer.weight * weights.astype(np.float64)
+    assert np.allclose(after.weights, expected / sum(SIZES), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Method(num_directions=0), "num_directions = 0"),
+        (lambda: Method(num_directions=-3), "num_directions = -3"),
+        (lambda: Method(num_directions=True), "num_directions = True"),
+        (lambda: Method(sigma=0.0), "sigma = 0.0"),
+        (lambda: Method(sigma=-1e-3), "sigma = -0.001"),
+        (lambda: Method(sigma=math.nan), "sigma = nan"),
+        (lambda: Method(batch_size=0), "batch_size = 0"),
+        (lambda: Method(participation=0.0), "participation = 0.0"),
+        (lambda: Method(participation=1.1), "participation = 1.1"),
+        (lambda: Method(local_steps=0), "local_steps = 0"),
+        (lambda: Method(local_lr=0.0), "local_lr = 0.0"),
+        (lambda: Method(ema=1.0), "ema = 1.0"),
+        (lambda: bf.clip_scalars(0.0), "clip_scalars.limit = 0.0"),
+        (lambda: Method(family="rank-1"), "did you mean rank1"),  # type: ignore[arg-type]  # on purpose
+    ],
+)
+def test_bad_options_are_named(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        make()
+
+
+def test_contradictions_are_refused_when_built() -> None:
+    with pytest.raises(PlanError, match="per-client"):
+        Method(local_steps=2, sharing="per-client", optimizer=bf.sgd(0.1))
+    with pytest.raises(PlanError, match="expected local_lr"):
+        Method(local_steps=2, optimizer=bf.adam(0.1))
+    assert issubclass(PlanError, BaffleError)
+    assert issubclass(PlanError, ValueError)
+
+
+def test_lists_of_clippers_are_welcome() -> None:
+    method = Method(client=[bf.clip_scalars(2.0), bf.clip_scalars(1.0)], server=[])  # type: ignore[arg-type]  # on purpose
+    assert isinstance(method.client, tuple)
+    last, state = calibrated(method, start(method))
+    assert method.plan(state, TABLE, SIZES, 5, None)[0].clip is None  # calibration measures what there is
+    assert method.plan(state, TABLE, SIZES, 5, last)[0].clip == 1.0
+
+
+def test_hashes_are_what_the_protocol_says() -> None:
+    weights = np.array([1, -2.5], np.float32)
+    assert weights_sha256(weights) == hashlib.sha256(b"\0\0\x80?\0\0 \xc0").digest()
+    state = State(4, 3, weights, {"v": np.array([4, 4], np.float32), "m": np.array([2, 2], np.float32)}, weights)
+    data = weights_sha256(weights) + b"\0\0\0@" * 2 + b"\0\0\x80@" * 2 + (3).to_bytes(8, "little")
+    assert state_sha256(state) == hashlib.sha256(data).digest()
