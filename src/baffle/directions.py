@@ -40,7 +40,7 @@ class Directions:
     >>> from baffle.types import make_table
     >>> d = Directions(make_table({"w": (2, 3)}), "rank1", key=(7, 1))
     >>> d.entries(0, slice(0, 2)).tolist()
-    [[-1, -1, 1, -1, -1, 1], [1, 1, 1, -1, -1, -1]]
+    [[-1, -1, 1, 1, 1, -1], [1, -1, -1, 1, -1, -1]]
     """
 
     table: Table

@@ -45,7 +45,7 @@ def combine(directions: Directions, scalars: Integers, execution: Execution = FA
     >>> from baffle.types import make_table
     >>> d = Directions(make_table({"w": (2, 3)}), "rank1", key=(7, 1))
     >>> combine(d, np.array([10, 1])).tolist()
-    [-9.0, -9.0, 11.0, -11.0, -11.0, 9.0]
+    [-9.0, -11.0, 9.0, 11.0, 9.0, -11.0]
     """
     if execution.slow:
         return combine_slowly(directions, scalars)

@@ -34,7 +34,7 @@ class Perturbations:
     >>> p = Perturbations(d, num_directions=1, steps=(0.5, -0.5), baseline=True)
     >>> scratch = np.empty(4, np.float32)
     >>> [w.tolist() for w in p.weights(np.zeros(4, np.float32), scratch)]
-    [[0.0, 0.0, 0.0, 0.0], [-0.5, -0.5, -0.5, -0.5], [0.5, 0.5, 0.5, 0.5]]
+    [[0.0, 0.0, 0.0, 0.0], [-0.5, -0.5, 0.5, 0.5], [0.5, 0.5, -0.5, -0.5]]
     """
 
     directions: Directions
