@@ -41,7 +41,7 @@ def in_torch(optimizer: Optimizer, parameter: torch.Tensor) -> torch.optim.Optim
         return torch.optim.SGD(
             [parameter], optimizer.lr, momentum=optimizer.momentum, weight_decay=optimizer.weight_decay
         )
-    kind = torch.optim.Adam if isinstance(optimizer, Adam) else torch.optim.AdamW
+    kind = torch.optim.AdamW if isinstance(optimizer, AdamW) else torch.optim.Adam
     return kind([parameter], optimizer.lr, weight_decay=optimizer.weight_decay)
 
 

@@ -130,7 +130,11 @@ class Adam(msgspec.Struct, frozen=True, tag="adam"):
     schedule: Schedule = Constant()
 
     def __post_init__(self) -> None:
-        _check_adam(self)
+        require_positive("lr", self.lr)
+        require_between("beta1", self.beta1, 0, 1, open_high=True)
+        require_between("beta2", self.beta2, 0, 1, open_high=True)
+        require_positive("eps", self.eps)
+        require_between("weight_decay", self.weight_decay, 0, math.inf, open_high=True)
 
     @property
     def name(self) -> str:
@@ -143,36 +147,33 @@ class Adam(msgspec.Struct, frozen=True, tag="adam"):
 
     def coefficients(self, step: int) -> Coefficients:
         """The numbers of update ``step`` (from 1) that are not element-wise, each a float32."""
-        return _adam_coefficients(self, step)
+        return _as_float32(
+            {
+                "lr": self.lr * self.schedule.factor(step),
+                "beta1": self.beta1,
+                "beta2": self.beta2,
+                "eps": self.eps,
+                "correction1": 1 - self.beta1**step,
+                "correction2": 1 - self.beta2**step,
+                "weight_decay": self.weight_decay,
+            }
+        )
 
 
-class AdamW(msgspec.Struct, frozen=True, tag="adamw"):
+class AdamW(Adam, frozen=True, tag="adamw"):
     """Adam with decoupled weight decay: w shrinks by lr * weight_decay at each update."""
 
-    lr: float = 0.01
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
     weight_decay: float = 0.01
-    schedule: Schedule = Constant()
-
-    def __post_init__(self) -> None:
-        _check_adam(self)
 
     @property
     def name(self) -> str:
         """Name of the update rule in rows."""
         return "adamw"
 
-    def init(self, size: int) -> Slots:
-        """Zero slots for ``size`` parameters."""
-        return {"m": np.zeros(size, np.float32), "v": np.zeros(size, np.float32)}
-
     def coefficients(self, step: int) -> Coefficients:
         """The numbers of update ``step`` (from 1) that are not element-wise, each a float32."""
-        values = _adam_coefficients(self, step)
-        lr = self.lr * self.schedule.factor(step)
-        return values | _as_float32({"shrink": 1 - lr * self.weight_decay, "weight_decay": 0.0})
+        shrink = 1 - self.lr * self.schedule.factor(step) * self.weight_decay
+        return super().coefficients(step) | _as_float32({"shrink": shrink, "weight_decay": 0.0})
 
 
 Optimizer = Sgd | Adam | AdamW
@@ -243,28 +244,6 @@ def _adam(weights: Weights, slots: Slots, gradient: Weights, c: _Numbers) -> tup
 
 
 _RULES: dict[str, _Rule] = {"sgd": _sgd, "adam": _adam, "adamw": _adam}
-
-
-def _adam_coefficients(adam: Adam | AdamW, step: int) -> Coefficients:
-    return _as_float32(
-        {
-            "lr": adam.lr * adam.schedule.factor(step),
-            "beta1": adam.beta1,
-            "beta2": adam.beta2,
-            "eps": adam.eps,
-            "correction1": 1 - adam.beta1**step,
-            "correction2": 1 - adam.beta2**step,
-            "weight_decay": adam.weight_decay,
-        }
-    )
-
-
-def _check_adam(adam: Adam | AdamW) -> None:
-    require_positive("lr", adam.lr)
-    require_between("beta1", adam.beta1, 0, 1, open_high=True)
-    require_between("beta2", adam.beta2, 0, 1, open_high=True)
-    require_positive("eps", adam.eps)
-    require_between("weight_decay", adam.weight_decay, 0, math.inf, open_high=True)
 
 
 def _as_float32(values: Coefficients) -> Coefficients:
