@@ -11,9 +11,10 @@ from baffle.errors import OptionError
 def require_positive(field: str, value: object) -> None:
     """A finite number > 0.
 
-    >>> require_positive("sigma", float("nan"))
-    Traceback (most recent call last):
-    baffle.errors.OptionError: sigma = nan: expected a finite number > 0
+    Examples:
+        >>> require_positive("sigma", float("nan"))
+        Traceback (most recent call last):
+        baffle.errors.OptionError: sigma = nan: expected a finite number > 0
     """
     if not _is_number(value) or not math.isfinite(value) or value <= 0:
         raise OptionError(field, value, "a finite number > 0")

@@ -83,8 +83,9 @@ def encode(task: Task, scalars: npt.NDArray[np.float64]) -> Encoded:
 def weight_of(examples: int, quantum: int) -> int:
     """A client's integer weight: its examples in units of ``quantum``, from 1 to 255.
 
-    >>> [weight_of(n, quantum=4) for n in (1, 40, 42, 10**6)]
-    [1, 10, 11, 255]
+    Examples:
+        >>> [weight_of(n, quantum=4) for n in (1, 40, 42, 10**6)]
+        [1, 10, 11, 255]
     """
     return max(1, min(MAX_WEIGHT, (examples + quantum // 2) // quantum))
 

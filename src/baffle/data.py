@@ -26,8 +26,9 @@ class Dataset:
     Floating inputs become float32, integer ones int64. Raises DataError on NaN, infinity or lengths that
     differ.
 
-    >>> Dataset([[0.5], [1.5]], [0, 1]).y
-    array([0, 1])
+    Examples:
+        >>> Dataset([[0.5], [1.5]], [0, 1]).y
+        array([0, 1])
     """
 
     x: npt.NDArray[np.generic]
@@ -69,9 +70,10 @@ def load(name: str = "digits", path: str | Path | None = None) -> tuple[Dataset,
     every fifth example (from index 4) is the test split: 1,438 and 359.
     ``arrays``: the user's own, from an ``.npz`` file at ``path`` with x_train, y_train, x_test, y_test.
 
-    >>> train, test = load("digits")
-    >>> train.x.shape, len(test)
-    ((1438, 1, 8, 8), 359)
+    Examples:
+        >>> train, test = load("digits")
+        >>> train.x.shape, len(test)
+        ((1438, 1, 8, 8), 359)
     """
     require_choice("dataset", name, DATASETS)
     if name == "digits":
@@ -87,9 +89,10 @@ def partition(train: Dataset, clients: int, *, alpha: float | None = None, seed:
     Small ``alpha`` makes clients' labels differ more. Every client gets at least one example: where the draw
     leaves one empty, it takes one from the largest.
 
-    >>> train, _ = load("digits")
-    >>> [len(part) for part in partition(train, clients=3)]
-    [480, 479, 479]
+    Examples:
+        >>> train, _ = load("digits")
+        >>> [len(part) for part in partition(train, clients=3)]
+        [480, 479, 479]
     """
     require_count("clients", clients)
     if clients > len(train):

@@ -37,10 +37,11 @@ class Directions:
 
     ``client`` is 0 for directions that all clients share and index + 1 for a client's own.
 
-    >>> from baffle.types import make_table
-    >>> d = Directions(make_table({"w": (2, 3)}), "rank1", key=(7, 1))
-    >>> d.entries(0, slice(0, 2)).tolist()
-    [[-1, -1, 1, 1, 1, -1], [1, -1, -1, 1, -1, -1]]
+    Examples:
+        >>> from baffle.types import make_table
+        >>> d = Directions(make_table({"w": (2, 3)}), "rank1", key=(7, 1))
+        >>> d.entries(0, slice(0, 2)).tolist()
+        [[-1, -1, 1, 1, 1, -1], [1, -1, -1, 1, -1, -1]]
     """
 
     table: Table

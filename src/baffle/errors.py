@@ -29,9 +29,10 @@ class BaffleError(Exception):
 class OptionError(BaffleError, ValueError):
     """An option is out of range or unknown.
 
-    >>> raise OptionError("num_directions", 0, "an integer >= 1")
-    Traceback (most recent call last):
-    baffle.errors.OptionError: num_directions = 0: expected an integer >= 1
+    Examples:
+        >>> raise OptionError("num_directions", 0, "an integer >= 1")
+        Traceback (most recent call last):
+        baffle.errors.OptionError: num_directions = 0: expected an integer >= 1
     """
 
     def __init__(self, field: str, value: object, expected: str) -> None:
@@ -81,9 +82,10 @@ class MissingExtraError(BaffleError, ImportError):
 def require_choice(field: str, value: str, choices: Iterable[str]) -> None:
     """Raise OptionError, with the nearest spelling, unless ``value`` is one of ``choices``.
 
-    >>> require_choice("family", "rank-1", ["rank1", "gaussian"])
-    Traceback (most recent call last):
-    baffle.errors.OptionError: family = 'rank-1': expected one of rank1, gaussian (did you mean rank1?)
+    Examples:
+        >>> require_choice("family", "rank-1", ["rank1", "gaussian"])
+        Traceback (most recent call last):
+        baffle.errors.OptionError: family = 'rank-1': expected one of rank1, gaussian (did you mean rank1?)
     """
     names = list(choices)
     if value not in names:

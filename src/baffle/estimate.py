@@ -42,10 +42,11 @@ FAST = Execution()
 def combine(directions: Directions, scalars: Integers, execution: Execution = FAST) -> Float64:
     """sum_k scalars[k] * d_k in units of the entries, exact: int64[K] -> float64[n].
 
-    >>> from baffle.types import make_table
-    >>> d = Directions(make_table({"w": (2, 3)}), "rank1", key=(7, 1))
-    >>> combine(d, np.array([10, 1])).tolist()
-    [-9.0, -11.0, 9.0, 11.0, 9.0, -11.0]
+    Examples:
+        >>> from baffle.types import make_table
+        >>> d = Directions(make_table({"w": (2, 3)}), "rank1", key=(7, 1))
+        >>> combine(d, np.array([10, 1])).tolist()
+        [-9.0, -11.0, 9.0, 11.0, 9.0, -11.0]
     """
     if execution.slow:
         return combine_slowly(directions, scalars)

@@ -38,14 +38,15 @@ def fit(
     The model itself stays as it is; ``run.load_into(model)`` brings the result into it. ``loss(output, target)``
     is any function of ``torch.nn.functional`` or one that gives a number an example.
 
-    >>> import torch.nn.functional as F
-    >>> from torch import nn
-    >>> import baffle as bf
-    >>> train, test = bf.load("digits")
-    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-    >>> run = fit(model, bf.partition(train, clients=10), loss=F.cross_entropy, test=test, rounds=40)
-    >>> run.accuracy > 0.75
-    True
+    Examples:
+        >>> import torch.nn.functional as F
+        >>> from torch import nn
+        >>> import baffle as bf
+        >>> train, test = bf.load("digits")
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        >>> run = fit(model, bf.partition(train, clients=10), loss=F.cross_entropy, test=test, rounds=40)
+        >>> run.accuracy > 0.75
+        True
     """
     from baffle.runtimes.pytorch import TorchRuntime
 

@@ -22,8 +22,9 @@ _FIXED = 256  # fraction bits of the big-integer arithmetic
 def thresholds() -> npt.NDArray[np.uint32]:
     """Increasing uint32 thresholds: the magnitude of a 31-bit draw v is the number of thresholds <= v.
 
-    >>> len(thresholds()), int(thresholds()[0])
-    (6490, 836643)
+    Examples:
+        >>> len(thresholds()), int(thresholds()[0])
+        (6490, 836643)
     """
     one = 1 << _FIXED
     exp_neg, term = one, one  # exp(-2**-21) by its series
@@ -65,8 +66,9 @@ def _guide() -> tuple[npt.NDArray[np.int16], npt.NDArray[np.bool_]]:
 def from_bits(bits: npt.NDArray[np.uint32]) -> npt.NDArray[np.int16]:
     """Turn uniform 32-bit words into Gaussian integers, in units of 2**-10; bit 0 is the sign.
 
-    >>> from_bits(np.array([0, 1, 2 * 836643, 2 * 836643 + 1], np.uint32)).tolist()
-    [0, 0, 1, -1]
+    Examples:
+        >>> from_bits(np.array([0, 1, 2 * 836643, 2 * 836643 + 1], np.uint32)).tolist()
+        [0, 0, 1, -1]
     """
     draws = bits >> np.uint32(1)
     low, ambiguous = _guide()

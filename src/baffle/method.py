@@ -64,9 +64,10 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
     * ``client``, ``server``: clipping of scalars, of the estimate.
     * ``ema``: decay of the average of the weights that is evaluated.
 
-    >>> Method(num_directions=0)
-    Traceback (most recent call last):
-    baffle.errors.OptionError: num_directions = 0: expected an integer >= 1 and <= 1048576
+    Examples:
+        >>> Method(num_directions=0)
+        Traceback (most recent call last):
+        baffle.errors.OptionError: num_directions = 0: expected an integer >= 1 and <= 1048576
     """
 
     num_directions: int = 100
@@ -211,8 +212,9 @@ def quantum_for(largest: int, participants: int) -> int:
 
     With no more than 255 examples a client (and 514 participants) a weight is the number of examples itself.
 
-    >>> quantum_for(255, 10), quantum_for(6000, 10)
-    (1, 32)
+    Examples:
+        >>> quantum_for(255, 10), quantum_for(6000, 10)
+        (1, 32)
     """
     bound = min(MAX_WEIGHT, MAX_WEIGHT_SUM // participants)
     if bound < 1:

@@ -60,8 +60,9 @@ def build(name: str, shape: tuple[int, ...], classes: int, seed: int = 0) -> nn.
 
     PyTorch's global generator is left as it was.
 
-    >>> sum(p.numel() for p in build("lenet-small", (1, 8, 8), 10).parameters())
-    28650
+    Examples:
+        >>> sum(p.numel() for p in build("lenet-small", (1, 8, 8), 10).parameters())
+        28650
     """
     if ":" in name:
         builder = _import(name)

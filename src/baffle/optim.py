@@ -37,8 +37,9 @@ class Constant(msgspec.Struct, frozen=True, tag="constant"):
 class Cosine(msgspec.Struct, frozen=True, tag="cosine"):
     """From 1 down to ``final`` along half a cosine over ``rounds``, after a linear warm-up.
 
-    >>> [round(Cosine(rounds=4).factor(s), 3) for s in (1, 3, 5, 9)]
-    [1.0, 0.5, 0.0, 0.0]
+    Examples:
+        >>> [round(Cosine(rounds=4).factor(s), 3) for s in (1, 3, 5, 9)]
+        [1.0, 0.5, 0.0, 0.0]
     """
 
     rounds: int
@@ -61,8 +62,9 @@ class Cosine(msgspec.Struct, frozen=True, tag="cosine"):
 class Decay(msgspec.Struct, frozen=True, tag="decay"):
     """Multiply by ``gamma`` every ``every`` updates.
 
-    >>> [Decay(every=2, gamma=0.5).factor(s) for s in (1, 2, 3, 5)]
-    [1.0, 1.0, 0.5, 0.25]
+    Examples:
+        >>> [Decay(every=2, gamma=0.5).factor(s) for s in (1, 2, 3, 5)]
+        [1.0, 1.0, 0.5, 0.25]
     """
 
     every: int
@@ -83,9 +85,10 @@ Schedule = Constant | Cosine | Decay
 class Sgd(msgspec.Struct, frozen=True, tag="sgd"):
     """w <- w - lr b with b <- momentum b + g + weight_decay w.
 
-    >>> sgd, w, g = Sgd(lr=0.5), np.array([1, 2], np.float32), np.array([2, -2], np.float32)
-    >>> update("sgd", w, sgd.init(2), g, sgd.coefficients(1))[0].tolist()
-    [0.0, 3.0]
+    Examples:
+        >>> sgd, w, g = Sgd(lr=0.5), np.array([1, 2], np.float32), np.array([2, -2], np.float32)
+        >>> update("sgd", w, sgd.init(2), g, sgd.coefficients(1))[0].tolist()
+        [0.0, 3.0]
     """
 
     lr: float = 0.1
@@ -116,10 +119,11 @@ class Sgd(msgspec.Struct, frozen=True, tag="sgd"):
 class Adam(msgspec.Struct, frozen=True, tag="adam"):
     """Adam with bias correction; ``weight_decay`` is added to the gradient.
 
-    >>> adam, w, g = Adam(lr=0.1), np.array([1, 1], np.float32), np.array([3, -7], np.float32)
-    >>> w, slots = update("adam", w, adam.init(2), g, adam.coefficients(1))
-    >>> w.round(5).tolist()
-    [0.8999999761581421, 1.100000023841858]
+    Examples:
+        >>> adam, w, g = Adam(lr=0.1), np.array([1, 1], np.float32), np.array([3, -7], np.float32)
+        >>> w, slots = update("adam", w, adam.init(2), g, adam.coefficients(1))
+        >>> w.round(5).tolist()
+        [0.8999999761581421, 1.100000023841858]
     """
 
     lr: float = 0.01
@@ -204,8 +208,9 @@ class ClipUpdate(msgspec.Struct, frozen=True, tag="clip_update"):
     The published code clips each client's gradient so, which is not linear; clipping the estimate is, up to
     one factor that the row records.
 
-    >>> ClipUpdate(0.5).factor(np.array([0.25, -2.0], np.float32))
-    0.25
+    Examples:
+        >>> ClipUpdate(0.5).factor(np.array([0.25, -2.0], np.float32))
+        0.25
     """
 
     max_norm: float

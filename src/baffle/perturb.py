@@ -29,12 +29,13 @@ class Perturbations:
     ``steps`` are (sigma,) for forward and (sigma, -sigma) for central differences; the order of passes is
     baseline, then direction by direction, step by step.
 
-    >>> from baffle.types import make_table
-    >>> d = Directions(make_table({"w": (2, 2)}), "rank1", key=(7, 1))
-    >>> p = Perturbations(d, num_directions=1, steps=(0.5, -0.5), baseline=True)
-    >>> scratch = np.empty(4, np.float32)
-    >>> [w.tolist() for w in p.weights(np.zeros(4, np.float32), scratch)]
-    [[0.0, 0.0, 0.0, 0.0], [-0.5, -0.5, 0.5, 0.5], [0.5, 0.5, -0.5, -0.5]]
+    Examples:
+        >>> from baffle.types import make_table
+        >>> d = Directions(make_table({"w": (2, 2)}), "rank1", key=(7, 1))
+        >>> p = Perturbations(d, num_directions=1, steps=(0.5, -0.5), baseline=True)
+        >>> scratch = np.empty(4, np.float32)
+        >>> [w.tolist() for w in p.weights(np.zeros(4, np.float32), scratch)]
+        [[0.0, 0.0, 0.0, 0.0], [-0.5, -0.5, 0.5, 0.5], [0.5, 0.5, -0.5, -0.5]]
     """
 
     directions: Directions

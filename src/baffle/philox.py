@@ -44,8 +44,9 @@ class Purpose(IntEnum):
 def word3(purpose: Purpose, client: int = 0, step: int = 0) -> int:
     """Counter word 3: purpose (8 bits), client (32 bits), local step (24 bits).
 
-    >>> hex(word3(Purpose.LEFT, client=5, step=1))
-    '0x200000005000001'
+    Examples:
+        >>> hex(word3(Purpose.LEFT, client=5, step=1))
+        '0x200000005000001'
     """
     if not (0 <= client < 2**32 and 0 <= step < 2**24):
         raise ValueError(f"client = {client}, step = {step}: expected 0 <= client < 2**32, 0 <= step < 2**24")
@@ -55,9 +56,10 @@ def word3(purpose: Purpose, client: int = 0, step: int = 0) -> int:
 def philox(key: Key, counters: tuple[U64, U64, U64, U64]) -> U64:
     """Blocks of four 64-bit words for counters of any shape that broadcast together: uint64[..., 4].
 
-    >>> zero = np.zeros(1, np.uint64)
-    >>> [hex(w) for w in philox((0, 0), (zero, zero, zero, zero))[0].tolist()][:2]
-    ['0x16554d9eca36314c', '0xdb20fe9d672d0fdc']
+    Examples:
+        >>> zero = np.zeros(1, np.uint64)
+        >>> [hex(w) for w in philox((0, 0), (zero, zero, zero, zero))[0].tolist()][:2]
+        ['0x16554d9eca36314c', '0xdb20fe9d672d0fdc']
     """
     shape = np.broadcast_shapes(*(c.shape for c in counters))
     flat = [np.broadcast_to(c, shape).reshape(-1) for c in counters]
@@ -73,9 +75,10 @@ def stream(key: Key, counter: tuple[int, int, int, int], blocks: int) -> U64:
 
     The same bits as :func:`philox`, by numpy's compiled generator; faster for long runs.
 
-    >>> zero = np.zeros(1, np.uint64)
-    >>> bool((stream((1, 2), (0, 0, 0, 0), 1) == philox((1, 2), (zero, zero, zero, zero))).all())
-    True
+    Examples:
+        >>> zero = np.zeros(1, np.uint64)
+        >>> bool((stream((1, 2), (0, 0, 0, 0), 1) == philox((1, 2), (zero, zero, zero, zero))).all())
+        True
     """
     position = sum(word << 64 * i for i, word in enumerate(counter))
     source = np.random.Philox(key=key[0] | key[1] << 64, counter=(position - 1) % 2**256)
@@ -104,8 +107,9 @@ def _multiply(constant: int, x: U64) -> tuple[U64, U64]:
 def generator(key: Key, purpose: Purpose, client: int = 0, step: int = 0) -> np.random.Generator:
     """A numpy generator on a stream of its own, for draws that no other machine has to repeat.
 
-    >>> generator((7, 0), Purpose.BATCH).integers(10) == generator((7, 0), Purpose.BATCH).integers(10)
-    np.True_
+    Examples:
+        >>> generator((7, 0), Purpose.BATCH).integers(10) == generator((7, 0), Purpose.BATCH).integers(10)
+        np.True_
     """
     counter = [0, 0, 0, word3(purpose, client, step)]
     return np.random.Generator(np.random.Philox(key=list(key), counter=counter))

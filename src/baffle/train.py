@@ -113,15 +113,16 @@ def train(
     ``out`` names a new run folder; without one nothing is written. Every ``evaluate_every`` rounds, and at the
     end, the average is evaluated on ``test``. ``progress`` is called with each round's record.
 
-    >>> import torch.nn.functional as F
-    >>> from torch import nn
-    >>> import baffle as bf
-    >>> data, test = bf.load("digits")
-    >>> runtime = bf.TorchRuntime(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), F.cross_entropy)
-    >>> engine = bf.LocalEngine(runtime, bf.partition(data, clients=3))
-    >>> run = train(bf.Method(num_directions=20), engine, runtime.initial_weights(), rounds=5, test=test)
-    >>> run.summary()["rounds"]
-    5
+    Examples:
+        >>> import torch.nn.functional as F
+        >>> from torch import nn
+        >>> import baffle as bf
+        >>> data, test = bf.load("digits")
+        >>> runtime = bf.TorchRuntime(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), F.cross_entropy)
+        >>> engine = bf.LocalEngine(runtime, bf.partition(data, clients=3))
+        >>> run = train(bf.Method(num_directions=20), engine, runtime.initial_weights(), rounds=5, test=test)
+        >>> run.summary()["rounds"]
+        5
     """
     config = RunConfig(
         method=method,

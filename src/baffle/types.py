@@ -39,8 +39,9 @@ MAX_WEIGHT_SUM = 2**17 - 1
 class ParamSpec(msgspec.Struct, frozen=True):
     """One trainable tensor: its name, its shape and where it starts in the flat weights.
 
-    >>> ParamSpec("conv.weight", (16, 1, 5, 5), offset=0).matrix
-    (16, 25)
+    Examples:
+        >>> ParamSpec("conv.weight", (16, 1, 5, 5), offset=0).matrix
+        (16, 25)
     """
 
     name: str
@@ -72,8 +73,9 @@ Table: TypeAlias = tuple[ParamSpec, ...]
 def make_table(shapes: dict[str, tuple[int, ...]]) -> Table:
     """Lay tensors out one after another.
 
-    >>> [(p.name, p.offset) for p in make_table({"w": (3, 2), "b": (3,)})]
-    [('w', 0), ('b', 6)]
+    Examples:
+        >>> [(p.name, p.offset) for p in make_table({"w": (3, 2), "b": (3,)})]
+        [('w', 0), ('b', 6)]
     """
     specs: list[ParamSpec] = []
     offset = 0
@@ -164,8 +166,9 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 def pack_int32(values: Integers) -> bytes:
     """Encode integers as little-endian int32.
 
-    >>> pack_int32(np.array([1, -2]))
-    b'\\x01\\x00\\x00\\x00\\xfe\\xff\\xff\\xff'
+    Examples:
+        >>> pack_int32(np.array([1, -2]))
+        b'\\x01\\x00\\x00\\x00\\xfe\\xff\\xff\\xff'
     """
     if values.size and int(np.abs(values).max()) >= 2**31:
         raise ReplyError(f"scalar {int(np.abs(values).max())}: expected a magnitude below 2**31")

@@ -20,9 +20,10 @@ _replies = msgspec.msgpack.Decoder(Reply)
 def encode_message(message: Task | Reply | Row) -> bytes:
     """Bytes of a message.
 
-    >>> r = Reply(round=1, client=0, weight=3, scalars=b"", clipped=0, nonfinite=0)
-    >>> decode_reply(encode_message(r)) == r
-    True
+    Examples:
+        >>> r = Reply(round=1, client=0, weight=3, scalars=b"", clipped=0, nonfinite=0)
+        >>> decode_reply(encode_message(r)) == r
+        True
     """
     return _encoder.encode(message)
 

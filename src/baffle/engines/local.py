@@ -29,14 +29,15 @@ class LocalEngine:
     the participant needs to catch up: the rows since it last took part, or the full state (weights and
     optimizer slots) where that is shorter, as at first contact.
 
-    >>> import torch.nn.functional as F
-    >>> from torch import nn
-    >>> from baffle.data import load, partition
-    >>> from baffle.runtimes.pytorch import TorchRuntime
-    >>> train, test = load("digits")
-    >>> runtime = TorchRuntime(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), F.cross_entropy)
-    >>> LocalEngine(runtime, partition(train, 4)).sizes
-    (360, 360, 359, 359)
+    Examples:
+        >>> import torch.nn.functional as F
+        >>> from torch import nn
+        >>> from baffle.data import load, partition
+        >>> from baffle.runtimes.pytorch import TorchRuntime
+        >>> train, test = load("digits")
+        >>> runtime = TorchRuntime(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), F.cross_entropy)
+        >>> LocalEngine(runtime, partition(train, 4)).sizes
+        (360, 360, 359, 359)
     """
 
     def __init__(

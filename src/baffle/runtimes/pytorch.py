@@ -54,12 +54,13 @@ class TorchRuntime:
     on a CPU, by default one a core. Raises ModelError for BatchNorm or dropout in training mode, for trainable
     parameters that are not float32, and if there are none.
 
-    >>> import torch.nn.functional as F
-    >>> from baffle.data import load
-    >>> train, _ = load("digits")
-    >>> runtime = TorchRuntime(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), F.cross_entropy)
-    >>> [p.name for p in runtime.table], runtime.evaluate(runtime.initial_weights(), train).losses.shape
-    (['1.weight', '1.bias'], (1438,))
+    Examples:
+        >>> import torch.nn.functional as F
+        >>> from baffle.data import load
+        >>> train, _ = load("digits")
+        >>> runtime = TorchRuntime(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), F.cross_entropy)
+        >>> [p.name for p in runtime.table], runtime.evaluate(runtime.initial_weights(), train).losses.shape
+        (['1.weight', '1.bias'], (1438,))
     """
 
     def __init__(self, model: nn.Module, loss: Callable[..., Tensor], threads: int | None = None) -> None:

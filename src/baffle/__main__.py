@@ -1,0 +1,5 @@
+"""``python -m baffle``: the command line."""
+
+from baffle.cli import main
+
+main()

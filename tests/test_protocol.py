@@ -1,0 +1,397 @@
+"""docs/protocol.md: every number in it is recomputed here, so that the document cannot drift."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import pytest
+from msgspec import inspect as schema
+
+from baffle import gaussian, optim
+from baffle.aggregate import FIRST_EXPONENT, calibrates, next_exponent
+from baffle.client import Encoded, encode, finite_differences, local_update, perturbations, weight_of
+from baffle.directions import Directions
+from baffle.errors import ReplyError
+from baffle.estimate import FAST, estimate
+from baffle.journal import Journal, Record, RunConfig
+from baffle.method import Method, State, quantum_for, replay, state_sha256, weights_sha256
+from baffle.philox import Purpose, philox, word3
+from baffle.types import (
+    LIMIT,
+    MAX_WEIGHT,
+    MAX_WEIGHT_SUM,
+    Family,
+    Reply,
+    Row,
+    Table,
+    Task,
+    Weights,
+    make_table,
+    pack_int32,
+    table_size,
+)
+from baffle.wire import decode_reply, decode_row, decode_task, encode_message
+
+Vector = dict[str, Any]
+
+TEXT = (Path(__file__).parents[1] / "docs" / "protocol.md").read_text()
+VECTORS: dict[str, Vector] = {}
+for _block in re.findall(r"^```json\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL):
+    _vector = json.loads(_block)
+    assert _vector["vector"] not in VECTORS, f"{_vector['vector']}: two blocks of one name"
+    VECTORS[_vector.pop("vector")] = _vector
+
+DECODERS: dict[type[Task | Reply | Row], Callable[[bytes], Task | Reply | Row]] = {
+    Task: decode_task,
+    Reply: decode_reply,
+    Row: decode_row,
+}
+
+
+# How the document writes values
+
+
+def from_bits(words: list[str]) -> Weights:
+    return np.array([int(word, 16) for word in words], np.uint32).view(np.float32)
+
+
+def to_bits(values: Weights) -> list[str]:
+    assert values.dtype == np.float32
+    return [f"{word:08x}" for word in values.view(np.uint32).tolist()]
+
+
+def number(bits: str) -> float:
+    return float(from_bits([bits])[0])
+
+
+def words(texts: list[str]) -> list[int]:
+    assert all(text.startswith("0x") and len(text) == 18 for text in texts)
+    return [int(text, 16) for text in texts]
+
+
+def signs(values: npt.NDArray[np.integer[Any]]) -> str:
+    return "".join("+" if value > 0 else "-" for value in values)
+
+
+def table_of(shapes: Sequence[Sequence[int]]) -> Table:
+    return make_table({f"t{i}": tuple(shape) for i, shape in enumerate(shapes)})
+
+
+def directions_of(v: Vector, family: Family) -> Directions:
+    """Directions of a tensor with the number ``v["tensor"]``."""
+    table = table_of([[]] * v["tensor"] + [v["shape"]])
+    return Directions(table, family, (v["key"], v["round"]), v["client"], v["step"])
+
+
+def block(key: list[int], counter: list[int]) -> list[int]:
+    c0, c1, c2, c3 = (np.array([word], np.uint64) for word in counter)
+    return [int(word) for word in philox((key[0], key[1]), (c0, c1, c2, c3))[0]]
+
+
+def make_task(**changes: Any) -> Task:
+    """The task of the document, changed."""
+    fields = VECTORS["messages"]["messages"][0]["fields"]
+    return msgspec.convert({**fields, "state_sha256": b"", **changes}, Task)
+
+
+def make_row(integers: Any, **changes: Any) -> Row:
+    """The row of the document with other integers [vectors][steps][K], changed."""
+    fields = VECTORS["messages"]["messages"][2]["fields"]
+    values = np.array(integers, np.int64)
+    made = {"scalars": pack_int32(values), "local_steps": values.shape[1], "num_directions": values.shape[2]}
+    return msgspec.convert({**fields, "weights_sha256": b"", "state_sha256": b"", **made, **changes}, Row)
+
+
+# One check a block
+
+
+def check_constants(v: Vector) -> None:
+    assert v == {"limit": LIMIT, "max_weight": MAX_WEIGHT, "max_weight_sum": MAX_WEIGHT_SUM}
+
+
+def check_table(v: Vector) -> None:
+    table = make_table({t["name"]: tuple(t["shape"]) for t in v["tensors"]})
+    assert [t["offset"] for t in v["tensors"]] == [spec.offset for spec in table]
+    assert [t["matrix"] for t in v["tensors"]] == [spec.matrix and list(spec.matrix) for spec in table]
+    assert v["size"] == table_size(table)
+
+
+def check_philox(v: Vector) -> None:
+    assert len(v["answers"]) == 3
+    for answer in v["answers"]:
+        assert words(answer["block"]) == block(words(answer["key"]), words(answer["counter"]))
+
+
+def check_counters(v: Vector) -> None:
+    assert v["purposes"] == {p.name: int(p) for p in Purpose}
+    for case in v["words"]:
+        assert words([case["word"]]) == [word3(Purpose[case["purpose"]], case["client"], case["step"])]
+
+
+def check_signs(v: Vector) -> None:
+    directions, ks = directions_of(v, "rademacher"), slice(v["direction"], v["direction"] + 1)
+    assert v["bytes"] == directions.sign_bits(v["tensor"], ks, 0, 2).tobytes().hex()
+    text = signs(directions.entries(v["tensor"], ks)[0])
+    assert (v["first"], v["last"]) == (text[:20], text[-20:])
+
+
+def check_rank1(v: Vector) -> None:
+    directions, ks = directions_of(v, "rank1"), slice(v["direction"], v["direction"] + 1)
+    left, right = directions.factors(ks)[v["tensor"]]
+    assert (v["left"], v["right"]) == (signs(left[0]), signs(right[0]))
+    assert v["entries"] == signs(directions.entries(v["tensor"], ks)[0])
+
+
+def check_thresholds(v: Vector) -> None:
+    table = gaussian.thresholds()
+    assert v["count"] == len(table)
+    assert v["sha256"] == hashlib.sha256(table.astype("<u4").tobytes()).hexdigest()
+    assert v["values"] == {m: int(table[int(m)]) for m in v["values"]}
+
+
+def check_gaussian(v: Vector) -> None:
+    directions, k = directions_of(v, "gaussian"), v["direction"]
+    assert v["entries"] == directions.entries(v["tensor"], slice(k, k + 1))[0].tolist()
+    last = word3(Purpose.GAUSSIAN, v["client"], v["step"])
+    assert words(v["block"]) == block([v["key"], v["round"]], [0, k, v["tensor"], last])
+
+
+def check_perturbed(v: Vector) -> None:
+    table, weights = table_of(v["shapes"]), from_bits(v["weights"])
+    for case in v["cases"]:
+        task = make_task(**{name: v[name] for name in ("key", "round", "num_directions", "difference", "sigma")})
+        made = perturbations(msgspec.structs.replace(task, family=case["family"]), table, 0)
+        entries = [made.directions.entries(i, slice(0, 1))[0] for i in range(len(table))]
+        assert case["entries"] == np.concatenate(entries).tolist()
+        passes = made.weights(weights, np.empty_like(weights))
+        assert case["passes"] == [to_bits(w) for w in passes]
+
+
+def check_scalars(v: Vector) -> None:
+    for case in v["differences"]:
+        task = make_task(**{name: case[name] for name in ("difference", "sigma", "exponent", "clip")})
+        scalars = finite_differences(task, np.array(case["losses"], np.float64).astype(np.float32))
+        assert [float(x) for x in case["scalars"]] == scalars.tolist()
+        check_encoded(case)
+    for case in v["encoded"]:
+        check_encoded(case)
+
+
+def check_encoded(case: Vector) -> None:
+    task = make_task(exponent=case["exponent"], clip=case["clip"])
+    encoded = encode(task, np.array(case["scalars"], np.float64))
+    assert (case["clipped"], case["nonfinite"]) == (encoded.clipped, encoded.nonfinite)
+    assert case["integers"] == encoded.integers.tolist()
+
+
+def check_weights(v: Vector) -> None:
+    for case in v["weights"]:
+        assert case["weight"] == weight_of(case["examples"], case["quantum"])
+    for case in v["quanta"]:
+        assert case["quantum"] == quantum_for(case["largest"], case["participants"])
+
+
+def check_messages(v: Vector) -> None:
+    assert [case["type"] for case in v["messages"]] == ["Task", "Reply", "Row"]
+    for case, (kind, decode) in zip(v["messages"], DECODERS.items(), strict=True):
+        data = bytes.fromhex(case["bytes"])
+        message = decode(data)
+        assert encode_message(message) == data
+        texts = {name: value.hex() for name, value in msgspec.structs.asdict(message).items() if type(value) is bytes}
+        assert list(case["fields"]) == list(kind.__struct_fields__)
+        assert case["fields"] == json.loads(msgspec.json.encode(msgspec.structs.asdict(message) | texts))
+
+
+def check_estimate(v: Vector) -> None:
+    for case in v["cases"]:
+        names = ("key", "round", "exponent", "participants", "weight_sum")
+        row = make_row(case["integers"], family=case["family"], sharing=case["sharing"], **{n: v[n] for n in names})
+        assert case["estimate"] == to_bits(estimate(table_of(v["shapes"]), row))
+
+
+def check_update(v: Vector) -> None:
+    before, gradient = from_bits(v["before"]), from_bits(v["gradient"])
+    assert [case["optimizer"] for case in v["cases"]] == ["sgd", "sgd", "adam", "adamw"]
+    for case in v["cases"]:
+        slots = {name: from_bits(bits) for name, bits in case["slots"].items()}
+        coefficients = {name: number(bits) for name, bits in case["coefficients"].items()}
+        weights, after = optim.update(case["optimizer"], before, slots, gradient, coefficients)
+        assert case["weights"] == to_bits(weights)
+        assert case["slots_after"] == {name: to_bits(values) for name, values in after.items()}
+
+
+def check_average(v: Vector) -> None:
+    after = optim.average(from_bits(v["average"]), from_bits(v["weights"]), number(v["ema"]))
+    assert v["after"] == to_bits(after)
+    for case in v["decays"]:
+        assert number(case["ema"]) == optim.average_decay(case["decay"], case["update"])
+
+
+def check_hashes(v: Vector) -> None:
+    states = {name: state_of(case) for name, case in v.items()}
+    assert list(states) == ["before", "after", "with_slots"]
+    for name, state in states.items():
+        assert v[name]["weights_sha256"] == weights_sha256(state.weights).hex()
+        assert v[name]["state_sha256"] == state_sha256(state).hex()
+    task, _, row = (bytes.fromhex(case["bytes"]) for case in VECTORS["messages"]["messages"])
+    assert decode_task(task).state_sha256 == state_sha256(states["before"])
+    after = replay(states["before"], make_table({"w": (2, 2)}), decode_row(row))
+    assert to_bits(after.weights) == v["after"]["weights"]
+    assert decode_row(row).weights_sha256 == weights_sha256(after.weights)
+    assert decode_row(row).state_sha256 == state_sha256(after) == state_sha256(states["after"])
+
+
+def state_of(case: Vector) -> State:
+    weights = from_bits(case["weights"])
+    slots = {name: from_bits(bits) for name, bits in case["slots"].items()}
+    return State(case["step"] + 1, case["step"], weights, slots, weights)
+
+
+def check_local_step(v: Vector) -> None:
+    names = ("key", "round", "family", "exponent")
+    task = make_task(
+        num_directions=len(v["integers"]), local_steps=2, local_lr=number(v["local_lr"]), **{n: v[n] for n in names}
+    )
+    encoded = Encoded(np.array(v["integers"], np.int64), 0, 0)
+    after = local_update(task, table_of(v["shapes"]), from_bits(v["before"]), encoded, v["step"], FAST)
+    assert v["after"] == to_bits(after)
+
+
+def check_exponents(v: Vector) -> None:
+    assert v["first"] == FIRST_EXPONENT == next_exponent(None)
+    assert calibrates(None)
+    for case in v["cases"]:
+        row = make_row(
+            case["integers"],
+            sharing=case["sharing"],
+            round=v["last_round"],
+            applied=False,
+            exponent=v["last_exponent"],
+            participants=list(range(case["participants"])),
+            **{name: case[name] for name in ("weight_sum", "clipped", "nonfinite")},
+        )
+        assert (case["next"], case["calibrates"]) == (next_exponent(row), calibrates(row))
+        applied = msgspec.structs.replace(row, applied=True)
+        assert not calibrates(applied)
+        assert not calibrates(msgspec.structs.replace(row, round=3))
+
+
+CHECKS: dict[str, Callable[[Vector], None]] = {
+    name.removeprefix("check_"): check
+    for name, check in list(globals().items())
+    if name.startswith("check_") and name != "check_encoded"
+}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_vector(name: str) -> None:
+    CHECKS[name](VECTORS[name])
+
+
+def test_every_block_is_checked() -> None:
+    assert set(VECTORS) == set(CHECKS) | {"journal"}
+
+
+def test_vector_journal(tmp_path: Path) -> None:
+    v = VECTORS["journal"]
+    method = msgspec.convert(v["method"], Method)
+    table, initial = make_table({name: tuple(shape) for name, shape in v["shapes"].items()}), from_bits(v["initial"])
+    config = RunConfig(
+        method=method, key=v["key"], rounds=1, evaluate_every=1, snapshot_every=1, table=table, plan={}, clients=(1,)
+    )
+    rows = [bytes.fromhex(row) for row in v["rows"]]
+    journal = Journal.create(tmp_path / "run", config, initial)
+    for i, row in enumerate(rows):
+        journal.commit(row, record(i))
+    journal.close()
+    assert v["rows.bin"] == (tmp_path / "run" / "rows.bin").read_bytes().hex()
+    # the same, as the document puts it
+    listed = json.loads((tmp_path / "run" / "config.json").read_text())["method"]
+    assert (listed, list(listed)) == (v["method"], list(v["method"]))
+    tensors = [{"name": spec.name, "shape": list(spec.shape), "offset": spec.offset} for spec in table]
+    assert v["settings"] == msgspec.msgpack.encode([1, v["method"], v["key"], tensors]).hex()
+    settings = bytes.fromhex(v["settings"])
+    checksum = hashlib.sha256(b"baffle journal\x0a" + settings + weights_sha256(initial)).digest()
+    assert v["start"] == checksum.hex()
+    data = b""
+    for row in rows:
+        checksum = hashlib.sha256(checksum + row).digest()
+        data += len(row).to_bytes(4, "little") + row + checksum
+    assert v["rows.bin"] == data.hex()
+
+
+def record(round_: int) -> Record:
+    numbers = dict.fromkeys(Record.__struct_fields__, 0)
+    return msgspec.convert({**numbers, "round": round_, "applied": True, "weights_sha256": ""}, Record)
+
+
+# Tables and sentences
+
+
+def kind_of(field: schema.Type) -> str:
+    match field:
+        case schema.IntType():
+            return "integer"
+        case schema.FloatType():
+            return "float64"
+        case schema.StrType() | schema.LiteralType():
+            return "text"
+        case schema.BytesType():
+            return "bytes"
+        case schema.BoolType():
+            return "boolean"
+        case schema.UnionType(types=types) if len(types) == 2 and isinstance(types[1], schema.NoneType):
+            return f"{kind_of(types[0])} or nil"
+        case schema.VarTupleType(item_type=item):
+            return f"array of {kind_of(item)}"
+        case schema.DictType(key_type=key, value_type=value):
+            return f"map of {kind_of(key)} to {kind_of(value)}"
+    raise AssertionError(f"{field}: the document has no word for it")
+
+
+@pytest.mark.parametrize("message", DECODERS)
+def test_tables_of_fields(message: type[Task | Reply | Row]) -> None:
+    section = TEXT.split(f"\n### {message.__name__}\n")[1].split("\n#")[0]
+    listed = re.findall(r"^\| `(\w+)` \| ([\w ]+) \| \S.* \|$", section, re.MULTILINE)
+    info = schema.type_info(message)
+    assert isinstance(info, schema.StructType)
+    assert listed == [(field.encode_name, kind_of(field.type)) for field in info.fields]
+    assert all(field.required for field in info.fields)
+
+
+def test_tables_of_purposes_and_families() -> None:
+    assert re.findall(r"^\| `([A-Z]+)` \| (\d+) \|", TEXT, re.MULTILINE) == [(p.name, str(int(p))) for p in Purpose]
+    families = re.findall(r"^\| `(\w+)` \| [\w ]+ \| [\w ]+ \| (\S+) \| (\d+) \|$", TEXT, re.MULTILINE)
+    units = {"1": 1.0, "2⁻¹⁰": 2.0**-10}
+    names: list[Family] = ["rank1", "rademacher", "gaussian"]
+    made = [Directions(make_table({"w": (2, 2)}), name, (0, 0)) for name in names]
+    assert [(name, units[unit], int(most)) for name, unit, most in families] == [
+        (d.family, d.unit, d.largest) for d in made
+    ]
+
+
+@pytest.mark.parametrize("case", VECTORS["messages"]["messages"], ids=lambda case: str(case["type"]))
+def test_what_a_receiver_takes_and_refuses(case: Vector) -> None:
+    kind = next(kind for kind in DECODERS if kind.__name__ == case["type"])
+    decode, data = DECODERS[kind], bytes.fromhex(case["bytes"])
+    message, fields = decode(data), msgspec.msgpack.decode(data)
+    refused = (ReplyError, msgspec.DecodeError)
+    assert decode(msgspec.msgpack.encode(dict(reversed(fields.items())))) == message
+    assert decode(msgspec.msgpack.encode(fields | {"colour": "red"})) == message
+    whole = {name: 2 for name, value in fields.items() if isinstance(value, float)}
+    for name, value in msgspec.structs.asdict(decode(msgspec.msgpack.encode(fields | whole))).items():
+        assert name not in whole or (value == 2 and type(value) is float)
+    for name in fields:
+        with pytest.raises(refused, match=name):
+            decode(msgspec.msgpack.encode({n: value for n, value in fields.items() if n != name}))
+        with pytest.raises(refused, match=name):
+            decode(msgspec.msgpack.encode(fields | {name: [b"?"]}))
+    for end in range(len(data)):
+        with pytest.raises(refused):
+            decode(data[:end])
