@@ -41,6 +41,9 @@ TASK = Task(
 )
 
 
+COHORT = {1: 1, 2: 2, 4: 3, 7: 1}
+
+
 def row(values: list[int], *, clients: int = 1, weight: int = 1, clipped: int = 0, applied: bool = True) -> Row:
     return Row(
         round=3,
@@ -127,14 +130,14 @@ def make_reply(client: int, integers: list[int], weight: int = 1, **counts: int)
 def test_weighted_sum_by_hand_in_any_order() -> None:
     replies = [make_reply(4, [1, -2], 3, clipped=1), make_reply(2, [10, 5], 2, nonfinite=1)]
     for order in (replies, replies[::-1]):
-        total = WeightedSum().combine(TASK, order)
+        total = WeightedSum().combine(TASK, COHORT, order)
         assert total.vectors.tolist() == [[[23, 4]]]  # 3 * 1 + 2 * 10, 3 * -2 + 2 * 5
         assert (total.participants, total.weight_sum, total.clipped, total.nonfinite) == ((2, 4), 5, 1, 1)
 
 
 def test_vectors_of_own_directions_stay_apart() -> None:
     task = msgspec.structs.replace(TASK, sharing="per-client")
-    total = WeightedSum().combine(task, [make_reply(4, [1, -2], 3), make_reply(2, [10, 5], 2)])
+    total = WeightedSum().combine(task, COHORT, [make_reply(4, [1, -2], 3), make_reply(2, [10, 5], 2)])
     assert total.vectors.tolist() == [[[20, 10]], [[3, -6]]]
     assert total.participants == (2, 4)
 
@@ -143,8 +146,10 @@ def test_vectors_of_own_directions_stay_apart() -> None:
     ("change", "message"),
     [
         ({"round": 2}, "client 7: reply to round 2: expected round 3"),
-        ({"weight": 0}, "weight = 0: expected 1..255"),
-        ({"weight": 256}, "weight = 256"),
+        ({"weight": 0}, "weight = 0: expected 1"),
+        ({"weight": 255}, "weight = 255"),
+        ({"client": 3}, "client 3: was not asked"),
+        ({"client": -1}, "client -1: was not asked"),
         ({"scalars": b"\0" * 12}, "12 bytes of scalars: expected 8"),
         ({"scalars": b"\0" * 7}, "7 bytes"),
         ({"scalars": pack_int32(np.array([LIMIT + 1, 0]))}, "scalar 16384: expected at most 16383 x its weight"),
@@ -155,16 +160,16 @@ def test_vectors_of_own_directions_stay_apart() -> None:
 )
 def test_hostile_replies_are_refused_by_name(change: dict[str, object], message: str) -> None:
     good = make_reply(7, [1, 2])
-    check_reply(TASK, good)
+    check_reply(TASK, COHORT, good)
     with pytest.raises(ReplyError, match=message):
-        check_reply(TASK, msgspec.structs.replace(good, **change))
+        check_reply(TASK, COHORT, msgspec.structs.replace(good, **change))
 
 
 def test_no_reply_and_two_of_one_client_are_refused() -> None:
     with pytest.raises(ReplyError, match="no client replied"):
-        WeightedSum().combine(TASK, [])
+        WeightedSum().combine(TASK, COHORT, [])
     with pytest.raises(ReplyError, match="two replies"):
-        WeightedSum().combine(TASK, [make_reply(1, [1, 1]), make_reply(1, [1, 1])])
+        WeightedSum().combine(TASK, COHORT, [make_reply(1, [1, 1]), make_reply(1, [1, 1])])
 
 
 @given(st.lists(st.integers(-(2**31) + 1, 2**31 - 1), max_size=50))

@@ -441,3 +441,12 @@ def test_keys_that_differ_by_one_bit_are_uncorrelated(family: Family) -> None:
         assert key != base.key
         y = replace(base, key=key).entries(0, slice(0, 1))[0] * base.unit
         assert abs((x * y).sum()) < 5 * math.sqrt(size)
+
+
+@pytest.mark.parametrize("family", ["rank1", "rademacher", "gaussian"])
+def test_no_directions_and_ranges_outside(family: Family) -> None:
+    directions = Directions(make_table({"w": (3, 4), "b": (5,)}), family, (1, 2))
+    assert directions.entries(0, slice(0, 0)).shape == (0, 12)
+    assert directions.factors(slice(0, 2), []) == {}
+    with pytest.raises(ValueError, match="expected a range within 0:5"):
+        directions.entries(1, slice(0, 1), 2, 6)

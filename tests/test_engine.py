@@ -38,9 +38,9 @@ def initial(size: int = 650) -> np.ndarray:
 def test_together_and_one_by_one_agree() -> None:
     method = bf.Method(num_directions=7)
     state = method.init(initial())
-    task, participants = method.plan(state, engine().table, engine().sizes, 3, None)
-    joint = engine().exchange(task, participants, state, [])
-    apart = engine(together=False).exchange(task, participants, state, [])
+    task, cohort = method.plan(state, engine().table, engine().sizes, 3, None)
+    joint = engine().exchange(task, tuple(cohort), state, [])
+    apart = engine(together=False).exchange(task, tuple(cohort), state, [])
     for a, b in zip(joint.replies, apart.replies, strict=True):
         assert (a.client, a.weight, a.clipped, a.nonfinite) == (b.client, b.weight, b.clipped, b.nonfinite)
         gap = np.frombuffer(a.scalars, "<i4") - np.frombuffer(b.scalars, "<i4")
@@ -73,10 +73,10 @@ def test_absent_clients_catch_up_by_rows_or_by_state() -> None:
     rows: list[bytes] = []
     down: list[int] = []
     for participants in ((0, 1), (0,), (0,), (0, 1, 2)):
-        task, _ = method.plan(state, here.table, here.sizes, 3, last)
+        task, cohort = method.plan(state, here.table, here.sizes, 3, last)
         exchange = here.exchange(task, participants, state, rows)
         down.append(exchange.bytes_down - len(encode_message(task)) * len(participants))
-        last, state = method.absorb(state, here.table, task, exchange.replies, last)
+        last, state = method.absorb(state, here.table, task, cohort, exchange.replies, last)
         rows.append(encode_message(last))
     length = [len(r) for r in rows]
     weights = 4 * 650

@@ -16,7 +16,7 @@ from baffle.directions import Directions
 from baffle.errors import BaffleError, DivergedError, OptionError, PlanError
 from baffle.estimate import Execution
 from baffle.method import Method, State, quantum_for, replay, state_sha256, weights_sha256
-from baffle.types import MAX_WEIGHT, MAX_WEIGHT_SUM, Integers, Reply, Row, Table, Task, make_table, table_size
+from baffle.types import MAX_WEIGHT, MAX_WEIGHT_SUM, Cohort, Integers, Reply, Row, Table, Task, make_table, table_size
 
 TABLE: Table = make_table({"w": (3, 4), "b": (3,)})
 SIZES = (10, 20, 30, 40)
@@ -24,17 +24,16 @@ SIZES = (10, 20, 30, 40)
 
 def calibrated(method: Method, state: State) -> tuple[Row, State]:
     """Round 0, with scalars of about the target size."""
-    task, participants = method.plan(state, TABLE, SIZES, 5, None)
-    return method.absorb(state, TABLE, task, answers(task, participants, scale=1000), None)
+    task, cohort = method.plan(state, TABLE, SIZES, 5, None)
+    return method.absorb(state, TABLE, task, cohort, answers(task, cohort, scale=1000), None)
 
 
-def answers(task: Task, participants: tuple[int, ...], scale: int = 1000, seed: int = 0) -> list[Reply]:
+def answers(task: Task, cohort: Cohort, scale: int = 1000, seed: int = 0) -> list[Reply]:
     rng = np.random.default_rng(seed)
-    integers: Integers = rng.integers(-scale, scale + 1, (len(participants), task.local_steps, task.num_directions))
-    weight = {c: SIZES[c] for c in participants}
+    integers: Integers = rng.integers(-scale, scale + 1, (len(cohort), task.local_steps, task.num_directions))
     return [
-        reply(task, c, weight[c], [Encoded(step, 0, 0) for step in vectors])
-        for c, vectors in zip(participants, integers, strict=True)
+        reply(task, c, weight, [Encoded(step, 0, 0) for step in vectors])
+        for (c, weight), vectors in zip(cohort.items(), integers, strict=True)
     ]
 
 
@@ -67,9 +66,9 @@ def test_replay_is_absorb_bit_for_bit(sharing: str, family: str, optimizer: bf.a
     method = msgspec.structs.replace(method, optimizer=optimizer)
     last, state = calibrated(method, start(method))
     for seed in range(4):
-        task, participants = method.plan(state, TABLE, SIZES, 5, last)
+        task, cohort = method.plan(state, TABLE, SIZES, 5, last)
         assert task.state_sha256 == state_sha256(state)
-        row, after = method.absorb(state, TABLE, task, answers(task, participants, seed=seed), last)
+        row, after = method.absorb(state, TABLE, task, cohort, answers(task, cohort, seed=seed), last)
         assert row.applied
         assert row.clip_factor < 1
         for execution in (Execution(), Execution(threads=2, block=3), Execution(slow=True)):
@@ -87,10 +86,10 @@ def test_sgd_round_by_hand() -> None:
     state = method.init(np.array([1, 1], np.float32))
     state = State(1, 0, state.weights, state.slots, state.average)
     last = msgspec.structs.replace(calibrated(Method(num_directions=8), start(Method()))[0], applied=True)
-    task, _ = method.plan(state, table, (3, 1), 5, last)
+    task, cohort = method.plan(state, table, (3, 1), 5, last)
     task = msgspec.structs.replace(task, exponent=-3)
     replies = [reply(task, 0, 3, [Encoded(np.array([8]), 0, 0)]), reply(task, 1, 1, [Encoded(np.array([-8]), 0, 0)])]
-    row, after = method.absorb(state, table, task, replies, last)
+    row, after = method.absorb(state, table, task, cohort, replies, last)
     signs = Directions(table, "rademacher", (5, 1)).entries(0, slice(0, 1))[0]
     # mean scalar (3 * 1 - 1 * 1) / 4 = 0.5 along the direction, learning rate 0.5
     assert after.weights.tolist() == (1 - 0.25 * signs).tolist()
@@ -100,9 +99,9 @@ def test_sgd_round_by_hand() -> None:
 def test_a_round_without_a_finite_scalar_changes_nothing() -> None:
     method = Method(num_directions=4)
     last, state = calibrated(method, start(method))
-    task, participants = method.plan(state, TABLE, SIZES, 5, last)
-    lost = [reply(task, c, 1, [Encoded(np.zeros(4, np.int64), 0, 4)]) for c in participants]
-    row, after = method.absorb(state, TABLE, task, lost, last)
+    task, cohort = method.plan(state, TABLE, SIZES, 5, last)
+    lost = [reply(task, c, w, [Encoded(np.zeros(4, np.int64), 0, 4)]) for c, w in cohort.items()]
+    row, after = method.absorb(state, TABLE, task, cohort, lost, last)
     assert not row.applied
     assert after.weights.tobytes() == state.weights.tobytes()
     assert (after.round, after.step) == (state.round + 1, state.step)
@@ -111,9 +110,9 @@ def test_a_round_without_a_finite_scalar_changes_nothing() -> None:
 def test_an_update_to_infinity_is_refused() -> None:
     method = Method(num_directions=4, optimizer=bf.sgd(1e38))
     last, state = calibrated(method, start(method))
-    task, participants = method.plan(state, TABLE, SIZES, 5, last)
+    task, cohort = method.plan(state, TABLE, SIZES, 5, last)
     with pytest.raises(DivergedError, match=r"round 1: the update .* would put NaN or infinity"):
-        method.absorb(state, TABLE, msgspec.structs.replace(task, exponent=30), answers(task, participants), last)
+        method.absorb(state, TABLE, msgspec.structs.replace(task, exponent=30), cohort, answers(task, cohort), last)
 
 
 def test_initial_weights_must_be_finite() -> None:
@@ -126,13 +125,13 @@ def test_participants_are_sampled_by_round() -> None:
     state = start(method)
     cohorts = []
     for r in range(200):
-        _, participants = method.plan(State(r, 0, state.weights, state.slots, state.average), TABLE, SIZES, 5, None)
-        assert len(participants) == 2
-        assert list(participants) == sorted(set(participants))
-        cohorts.append(participants)
+        _, cohort = method.plan(State(r, 0, state.weights, state.slots, state.average), TABLE, SIZES, 5, None)
+        assert len(cohort) == 2
+        assert list(cohort) == sorted(cohort)
+        cohorts.append(list(cohort))
     counts = np.bincount(np.array(cohorts).reshape(-1), minlength=4)
     assert counts.min() > 60  # 100 expected of 200
-    assert Method(participation=1e-9).plan(state, TABLE, SIZES, 5, None)[1] in [(0,), (1,), (2,), (3,)]
+    assert Method(participation=1e-9).plan(state, TABLE, SIZES, 5, None)[1] in [{0: 10}, {1: 20}, {2: 30}, {3: 40}]
 
 
 @pytest.mark.parametrize("participants", [1, 10, 514, 515, 5000, MAX_WEIGHT_SUM])
@@ -161,10 +160,10 @@ def test_a_plan_that_cannot_be_exact_is_refused() -> None:
 def test_plain_sgd_with_local_steps_is_federated_averaging() -> None:
     method = Method(num_directions=6, local_steps=3, optimizer=bf.sgd(0.3))
     last, state = calibrated(method, start(method))
-    task, participants = method.plan(state, TABLE, SIZES, 5, last)
+    task, cohort = method.plan(state, TABLE, SIZES, 5, last)
     assert task.local_lr == float(np.float32(0.3 / 3))
-    replies = answers(task, participants)
-    _, after = method.absorb(state, TABLE, task, replies, last)
+    replies = answers(task, cohort)
+    _, after = method.absorb(state, TABLE, task, cohort, replies, last)
     expected = np.zeros(table_size(TABLE))
     for answer in replies:
         weights = state.weights
@@ -222,3 +221,10 @@ def test_hashes_are_what_the_protocol_says() -> None:
     state = State(4, 3, weights, {"v": np.array([4, 4], np.float32), "m": np.array([2, 2], np.float32)}, weights)
     data = weights_sha256(weights) + b"\0\0\0@" * 2 + b"\0\0\x80@" * 2 + (3).to_bytes(8, "little")
     assert state_sha256(state) == hashlib.sha256(data).digest()
+
+
+def test_numbers_encode_alike_however_they_were_written() -> None:
+    whole = Method(sigma=1, participation=1, ema=0, optimizer=bf.sgd(lr=1), server=(bf.clip_update(1),))
+    dotted = Method(sigma=1.0, participation=1.0, ema=0.0, optimizer=bf.sgd(lr=1.0), server=(bf.clip_update(1.0),))
+    assert msgspec.msgpack.encode(whole) == msgspec.msgpack.encode(dotted)
+    assert msgspec.json.decode(msgspec.json.encode(whole), type=Method) == whole

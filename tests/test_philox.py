@@ -176,3 +176,8 @@ def test_generators_of_different_places_differ() -> None:
     ]
     drawn = {hashlib.sha256(generator(*place).bytes(32)).hexdigest() for place in places}
     assert len(drawn) == len(places)
+
+
+def test_neighbouring_large_keys_differ_in_numpy_generators_too() -> None:
+    draws = [generator((key, 0), Purpose.BATCH).integers(2**62) for key in (2**63 + 1, 2**63 + 2, 2**64 - 1)]
+    assert len(set(draws)) == 3

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from baffle.errors import ReplyError
-from baffle.types import LIMIT, MAX_WEIGHT, Integers, Reply, Row, Task, unpack_int32
+from baffle.types import LIMIT, Cohort, Integers, Reply, Row, Task, unpack_int32
 
 FIRST_EXPONENT = -8
 """Scale of round 0: range +-64, resolution 1/256. It only has to be near enough to measure with."""
@@ -36,7 +36,7 @@ class Aggregate:
 class WeightedSum(msgspec.Struct, frozen=True, tag="weighted_sum"):
     """Plain sums of the weighted integers; with per-client directions the vectors are kept side by side."""
 
-    def combine(self, task: Task, replies: Sequence[Reply]) -> Aggregate:
+    def combine(self, task: Task, cohort: Cohort, replies: Sequence[Reply]) -> Aggregate:
         """Sum the replies to one task. The order in which they came does not matter.
 
         Raises ReplyError if one does not fit the task, or if there is none.
@@ -46,7 +46,7 @@ class WeightedSum(msgspec.Struct, frozen=True, tag="weighted_sum"):
         ordered = sorted(replies, key=lambda r: r.client)
         if len({r.client for r in ordered}) < len(ordered):
             raise ReplyError(f"round {task.round}: two replies of one client: expected one each")
-        vectors = np.stack([check_reply(task, r) for r in ordered])
+        vectors = np.stack([check_reply(task, cohort, r) for r in ordered])
         return Aggregate(
             vectors=vectors.sum(axis=0, keepdims=True) if task.sharing == "shared" else vectors,
             participants=tuple(r.client for r in ordered),
@@ -56,14 +56,16 @@ class WeightedSum(msgspec.Struct, frozen=True, tag="weighted_sum"):
         )
 
 
-def check_reply(task: Task, reply: Reply) -> Integers:
+def check_reply(task: Task, cohort: Cohort, reply: Reply) -> Integers:
     """The reply's integers int64[local_steps, K], or ReplyError naming the client and what is wrong."""
     where = f"round {task.round}, client {reply.client}"
     count = task.local_steps * task.num_directions
     if reply.round != task.round:
         raise ReplyError(f"{where}: reply to round {reply.round}: expected round {task.round}")
-    if not 1 <= reply.weight <= MAX_WEIGHT:
-        raise ReplyError(f"{where}: weight = {reply.weight}: expected 1..{MAX_WEIGHT}")
+    if reply.client not in cohort:
+        raise ReplyError(f"{where}: was not asked: expected one of the round's {len(cohort)} participants")
+    if reply.weight != cohort[reply.client]:
+        raise ReplyError(f"{where}: weight = {reply.weight}: expected {cohort[reply.client]}")
     if len(reply.scalars) != 4 * count:
         raise ReplyError(f"{where}: {len(reply.scalars)} bytes of scalars: expected {4 * count}")
     values = unpack_int32(reply.scalars)

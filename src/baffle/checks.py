@@ -5,7 +5,17 @@ from __future__ import annotations
 import math
 from typing import TypeGuard
 
+import msgspec
+
 from baffle.errors import OptionError
+
+
+def keep_floats(options: msgspec.Struct) -> None:
+    """Turn integers given for fields of numbers into floats, so that ``lr=1`` and ``lr=1.0`` encode alike."""
+    for field in msgspec.structs.fields(options):
+        value = getattr(options, field.name)
+        if field.type in (float, float | None) and isinstance(value, int) and not isinstance(value, bool):
+            msgspec.structs.force_setattr(options, field.name, float(value))
 
 
 def require_positive(field: str, value: object) -> None:

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from baffle.checks import require_positive
+from baffle.checks import keep_floats, require_positive
 from baffle.data import Dataset
 from baffle.directions import Directions
 from baffle.estimate import FAST, Execution, combine
@@ -29,6 +29,7 @@ class ClipScalars(msgspec.Struct, frozen=True, tag="clip_scalars"):
     limit: float
 
     def __post_init__(self) -> None:
+        keep_floats(self)
         require_positive("clip_scalars.limit", self.limit)
 
 

@@ -7,7 +7,7 @@ from typing import get_args
 
 import msgspec
 
-from baffle.checks import require_count, require_positive
+from baffle.checks import keep_floats, require_count, require_positive
 from baffle.client import ClipScalars
 from baffle.errors import JournalError, OptionError, require_choice
 from baffle.method import Method
@@ -48,6 +48,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     snapshot_every: int = 100
 
     def __post_init__(self) -> None:
+        keep_floats(self)
         require_choice("partition", self.partition, ["iid", "dirichlet"])
         require_choice("optimizer", self.optimizer, ["sgd", "adam", "adamw"])
         require_choice("schedule", self.schedule, ["constant", "cosine"])

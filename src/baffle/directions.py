@@ -69,7 +69,7 @@ class Directions:
 
         One call of the generator draws them all.
         """
-        chosen = [i for i in tensors or range(len(self.table)) if self.is_rank1(i)]
+        chosen = [i for i in (range(len(self.table)) if tensors is None else tensors) if self.is_rank1(i)]
         runs: list[tuple[int, Purpose, int]] = []  # (tensor, purpose, signs)
         for i in chosen:
             out, rest = self.table[i].matrix or (0, 0)
@@ -97,7 +97,10 @@ class Directions:
 
         Rank-1 products are written out: this is the obvious form that the fast ones are tested against.
         """
-        stop = self.table[tensor].size if stop is None else stop
+        size = self.table[tensor].size
+        stop = size if stop is None else stop
+        if not 0 <= start <= stop <= size:
+            raise ValueError(f"entries {start}:{stop}: expected a range within 0:{size}")
         if self.is_rank1(tensor):
             a, b = self.factors(ks, [tensor])[tensor]
             _, rest = self.table[tensor].matrix or (0, 1)
@@ -109,7 +112,7 @@ class Directions:
         words = self._blocks(purpose, tensor, ks, first, -(-stop // per_block) - first)
         part = slice(start - first * per_block, stop - first * per_block)
         if purpose is Purpose.GAUSSIAN:
-            draws = np.ascontiguousarray(words.reshape(len(words), -1)).astype("<u8").view("<u4")
+            draws = np.ascontiguousarray(_flat(words)).astype("<u8").view("<u4")
             return gaussian.from_bits(draws[:, part])
         return _to_signs(_as_bytes(words), part.stop)[:, part].astype(np.int16)
 
@@ -130,8 +133,12 @@ def _column(ks: slice) -> U64:
     return np.arange(ks.start, ks.stop, dtype=np.uint64)[:, None]
 
 
+def _flat(words: U64) -> U64:
+    return words.reshape(words.shape[0], words.shape[1] * 4)
+
+
 def _as_bytes(words: U64) -> Bytes:
-    return np.ascontiguousarray(words.reshape(len(words), -1)).astype("<u8", copy=False).view(np.uint8)
+    return np.ascontiguousarray(_flat(words)).astype("<u8", copy=False).view(np.uint8)
 
 
 def _to_signs(packed: Bytes, count: int) -> Signs:

@@ -20,7 +20,7 @@ _FIXED = 256  # fraction bits of the big-integer arithmetic
 
 @cache
 def thresholds() -> npt.NDArray[np.uint32]:
-    """Increasing uint32 thresholds: the magnitude of a 31-bit draw v is the number of thresholds <= v.
+    """Non-decreasing uint32 thresholds: the magnitude of a 31-bit draw v is the number of thresholds <= v.
 
     Examples:
         >>> len(thresholds()), int(thresholds()[0])

@@ -16,7 +16,7 @@ import numpy as np
 
 from baffle import optim
 from baffle.aggregate import WeightedSum, calibrates, next_exponent
-from baffle.checks import require_between, require_count, require_positive
+from baffle.checks import keep_floats, require_between, require_count, require_positive
 from baffle.client import ClipScalars, weight_of
 from baffle.directions import Directions
 from baffle.errors import DivergedError, OptionError, PlanError, require_choice
@@ -26,6 +26,7 @@ from baffle.philox import Purpose, generator
 from baffle.types import (
     MAX_WEIGHT,
     MAX_WEIGHT_SUM,
+    Cohort,
     Difference,
     Family,
     Reply,
@@ -86,6 +87,7 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
     ema: float = 0.98
 
     def __post_init__(self) -> None:
+        keep_floats(self)
         require_count("num_directions", self.num_directions, 1, 2**20)
         require_choice("family", self.family, ["rank1", "rademacher", "gaussian"])
         require_choice("sharing", self.sharing, ["shared", "per-client"])
@@ -117,17 +119,15 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
             raise DivergedError("initial weights: found NaN or infinity: expected finite numbers")
         return State(0, 0, start, self.optimizer.init(start.size), start)
 
-    def plan(
-        self, state: State, table: Table, sizes: Sequence[int], key: int, last: Row | None
-    ) -> tuple[Task, tuple[int, ...]]:
-        """The next round's task and participants, for clients with ``sizes`` examples each."""
+    def plan(self, state: State, table: Table, sizes: Sequence[int], key: int, last: Row | None) -> tuple[Task, Cohort]:
+        """The next round's task, and its participants with their weights, for clients with ``sizes`` examples."""
         count = max(1, round(self.participation * len(sizes)))
         rng = generator((key, state.round), Purpose.PARTICIPANTS)
-        participants = tuple(sorted(rng.choice(len(sizes), size=count, replace=False).tolist()))
         quantum = quantum_for(max(sizes), count)
-        weight_sum = sum(weight_of(sizes[c], quantum) for c in participants)
+        chosen = sorted(rng.choice(len(sizes), size=count, replace=False).tolist())
+        cohort = {client: weight_of(sizes[client], quantum) for client in chosen}
         directions = Directions(table, self.family, (key, state.round))
-        check_exact(directions, self.num_directions, self.local_steps, weight_sum)
+        check_exact(directions, self.num_directions, self.local_steps, sum(cohort.values()))
         task = Task(
             round=state.round,
             key=key,
@@ -144,13 +144,14 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
             quantum=quantum,
             state_sha256=state_sha256(state),
         )
-        return task, participants
+        return task, cohort
 
     def absorb(
         self,
         state: State,
         table: Table,
         task: Task,
+        cohort: Cohort,
         replies: Sequence[Reply],
         last: Row | None,
         execution: Execution = FAST,
@@ -159,7 +160,7 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
 
         Raises ReplyError if a reply does not fit, DivergedError if the weights would not stay finite.
         """
-        total = self.aggregate.combine(task, replies)
+        total = self.aggregate.combine(task, cohort, replies)
         step = state.step + 1
         scalars = task.num_directions * task.local_steps * len(total.participants)
         row = Row(

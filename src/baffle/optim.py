@@ -18,7 +18,7 @@ from typing import TypeAlias
 import msgspec
 import numpy as np
 
-from baffle.checks import require_between, require_count, require_positive
+from baffle.checks import keep_floats, require_between, require_count, require_positive
 from baffle.types import Weights
 
 Slots: TypeAlias = dict[str, Weights]
@@ -47,6 +47,7 @@ class Cosine(msgspec.Struct, frozen=True, tag="cosine"):
     final: float = 0.0
 
     def __post_init__(self) -> None:
+        keep_floats(self)
         require_count("cosine.rounds", self.rounds)
         require_count("cosine.warmup", self.warmup, 0, self.rounds - 1)
         require_between("cosine.final", self.final, 0, 1)
@@ -71,6 +72,7 @@ class Decay(msgspec.Struct, frozen=True, tag="decay"):
     gamma: float = 0.1
 
     def __post_init__(self) -> None:
+        keep_floats(self)
         require_count("decay.every", self.every)
         require_between("decay.gamma", self.gamma, 0, 1)
 
@@ -97,6 +99,7 @@ class Sgd(msgspec.Struct, frozen=True, tag="sgd"):
     schedule: Schedule = Constant()
 
     def __post_init__(self) -> None:
+        keep_floats(self)
         require_positive("lr", self.lr)
         require_between("momentum", self.momentum, 0, 1, open_high=True)
         require_between("weight_decay", self.weight_decay, 0, math.inf, open_high=True)
@@ -134,6 +137,7 @@ class Adam(msgspec.Struct, frozen=True, tag="adam"):
     schedule: Schedule = Constant()
 
     def __post_init__(self) -> None:
+        keep_floats(self)
         require_positive("lr", self.lr)
         require_between("beta1", self.beta1, 0, 1, open_high=True)
         require_between("beta2", self.beta2, 0, 1, open_high=True)
@@ -216,6 +220,7 @@ class ClipUpdate(msgspec.Struct, frozen=True, tag="clip_update"):
     max_norm: float
 
     def __post_init__(self) -> None:
+        keep_floats(self)
         require_positive("clip_update.max_norm", self.max_norm)
 
     def factor(self, gradient: Weights) -> float:

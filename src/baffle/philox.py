@@ -111,5 +111,5 @@ def generator(key: Key, purpose: Purpose, client: int = 0, step: int = 0) -> np.
         >>> generator((7, 0), Purpose.BATCH).integers(10) == generator((7, 0), Purpose.BATCH).integers(10)
         np.True_
     """
-    counter = [0, 0, 0, word3(purpose, client, step)]
-    return np.random.Generator(np.random.Philox(key=list(key), counter=counter))
+    counter = word3(purpose, client, step) << 192
+    return np.random.Generator(np.random.Philox(key=key[0] | key[1] << 64, counter=counter))

@@ -180,9 +180,9 @@ def _loop(
     try:
         for index in range(state.round, config.rounds + 1):
             started = time.perf_counter()
-            task, participants = method.plan(state, table, engine.sizes, config.key, last)
-            exchange = engine.exchange(task, participants, state, rows)
-            last, state = method.absorb(state, table, task, exchange.replies, last)
+            task, cohort = method.plan(state, table, engine.sizes, config.key, last)
+            exchange = engine.exchange(task, tuple(cohort), state, rows)
+            last, state = method.absorb(state, table, task, cohort, exchange.replies, last)
             evaluated = index % config.evaluate_every == 0 or index == config.rounds
             loss, accuracy = evaluate(engine, state.average, test) if evaluated else (None, None)
             record = _record(last, exchange, loss, accuracy, table_size(table), time.perf_counter() - started)

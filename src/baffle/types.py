@@ -6,6 +6,7 @@ Everything here is immutable. Messages are encoded as MessagePack maps in field 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal, TypeAlias
 
 import msgspec
@@ -88,6 +89,10 @@ def make_table(shapes: dict[str, tuple[int, ...]]) -> Table:
 def table_size(table: Table) -> int:
     """Number of trainable parameters n."""
     return sum(spec.size for spec in table)
+
+
+Cohort: TypeAlias = Mapping[int, int]
+"""Who takes part in a round: client -> its integer weight."""
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):
