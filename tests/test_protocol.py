@@ -322,7 +322,7 @@ def test_vector_journal(tmp_path: Path) -> None:
     data = b""
     for row in rows:
         checksum = hashlib.sha256(checksum + row).digest()
-        data += len(row).to_bytes(4, "little") + row + checksum
+        data += len(row).to_bytes(4, "little") + (~len(row) & 0xFFFFFFFF).to_bytes(4, "little") + row + checksum
     assert v["rows.bin"] == data.hex()
 
 

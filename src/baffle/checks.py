@@ -18,8 +18,11 @@ def keep_floats(options: msgspec.Struct) -> None:
             msgspec.structs.force_setattr(options, field.name, float(value))
 
 
+SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # of float32
+
+
 def require_positive(field: str, value: object) -> None:
-    """A finite number > 0.
+    """A finite number > 0 that float32 can hold.
 
     Examples:
         >>> require_positive("sigma", float("nan"))
@@ -28,6 +31,8 @@ def require_positive(field: str, value: object) -> None:
     """
     if not _is_number(value) or not math.isfinite(value) or value <= 0:
         raise OptionError(field, value, "a finite number > 0")
+    if not SMALLEST <= value <= LARGEST:
+        raise OptionError(field, value, f"a number from {SMALLEST:.3g} to {LARGEST:.3g}, which float32 can hold")
 
 
 def require_between(field: str, value: object, low: float, high: float, *, open_high: bool = False) -> None:

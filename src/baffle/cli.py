@@ -32,6 +32,7 @@ from baffle.engines.local import LocalEngine
 from baffle.estimate import Execution
 from baffle.journal import Journal, Record
 from baffle.method import weights_sha256
+from baffle.optim import Cosine
 from baffle.train import Run, evaluate, resume, train
 from baffle.types import Weights
 
@@ -43,6 +44,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _errors = Console(stderr=True)
+_MOST_CLASSES = 2**20  # a larger label is a mistake, not a reason to build such a model
+_INTERRUPTED = 130  # what typer makes of Ctrl-C
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
@@ -117,7 +120,7 @@ def train_command(
             evaluate_every=options.evaluate_every,
             snapshot_every=options.snapshot_every,
             progress=progress,
-            command=msgspec.to_builtins(options),
+            command=msgspec.to_builtins(options) | {"data": options.data and str(Path(options.data).resolve())},
         )
     _print_run(run, json_output)
 
@@ -133,6 +136,9 @@ def resume_command(
     journal = Journal.open(run)
     options = _command_of(journal)
     engine, test, _ = _assemble(msgspec.structs.replace(options, threads=int(journal.config.plan.get("threads", 1))))
+    schedule = journal.config.method.optimizer.schedule
+    if rounds is not None and isinstance(schedule, Cosine) and rounds > schedule.rounds:
+        _errors.print(f"note: the cosine schedule ended with round {schedule.rounds}; lr stays {schedule.final:g} x lr")
     with _progress(rounds or journal.config.rounds, len(journal.rows)) as progress:
         done = resume(run, engine, test=test, rounds=rounds, repair=repair, progress=progress)
     _print_run(done, json_output)
@@ -152,6 +158,7 @@ def replay_command(
     Every round on the way is checked against the hash in its row.
     """
     journal = Journal.open(run)
+    _require_rounds(journal, whole=round is None)
     wanted = len(journal.rows) - 1 if round is None else round
     if not 0 <= wanted < len(journal.rows):
         if journal.damage:
@@ -176,6 +183,7 @@ def replay_command(
 def evaluate_command(run: RunPath, json_output: Json = False) -> None:
     """Loss and accuracy of a run's weights on its test data: the average, and the raw weights."""
     journal = Journal.open(run)
+    _require_rounds(journal, whole=True)
     engine, test, _ = _assemble(_command_of(journal))
     state = journal.state()
     average, raw = evaluate(engine, state.average, test), evaluate(engine, state.weights, test)
@@ -199,14 +207,16 @@ def evaluate_command(run: RunPath, json_output: Json = False) -> None:
 def main() -> None:
     """Entry point: errors are one line on stderr and exit code 2."""
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        code = app(standalone_mode=False) or 0
+        if code == _INTERRUPTED:
+            _errors.print("stopped; the rounds so far are saved: continue with 'baffle resume RUN'", highlight=False)
+        sys.exit(code)
     except BaffleError as error:
         _fail(str(error))
-    except (KeyboardInterrupt, typer.Abort):
-        _errors.print("[yellow]stopped[/yellow]; the rounds so far are saved. Continue with: baffle resume RUN")
-        sys.exit(130)
     except typer.TyperException as error:  # bad usage
         message = error.format_message() if hasattr(error, "format_message") else str(error)
+        if not message:  # no command: the help was shown
+            sys.exit(2)
         _fail(f"{message.rstrip('.')} (see --help)")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -214,7 +224,8 @@ def main() -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    _errors.print("[bold red]error:[/bold red]", escape(message), soft_wrap=True, highlight=False)
+    line = " ".join(message.split())
+    _errors.print("[bold red]error:[/bold red]", escape(line), soft_wrap=True, highlight=False, emoji=False)
     sys.exit(2)
 
 
@@ -223,11 +234,16 @@ def _assemble(options: TrainConfig) -> tuple[LocalEngine, Dataset, Weights]:
     if options.data is not None and options.dataset == "digits":
         raise OptionError("data", options.data, "none with dataset digits; for your own: --dataset arrays")
     train_set, test = load(options.dataset, options.data)
-    if not np.issubdtype(train_set.y.dtype, np.integer) or train_set.y.ndim != 1:
-        raise DataError(f"train.y: dtype {train_set.y.dtype}: expected one integer label an example")
+    for data in (train_set, test):
+        if not np.issubdtype(data.y.dtype, np.integer) or data.y.ndim != 1:
+            raise DataError(f"{data.name}.y: {data.y.dtype}{list(data.y.shape)}: expected one integer label an example")
+    train_set.check_labels(_MOST_CLASSES)
     classes = int(train_set.y.max()) + 1
-    train_set.check_labels(classes)
     test.check_labels(classes)
+    if np.issubdtype(train_set.x.dtype, np.integer) and ":" not in options.model:
+        raise DataError(
+            f"train.x: {train_set.x.dtype}: model {options.model!r} expects floating point: scale and convert"
+        )
     parts = partition(
         train_set, options.clients, alpha=options.alpha if options.partition == "dirichlet" else None, seed=options.seed
     )
@@ -242,11 +258,22 @@ def _assemble(options: TrainConfig) -> tuple[LocalEngine, Dataset, Weights]:
     return LocalEngine(runtime, parts), test, runtime.initial_weights()
 
 
+def _require_rounds(journal: Journal, *, whole: bool) -> None:
+    """A run that has rounds, and with ``whole`` one without damage behind them."""
+    if journal.damage and (whole or not journal.rows):
+        raise CorruptRunError(f"{journal.damage}; {len(journal.rows)} rounds before it are intact")
+    if not journal.rows:
+        raise OptionError("run", str(journal.path), "a run with at least one round")
+
+
 def _command_of(journal: Journal) -> TrainConfig:
     """The options that the run was started with."""
     if journal.config.command is None:
         raise OptionError("run", str(journal.path), "a run of 'baffle train'; one from Python continues with bf.resume")
-    return msgspec.convert(journal.config.command, TrainConfig)
+    try:
+        return msgspec.convert(journal.config.command, TrainConfig)
+    except msgspec.ValidationError as error:
+        raise CorruptRunError(f"{journal.path / 'config.json'}: command: {error}") from error
 
 
 @contextmanager

@@ -57,7 +57,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         require_count("seed", self.seed, 0, 2**64 - 1)
         require_positive("alpha", self.alpha)
         if self.threads is not None:
-            require_count("threads", self.threads)
+            require_count("threads", self.threads, 1, 1024)
         if self.momentum and self.optimizer != "sgd":
             raise OptionError("momentum", self.momentum, f"optimizer sgd, not {self.optimizer}")
 

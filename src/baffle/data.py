@@ -5,6 +5,8 @@ Dirichlet partition by label: Hsu, Qi, Brown, arXiv 1909.06335.
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,6 +145,9 @@ def _digits() -> tuple[Dataset, Dataset]:
 
 def _arrays(path: Path) -> tuple[Dataset, Dataset]:
     try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:
+                raise zipfile.BadZipFile
         with np.load(path, allow_pickle=False) as file:
             missing = [k for k in ("x_train", "y_train", "x_test", "y_test") if k not in file]
             if missing:
@@ -150,7 +155,7 @@ def _arrays(path: Path) -> tuple[Dataset, Dataset]:
             parts = [Dataset(file[f"x_{split}"], file[f"y_{split}"], split) for split in ("train", "test")]
     except DataError as error:
         raise DataError(f"{path}: {error}" if not str(error).startswith(str(path)) else str(error)) from None
-    except (OSError, ValueError, EOFError, AttributeError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
         reason = "no such file" if not path.exists() else "not an .npz file of numpy arrays"
         raise DataError(f"{path}: {reason}") from error
     train, test = parts
@@ -174,5 +179,8 @@ def _clean(field: str, values: object) -> npt.NDArray[np.generic]:
             raise DataError(f"{field}{list(where)} = {array[where]}: expected finite numbers")
         return array
     if np.issubdtype(array.dtype, np.integer) or array.dtype == np.bool_:
+        if array.size and int(array.max()) >= 2**63:
+            where = tuple(int(i) for i in np.unravel_index(array.argmax(), array.shape))
+            raise DataError(f"{field}{list(where)} = {array.max()}: expected an integer below 2**63")
         return array.astype(np.int64, copy=False)
     raise DataError(f"{field}: dtype {array.dtype}: expected numbers")

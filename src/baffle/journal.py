@@ -3,7 +3,7 @@
     run/
       config.json            method, seed, rounds, tensor table, evaluation plan
       initial.safetensors    the weights that training started from
-      rows.bin               length (4 bytes), row, chain checksum (32 bytes); again and again
+      rows.bin               length and its complement (4 bytes each), row, chain checksum (32 bytes); repeated
       metrics.jsonl          a line a round
       snapshots/*.safetensors  weights, optimizer slots, average; the newest two
       model.safetensors      the averaged weights, once training is done
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -37,15 +38,16 @@ from baffle.method import Method, State, replay, state_sha256, weights_sha256
 from baffle.types import Row, Table, UInt64, Weights, table_size
 from baffle.wire import decode_row
 
-_LENGTH = struct.Struct("<I")
+_HEADER = struct.Struct("<II")  # length, and its complement: an edited length is not a short write
 _CHAIN = 32
+_FORMAT = 1
 _KEEP_SNAPSHOTS = 2
 
 
 class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All that a run is made from, but for data and model code (which ``command`` names for the CLI)."""
 
-    format: int = 1
+    format: int = _FORMAT
     method: Method
     key: UInt64
     """Run key of the directions (the seed)."""
@@ -103,7 +105,7 @@ class Journal:
         Raises RunExistsError if ``path`` exists, JournalError if it cannot be written.
         """
         path = Path(path)
-        if path.exists():
+        if os.path.lexists(path):
             raise RunExistsError(f"{path} exists: choose another folder, or continue it with: baffle resume {path}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,16 +139,24 @@ class Journal:
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise CorruptRunError(f"{path / 'initial.safetensors'}: cannot be read: {error}") from error
         journal = cls(path, config, initial)
-        if write:
-            journal._lock()
-        torn = journal._read()
-        if write and journal.damage and not repair:
-            raise CorruptRunError(
-                f"{journal.damage}; rounds before it are intact ({len(journal.rows)} rows): "
-                f"continue from there with: baffle resume {path} --repair"
-            )
-        if write and (torn or journal.damage):
-            journal._cut(keep_aside=journal.damage is not None)
+        if not write:
+            journal._read()
+            return journal
+        journal._lock()
+        try:
+            torn = journal._read()
+            if journal.damage and not journal.rows:
+                raise CorruptRunError(f"{journal.damage}; there is no round before it")
+            if journal.damage and not repair:
+                raise CorruptRunError(
+                    f"{journal.damage}; rounds before it are intact ({len(journal.rows)} rows): "
+                    f"continue from there with: baffle resume {path} --repair"
+                )
+            if torn or journal.damage:
+                journal._cut(keep_aside=journal.damage is not None)
+        except BaseException:
+            journal.close()
+            raise
         return journal
 
     def close(self) -> None:
@@ -168,7 +178,7 @@ class Journal:
         sizes = os.fstat(rows).st_size, os.fstat(metrics).st_size
         try:
             _append(metrics, msgspec.json.encode(record) + b"\n")
-            _append(rows, _LENGTH.pack(len(row)) + row + chain)
+            _append(rows, _HEADER.pack(len(row), len(row) ^ 0xFFFFFFFF) + row + chain)
         except OSError as error:
             os.ftruncate(rows, sizes[0])
             os.ftruncate(metrics, sizes[1])
@@ -190,7 +200,9 @@ class Journal:
             "average_sha256": weights_sha256(state.average).hex(),
         }
         self._write(f"snapshots/{state.round:08d}.safetensors", save(tensors, metadata))
-        for old in sorted((self.path / "snapshots").glob("*.safetensors"))[:-_KEEP_SNAPSHOTS]:
+        files = sorted((self.path / "snapshots").glob("*.safetensors"))
+        ahead = [file for file in files if file.stem > f"{state.round:08d}"]
+        for old in [*files[: len(files) - len(ahead)][:-_KEEP_SNAPSHOTS], *ahead]:
             old.unlink(missing_ok=True)
 
     def extend(self, rounds: int) -> None:
@@ -242,13 +254,16 @@ class Journal:
         position, chain = 0, self._chain
         while position < len(data):
             index = len(self.rows)
-            end = position + _LENGTH.size
-            length = _LENGTH.unpack(data[position:end])[0] if end <= len(data) else 0
-            if end + length + _CHAIN > len(data):
+            end = position + _HEADER.size
+            if end > len(data):
+                break  # unfinished
+            length, complement = _HEADER.unpack(data[position:end])
+            whole = length ^ complement == 0xFFFFFFFF
+            if whole and end + length + _CHAIN > len(data):
                 break  # unfinished
             row = data[end : end + length]
             expected = hashlib.sha256(chain + row).digest()
-            if data[end + length : end + length + _CHAIN] != expected:
+            if not whole or data[end + length : end + length + _CHAIN] != expected:
                 what = "config.json or initial.safetensors, or the row," if index == 0 else "the row"
                 self.damage = f"{self.path / 'rows.bin'}: round {index} fails its checksum: {what} was edited"
                 break
@@ -256,6 +271,9 @@ class Journal:
                 record = msgspec.json.decode(lines[index] if index < len(lines) else b"", type=Record)
             except msgspec.DecodeError as error:
                 self.damage = f"{self.path / 'metrics.jsonl'}: line {index + 1}: {error}"
+                break
+            if record.round != index or record.weights_sha256 != decode_row(row).weights_sha256.hex():
+                self.damage = f"{self.path / 'metrics.jsonl'}: line {index + 1} is not of round {index}: it was edited"
                 break
             self.rows.append(row)
             self.records.append(record)
@@ -265,16 +283,23 @@ class Journal:
 
     def _cut(self, keep_aside: bool) -> None:
         """Bring both files back to the valid prefix."""
-        size = sum(_LENGTH.size + len(row) + _CHAIN for row in self.rows)
+        try:
+            self._cut_files(keep_aside)
+        except OSError as error:
+            raise JournalError(f"{self.path}: cannot drop an unfinished round: {error.strerror}") from error
+
+    def _cut_files(self, keep_aside: bool) -> None:
+        size = sum(_HEADER.size + len(row) + _CHAIN for row in self.rows)
         lines = b"".join(msgspec.json.encode(record) + b"\n" for record in self.records)
         if keep_aside:
             for name in ("rows.bin", "metrics.jsonl"):
-                shutil.copyfile(self.path / name, self.path / f"{name}.damaged")
+                shutil.copyfile(self.path / name, _free(self.path / f"{name}.damaged"))
         assert self._files is not None
         os.ftruncate(self._files[0], size)
-        os.ftruncate(self._files[1], 0)
-        _append(self._files[1], lines)
         os.fsync(self._files[0])
+        write_atomic(self.path / "metrics.jsonl", lines)
+        os.close(self._files[1])
+        self._files = self._files[0], os.open(self.path / "metrics.jsonl", os.O_RDWR | os.O_APPEND)
 
     def _load_snapshot(self, file: Path) -> State | None:
         """The snapshot's state if it is one of this run's; None if it is damaged or ahead of the rows."""
@@ -286,6 +311,8 @@ class Journal:
             slots = {k.removeprefix("slots."): v for k, v in tensors.items() if k.startswith("slots.")}
             state = State(int(header["round"]), int(header["step"]), weights, slots, average)
         except (OSError, SafetensorError, KeyError, ValueError):
+            return None
+        if slots.keys() != self.config.method.optimizer.init(0).keys():
             return None
         if not 0 < state.round <= len(self.rows) or header.get("average_sha256") != weights_sha256(average).hex():
             return None
@@ -306,7 +333,7 @@ class Journal:
             self.close()
             raise JournalError(f"{self.path}: another process is writing this run") from error
         except OSError as error:
-            raise JournalError(f"{self.path}: cannot open for writing: {error.strerror}") from error
+            raise JournalError(f"{error.filename}: cannot open for writing: {error.strerror}") from error
 
 
 def named_tensors(table: Table, weights: Weights) -> dict[str, Weights]:
@@ -347,7 +374,12 @@ def _encode_config(config: RunConfig) -> bytes:
 def _read_config(path: Path) -> RunConfig:
     file = path / "config.json"
     try:
-        return msgspec.json.decode(file.read_bytes(), type=RunConfig)
+        config = msgspec.json.decode(file.read_bytes(), type=RunConfig)
+        if config.format != _FORMAT:
+            raise CorruptRunError(f"{file}: format = {config.format}: expected {_FORMAT}")
+        return config
+    except CorruptRunError:
+        raise
     except FileNotFoundError as error:
         raise JournalError(f"{path}: no config.json: expected the folder of a run") from error
     except OSError as error:
@@ -359,6 +391,12 @@ def _read_config(path: Path) -> RunConfig:
 def _genesis(config: RunConfig, initial: Weights) -> bytes:
     fixed = msgspec.msgpack.encode((config.format, config.method, config.key, config.table))
     return hashlib.sha256(b"baffle journal\n" + fixed + weights_sha256(initial)).digest()
+
+
+def _free(path: Path) -> Path:
+    """The path, with a number behind it if it is taken."""
+    numbered = (path.with_name(f"{path.name}.{i}") for i in itertools.count(1))
+    return next(p for p in itertools.chain([path], numbered) if not p.exists())
 
 
 def _append(descriptor: int, data: bytes) -> None:

@@ -71,7 +71,12 @@ def build(name: str, shape: tuple[int, ...], classes: int, seed: int = 0) -> nn.
         builder = MODELS[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = builder(shape, classes)
+        try:
+            model = builder(shape, classes)
+        except ModelError:
+            raise
+        except Exception as error:  # of the user's own builder
+            raise ModelError(f"model {name!r} cannot be built for examples of shape {shape}: {error}") from error
     if not isinstance(model, nn.Module):
         raise OptionError("model", name, f"a builder of a torch.nn.Module; it gave {type(model).__name__}")
     return model
@@ -81,7 +86,7 @@ def _import(name: str) -> Builder:
     module, _, attribute = name.partition(":")
     try:
         builder = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise OptionError("model", name, f"an importable package.module:builder ({error})") from error
     if not callable(builder):
         raise OptionError("model", name, "a callable of (shape, classes)")

@@ -102,7 +102,7 @@ class Sgd(msgspec.Struct, frozen=True, tag="sgd"):
         keep_floats(self)
         require_positive("lr", self.lr)
         require_between("momentum", self.momentum, 0, 1, open_high=True)
-        require_between("weight_decay", self.weight_decay, 0, math.inf, open_high=True)
+        require_between("weight_decay", self.weight_decay, 0, 1000)
 
     @property
     def name(self) -> str:
@@ -142,7 +142,7 @@ class Adam(msgspec.Struct, frozen=True, tag="adam"):
         require_between("beta1", self.beta1, 0, 1, open_high=True)
         require_between("beta2", self.beta2, 0, 1, open_high=True)
         require_positive("eps", self.eps)
-        require_between("weight_decay", self.weight_decay, 0, math.inf, open_high=True)
+        require_between("weight_decay", self.weight_decay, 0, 1000)
 
     @property
     def name(self) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 from baffle.checks import require_count
 from baffle.data import Dataset
 from baffle.engines import Engine, Exchange
-from baffle.errors import PlanError
+from baffle.errors import OptionError, PlanError
 from baffle.journal import Journal, Record, RunConfig
 from baffle.method import Method, State, weights_sha256
 from baffle.types import Row, Weights, table_size
@@ -136,9 +136,18 @@ def train(
         command=command,
     )
     state = method.init(initial)
-    method.plan(state, engine.table, engine.sizes, config.key, None)  # refuse a bad plan before anything is written
-    journal = None if out is None else Journal.create(out, config, state.weights)
-    return _loop(config, engine, state, journal, test, progress)
+    method.plan(
+        state, engine.table, engine.sizes, config.key, None
+    )  # refuse what cannot work before anything is written
+    if test is not None:
+        engine.evaluate(state.weights, test.take(np.arange(1)))
+    if out is None:
+        return _loop(config, engine, state, None, test, progress)
+    journal = Journal.create(out, config, state.weights)
+    try:
+        return _loop(config, engine, state, journal, test, progress)
+    finally:
+        journal.close()
 
 
 def resume(
@@ -155,14 +164,18 @@ def resume(
     ``rounds`` sets a new total. The engine must be made as it was. ``repair`` drops rounds behind damage.
     """
     journal = Journal.open(path, write=True, repair=repair)
-    config = journal.config
-    if engine.table != config.table:
-        raise PlanError(f"{path}: the run trains other tensors than this model has: expected the same model")
-    if engine.sizes != config.clients:
-        raise PlanError(f"{path}: the run has other clients than this engine: expected the same partition")
-    if rounds is not None:
-        journal.extend(_count("rounds", rounds))
-    return _loop(journal.config, engine, journal.state(), journal, test, progress)
+    try:
+        if rounds is not None and rounds < len(journal.rows) - 1:
+            raise OptionError("rounds", rounds, f"at least the {len(journal.rows) - 1} that are done")
+        if engine.table != journal.config.table:
+            raise PlanError(f"{path}: the run trains other tensors than this model has: expected the same model")
+        if engine.sizes != journal.config.clients:
+            raise PlanError(f"{path}: the run has other clients than this engine: expected the same partition")
+        if rounds is not None:
+            journal.extend(_count("rounds", rounds))
+        return _loop(journal.config, engine, journal.state(), journal, test, progress)
+    finally:
+        journal.close()
 
 
 def _loop(
@@ -177,29 +190,25 @@ def _loop(
     rows: list[bytes] = [] if journal is None else journal.rows
     records: list[Record] = [] if journal is None else journal.records
     last = decode_row(rows[-1]) if rows else None
-    try:
-        for index in range(state.round, config.rounds + 1):
-            started = time.perf_counter()
-            task, cohort = method.plan(state, table, engine.sizes, config.key, last)
-            exchange = engine.exchange(task, tuple(cohort), state, rows)
-            last, state = method.absorb(state, table, task, cohort, exchange.replies, last)
-            evaluated = index % config.evaluate_every == 0 or index == config.rounds
-            loss, accuracy = evaluate(engine, state.average, test) if evaluated else (None, None)
-            record = _record(last, exchange, loss, accuracy, table_size(table), time.perf_counter() - started)
-            if journal is None:
-                rows.append(encode_message(last))
-                records.append(record)
-            else:
-                journal.commit(encode_message(last), record)
-                if state.round % config.snapshot_every == 0:
-                    journal.snapshot(state)
-            if progress is not None:
-                progress(record)
-        if journal is not None:
-            journal.finish(state)
-    finally:
-        if journal is not None:
-            journal.close()
+    for index in range(state.round, config.rounds + 1):
+        started = time.perf_counter()
+        task, cohort = method.plan(state, table, engine.sizes, config.key, last)
+        exchange = engine.exchange(task, tuple(cohort), state, rows)
+        last, state = method.absorb(state, table, task, cohort, exchange.replies, last)
+        evaluated = index % config.evaluate_every == 0 or index == config.rounds
+        loss, accuracy = evaluate(engine, state.average, test) if evaluated else (None, None)
+        record = _record(last, exchange, loss, accuracy, table_size(table), time.perf_counter() - started)
+        if journal is None:
+            rows.append(encode_message(last))
+            records.append(record)
+        else:
+            journal.commit(encode_message(last), record)
+            if state.round % config.snapshot_every == 0:
+                journal.snapshot(state)
+        if progress is not None:
+            progress(record)
+    if journal is not None:
+        journal.finish(state)
     loss, accuracy = evaluate(engine, state.average, test)
     return Run(config, state, tuple(records), loss, accuracy, None if journal is None else journal.path)
 

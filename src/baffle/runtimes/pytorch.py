@@ -66,7 +66,7 @@ class TorchRuntime:
     def __init__(self, model: nn.Module, loss: Callable[..., Tensor], threads: int | None = None) -> None:
         _check_modules(model)
         if threads is not None:
-            require_count("threads", threads)
+            require_count("threads", threads, 1, 1024)
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         for name, p in trainable.items():
             if p.dtype != torch.float32:
@@ -180,7 +180,10 @@ class _Replica:
             self._flat.copy_(self._host)
 
     def _forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        output = self._model(x)
+        try:
+            output = self._model(x)
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise ModelError(f"the model failed on inputs {tuple(x.shape)} of {x.dtype}: {error}") from error
         try:
             loss = self._loss(output, y)
         except (IndexError, RuntimeError, TypeError) as error:
