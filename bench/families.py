@@ -1,6 +1,6 @@
 """Every family x difference x sharing learns digits: accuracy, passes and seconds, at equal passes a round.
 
-    python bench/families.py [--rounds 120] [--seeds 1] [--json FILE]
+    python bench/families.py [--rounds 160] [--seeds 1] [--json FILE]
 
 Prints the Markdown table of docs/design.md. Takes about 15 minutes on two cores.
 """
@@ -46,7 +46,7 @@ def train(family: Family, difference: Difference, sharing: Sharing, rounds: int,
 def main() -> None:
     """Run all twelve and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=120)
+    parser.add_argument("--rounds", type=int, default=160)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

@@ -8,38 +8,32 @@
       snapshots/*.safetensors  weights, optimizer slots, average; the newest two
       model.safetensors      the averaged weights, once training is done
 
-The journal *is* the run: initial state and rows give every round's weights (``method.replay``). The chain is
-sha256(previous checksum + row), starting from a hash of the configuration and the initial weights. Rows are
-flushed to the disk before a round counts; a kill loses at most the round in flight.
+The journal *is* the run: initial state and rows give every round's weights (``method.replay``). The checksum chain
+(``rowlog``) starts from a hash of the configuration and the initial weights. Rows are flushed to the disk before a
+round counts; a kill loses at most the round in flight.
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
-import itertools
-import json
 import os
 import shutil
-import struct
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
-import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_tensors
-from safetensors.numpy import load_file, save
 
+from baffle import rowlog
 from baffle.errors import BaffleError, CorruptRunError, JournalError, RunExistsError
 from baffle.estimate import FAST, Execution
+from baffle.files import append, free_name, sync_folder, write_atomic
 from baffle.method import Method, State, replay, state_sha256, weights_sha256
-from baffle.types import Row, Table, UInt64, Weights, table_size
+from baffle.snapshots import decode_weights, encode_state, encode_weights, load_state
+from baffle.types import Row, Table, UInt64, Weights
 from baffle.wire import decode_row
 
-_HEADER = struct.Struct("<II")  # length, and its complement: an edited length is not a short write
-_CHAIN = 32
 _FORMAT = 1
 _KEEP_SNAPSHOTS = 2
 
@@ -113,11 +107,11 @@ class Journal:
                 temporary = Path(folder, "run")
                 (temporary / "snapshots").mkdir(parents=True)
                 write_atomic(temporary / "config.json", _encode_config(config))
-                write_atomic(temporary / "initial.safetensors", save(named_tensors(config.table, initial)))
+                write_atomic(temporary / "initial.safetensors", encode_weights(config.table, initial))
                 for name in ("rows.bin", "metrics.jsonl"):
                     write_atomic(temporary / name, b"")
                 temporary.rename(path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         except OSError as error:
             raise JournalError(f"{path}: cannot create the run folder: {error.strerror}") from error
         journal = cls(path, config, initial)
@@ -133,16 +127,18 @@ class Journal:
         CorruptRunError, unless ``repair``: then the damaged files are kept aside as ``*.damaged``.
         """
         path = Path(path)
-        config, initial = _read_config(path), None
+        config = _read_config(path)
         try:
-            initial = _flatten(config.table, load_file(path / "initial.safetensors"))
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            initial = decode_weights(config.table, (path / "initial.safetensors").read_bytes())
+        except (OSError, ValueError) as error:
             raise CorruptRunError(f"{path / 'initial.safetensors'}: cannot be read: {error}") from error
         journal = cls(path, config, initial)
         if not write:
             journal._read()
             return journal
         journal._lock()
+        for stale in [*path.glob(".*"), *(path / "snapshots").glob(".*")]:  # of a write that a kill cut short
+            stale.unlink(missing_ok=True)
         try:
             torn = journal._read()
             if journal.damage and not journal.rows:
@@ -174,11 +170,11 @@ class Journal:
         if self._files is None:
             raise JournalError(f"{self.path}: opened for reading only")
         rows, metrics = self._files
-        chain = hashlib.sha256(self._chain + row).digest()
+        framed, chain = rowlog.frame(row, self._chain)
         sizes = os.fstat(rows).st_size, os.fstat(metrics).st_size
         try:
-            _append(metrics, msgspec.json.encode(record) + b"\n")
-            _append(rows, _HEADER.pack(len(row), len(row) ^ 0xFFFFFFFF) + row + chain)
+            append(metrics, msgspec.json.encode(record) + b"\n")
+            append(rows, framed)
         except OSError as error:
             os.ftruncate(rows, sizes[0])
             os.ftruncate(metrics, sizes[1])
@@ -192,14 +188,7 @@ class Journal:
 
     def snapshot(self, state: State) -> None:
         """Save a state, so that a resume need not replay from the start; the newest two are kept."""
-        tensors = {"weights": state.weights, "average": state.average}
-        tensors |= {f"slots.{name}": values for name, values in state.slots.items()}
-        metadata = {
-            "round": str(state.round),
-            "step": str(state.step),
-            "average_sha256": weights_sha256(state.average).hex(),
-        }
-        self._write(f"snapshots/{state.round:08d}.safetensors", save(tensors, metadata))
+        self._write(f"snapshots/{state.round:08d}.safetensors", encode_state(state))
         files = sorted((self.path / "snapshots").glob("*.safetensors"))
         ahead = [file for file in files if file.stem > f"{state.round:08d}"]
         for old in [*files[: len(files) - len(ahead)][:-_KEEP_SNAPSHOTS], *ahead]:
@@ -212,12 +201,12 @@ class Journal:
 
     def finish(self, state: State) -> None:
         """Write ``model.safetensors``: the averaged weights under the model's own names."""
-        self._write("model.safetensors", save(named_tensors(self.config.table, state.average)))
+        self._write("model.safetensors", encode_weights(self.config.table, state.average))
 
     def state(self, execution: Execution = FAST) -> State:
         """The state after the last row: the newest good snapshot, then the rows behind it."""
         for file in sorted((self.path / "snapshots").glob("*.safetensors"), reverse=True):
-            state = self._load_snapshot(file)
+            state = self._snapshot(file)
             if state is not None:
                 break
         else:
@@ -247,39 +236,26 @@ class Journal:
     def _read(self) -> bool:
         """Fill rows and records with the valid prefix; True if a kill left an unfinished tail to drop."""
         try:
-            data = (self.path / "rows.bin").read_bytes()
+            log = rowlog.scan((self.path / "rows.bin").read_bytes(), self._chain)
             lines = (self.path / "metrics.jsonl").read_bytes().split(b"\n")
         except OSError as error:
             raise CorruptRunError(f"{error.filename}: cannot be read: {error.strerror}") from error
-        position, chain = 0, self._chain
-        while position < len(data):
-            index = len(self.rows)
-            end = position + _HEADER.size
-            if end > len(data):
-                break  # unfinished
-            length, complement = _HEADER.unpack(data[position:end])
-            whole = length ^ complement == 0xFFFFFFFF
-            if whole and end + length + _CHAIN > len(data):
-                break  # unfinished
-            row = data[end : end + length]
-            expected = hashlib.sha256(chain + row).digest()
-            if not whole or data[end + length : end + length + _CHAIN] != expected:
-                what = "config.json or initial.safetensors, or the row," if index == 0 else "the row"
-                self.damage = f"{self.path / 'rows.bin'}: round {index} fails its checksum: {what} was edited"
-                break
+        for index, (row, chain) in enumerate(zip(log.rows, log.chain, strict=True)):
             try:
                 record = msgspec.json.decode(lines[index] if index < len(lines) else b"", type=Record)
             except msgspec.DecodeError as error:
                 self.damage = f"{self.path / 'metrics.jsonl'}: line {index + 1}: {error}"
-                break
+                return False
             if record.round != index or record.weights_sha256 != decode_row(row).weights_sha256.hex():
                 self.damage = f"{self.path / 'metrics.jsonl'}: line {index + 1} is not of round {index}: it was edited"
-                break
+                return False
             self.rows.append(row)
             self.records.append(record)
-            position, chain = end + length + _CHAIN, expected
-        self._chain = chain
-        return position < len(data) or len([line for line in lines if line]) > len(self.rows)
+            self._chain = chain
+        if log.edited:
+            what = "the row" if self.rows else "config.json or initial.safetensors, or the row,"
+            self.damage = f"{self.path / 'rows.bin'}: round {len(self.rows)} fails its checksum: {what} was edited"
+        return log.unfinished or len([line for line in lines if line]) > len(self.rows)
 
     def _cut(self, keep_aside: bool) -> None:
         """Bring both files back to the valid prefix."""
@@ -289,32 +265,23 @@ class Journal:
             raise JournalError(f"{self.path}: cannot drop an unfinished round: {error.strerror}") from error
 
     def _cut_files(self, keep_aside: bool) -> None:
-        size = sum(_HEADER.size + len(row) + _CHAIN for row in self.rows)
         lines = b"".join(msgspec.json.encode(record) + b"\n" for record in self.records)
         if keep_aside:
             for name in ("rows.bin", "metrics.jsonl"):
-                shutil.copyfile(self.path / name, _free(self.path / f"{name}.damaged"))
+                shutil.copyfile(self.path / name, free_name(self.path / f"{name}.damaged"))
         assert self._files is not None
-        os.ftruncate(self._files[0], size)
+        os.ftruncate(self._files[0], rowlog.size(self.rows))
         os.fsync(self._files[0])
         write_atomic(self.path / "metrics.jsonl", lines)
         os.close(self._files[1])
         self._files = self._files[0], os.open(self.path / "metrics.jsonl", os.O_RDWR | os.O_APPEND)
 
-    def _load_snapshot(self, file: Path) -> State | None:
-        """The snapshot's state if it is one of this run's; None if it is damaged or ahead of the rows."""
-        try:
-            data = file.read_bytes()
-            tensors = load_tensors(data)
-            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-            weights, average = tensors["weights"], tensors["average"]
-            slots = {k.removeprefix("slots."): v for k, v in tensors.items() if k.startswith("slots.")}
-            state = State(int(header["round"]), int(header["step"]), weights, slots, average)
-        except (OSError, SafetensorError, KeyError, ValueError):
+    def _snapshot(self, file: Path) -> State | None:
+        """The state of a snapshot if it is one of this run's; None if it is damaged or ahead of the rows."""
+        state = load_state(file)
+        if state is None or not 0 < state.round <= len(self.rows):
             return None
-        if slots.keys() != self.config.method.optimizer.init(0).keys():
-            return None
-        if not 0 < state.round <= len(self.rows) or header.get("average_sha256") != weights_sha256(average).hex():
+        if state.slots.keys() != self.config.method.optimizer.init(0).keys():
             return None
         return state if state_sha256(state) == decode_row(self.rows[state.round - 1]).state_sha256 else None
 
@@ -334,37 +301,6 @@ class Journal:
             raise JournalError(f"{self.path}: another process is writing this run") from error
         except OSError as error:
             raise JournalError(f"{error.filename}: cannot open for writing: {error.strerror}") from error
-
-
-def named_tensors(table: Table, weights: Weights) -> dict[str, Weights]:
-    """The flat weights as the model's tensors, by name."""
-    return {spec.name: weights[spec.slice].reshape(spec.shape) for spec in table}
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file whole: temporary name, flush to the disk, rename."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.rename(path)
-        _sync_folder(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _flatten(table: Table, tensors: dict[str, np.ndarray]) -> Weights:
-    flat = np.empty(table_size(table), np.float32)
-    for spec in table:
-        if tensors[spec.name].shape != spec.shape:
-            raise ValueError(f"{spec.name} has shape {tensors[spec.name].shape}: expected {spec.shape}")
-        flat[spec.slice] = tensors[spec.name].reshape(-1)
-    return flat
 
 
 def _encode_config(config: RunConfig) -> bytes:
@@ -391,24 +327,3 @@ def _read_config(path: Path) -> RunConfig:
 def _genesis(config: RunConfig, initial: Weights) -> bytes:
     fixed = msgspec.msgpack.encode((config.format, config.method, config.key, config.table))
     return hashlib.sha256(b"baffle journal\n" + fixed + weights_sha256(initial)).digest()
-
-
-def _free(path: Path) -> Path:
-    """The path, with a number behind it if it is taken."""
-    numbered = (path.with_name(f"{path.name}.{i}") for i in itertools.count(1))
-    return next(p for p in itertools.chain([path], numbered) if not p.exists())
-
-
-def _append(descriptor: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
-    os.fsync(descriptor)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
