@@ -15,6 +15,7 @@ import copy
 import inspect
 import itertools
 import os
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -78,7 +79,7 @@ class TorchRuntime:
         flat = [p.detach().to("cpu").reshape(-1) for p in trainable.values()]
         self._initial: Weights = torch.cat(flat).numpy().copy()
         self._device = next(iter(trainable.values())).device
-        count = (threads or len(os.sched_getaffinity(0))) if self._device.type == "cpu" else 1
+        count = (threads or _cores()) if self._device.type == "cpu" else 1
         self._replicas = [_Replica(model, self._table, self._loss, self._device) for _ in range(count)]
 
     @property
@@ -208,6 +209,10 @@ def load_into(model: nn.Module, table: Table, weights: Weights) -> None:
     with torch.no_grad():
         for spec, (_, p) in zip(table, trainable, strict=True):
             p.copy_(torch.from_numpy(weights[spec.slice].copy()).view(spec.shape))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
