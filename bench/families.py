@@ -2,7 +2,7 @@
 
     python bench/families.py [--rounds 160] [--seeds 1] [--json FILE]
 
-Prints the Markdown table of docs/design.md. Takes about 15 minutes on two cores.
+Prints the Markdown table of docs/design.md. Takes about 20 minutes on two cores.
 """
 
 from __future__ import annotations
