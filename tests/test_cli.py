@@ -659,7 +659,7 @@ def test_an_edited_metrics_line_is_reported(run: Path) -> None:
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join([*lines[:2], lines[2][:40] + "\n", *lines[3:]]))
     refused(invoke(run.parent, "resume", "run"), "metrics.jsonl", "line 3")
-    refused(invoke(run.parent, "replay", "run", "--round", "3"), "metrics.jsonl", "line 3")
+    assert invoke(run.parent, "replay", "run", "--round", "3").code == 0  # needs the rows alone
     assert invoke(run.parent, "replay", "run", "--round", "1").code == 0
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -14,9 +16,10 @@ from torch import nn
 
 import baffle as bf
 from baffle.data import Dataset
-from baffle.errors import DataError
+from baffle.errors import DataError, ModelError
 from baffle.models import build
 from baffle.runtimes.pytorch import TorchRuntime
+from baffle.types import LIMIT
 from baffle.wire import encode_message
 
 
@@ -181,3 +184,27 @@ def test_the_core_imports_without_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "pip install 'baffle[torch]'" in done.stdout
+
+
+@pytest.mark.parametrize("limit", [0.3, 1.0, 8.0])
+def test_clipped_scalars_do_not_coarsen_the_scale(limit: float) -> None:
+    done = run(rounds=40, client=(bf.clip_scalars(limit),))
+    widest = math.ceil(math.log2(limit / LIMIT))
+    assert max(r.exponent for r in done.records[1:]) <= widest
+    assert all(r.scalar_rms > 0 for r in done.records)
+    assert (done.accuracy or 0) > 0.8
+
+
+def test_an_engine_serves_one_run_after_another() -> None:
+    here, method = engine(), bf.Method(num_directions=3)
+    first, second = (bf.train(method, here, initial(), rounds=4).summary() for _ in range(2))
+    assert first["bytes_down"] == second["bytes_down"]
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path: Path) -> None:
+    data = Dataset(np.zeros((20, 1, 8, 8)), np.full(20, 77))
+    with pytest.raises(ModelError, match="77 is out of bounds"):
+        bf.fit(linear(), bf.partition(data, 2), loss=F.cross_entropy, rounds=3, out=tmp_path / "run")
+    with pytest.raises(ModelError, match=r"initial weights of shape \(3,\): expected \(650,\)"):
+        bf.train(bf.Method(), engine(), np.zeros(3, np.float32), rounds=3, out=tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []

@@ -324,20 +324,35 @@ def test_a_metrics_line_of_another_round_or_hash_is_damage(run: Path) -> None:
         lambda line: line.replace(b'"weights_sha256":"', b'"weights_sha256":"0'),
     ],
 )
-def test_an_edited_metrics_line_is_damage_and_repair_continues(
+def test_an_edited_metrics_line_is_damage_and_is_rebuilt_from_the_rows(
     run: Path, final: str, change: Callable[[bytes], bytes]
 ) -> None:
-    before = logged(bf.Journal.open(run).records)
+    before = bf.Journal.open(run).records
     set_metric(run, 4, change)
     journal = bf.Journal.open(run)
     assert journal.damage is not None
     assert "metrics.jsonl" in journal.damage
-    assert logged(journal.records) == before[:4]
-    assert replayed(run) == before[:4]
+    assert logged(journal.records) == logged(before)[:4]
+    assert replayed(run) == logged(before)  # the rows are whole
+    with pytest.raises(CorruptRunError, match=r"metrics\.jsonl.*--repair"):
+        resume_digits(run)
     bad = (run / "metrics.jsonl").read_bytes()
-    assert resume_digits(run, repair=True).weights_sha256 == final
+    repaired = resume_digits(run, repair=True)
+    assert repaired.weights_sha256 == final
+    assert repaired.summary()["bytes_up"] is None  # unknown, so not made up
     assert (run / "metrics.jsonl.damaged").read_bytes() == bad
-    assert logged(bf.Journal.open(run).records) == before
+    records = bf.Journal.open(run).records
+    assert records[:4] == before[:4]
+    assert logged(records) == logged(before)
+    assert [r.scalar_rms for r in records] == [r.scalar_rms for r in before]
+
+
+def test_rows_cut_at_a_boundary_are_noticed(run: Path, where: list[Place], final: str) -> None:
+    with (run / "rows.bin").open("r+b") as file:
+        file.truncate(where[4].start)
+    journal = bf.Journal.open(run)
+    assert (len(journal.rows), journal.lost) == (4, len(where) - 4)
+    assert resume_digits(run).weights_sha256 == final
 
 
 @pytest.mark.parametrize(

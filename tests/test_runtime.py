@@ -210,6 +210,29 @@ def test_dropout_in_training_mode_is_refused() -> None:
     TorchRuntime(linear(drop=nn.Dropout(0.5)).eval(), F.cross_entropy)
 
 
+def test_dropout_inside_other_modules_is_refused() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, dropout=0.5)
+
+    with pytest.raises(ModelError, match=r"attention \(MultiheadAttention\).*eval"):
+        TorchRuntime(Attention(), F.cross_entropy)
+    with pytest.raises(ModelError, match="LSTM"):
+        TorchRuntime(nn.LSTM(3, 3, num_layers=2, dropout=0.5), F.cross_entropy)
+    TorchRuntime(Attention().eval(), F.cross_entropy)
+
+
+def test_losses_with_more_dimensions_are_averaged_for_each_example() -> None:
+    data = Dataset(np.arange(12).reshape(4, 3) / 10, np.zeros((4, 2), np.float32))
+    model = nn.Linear(3, 2)
+    for loss in (F.mse_loss, nn.MSELoss()):
+        runtime = TorchRuntime(model, loss)
+        with torch.no_grad():
+            expected = model(torch.from_numpy(data.x)).square().mean(1).numpy()
+        assert np.allclose(runtime.evaluate(runtime.initial_weights(), data).losses, expected)
+
+
 def test_models_that_cannot_be_trained_are_refused() -> None:
     with pytest.raises(ModelError, match="no trainable parameter"):
         TorchRuntime(nn.Flatten(), F.cross_entropy)

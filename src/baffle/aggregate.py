@@ -76,6 +76,12 @@ def check_reply(task: Task, cohort: Cohort, reply: Reply) -> Integers:
     return values.reshape(task.local_steps, task.num_directions)
 
 
+def scalar_rms(row: Row) -> float:
+    """Root mean square of the aggregated scalars: derivatives of the mean loss along the directions."""
+    weight = row.weight_sum if row.sharing == "shared" else row.weight_sum / len(row.participants)
+    return float(np.sqrt(np.mean(row.integers.astype(np.float64) ** 2))) / weight * 2.0**row.exponent
+
+
 def typical_scalar(row: Row) -> float:
     """Root mean square of one client's integers, as far as the row tells.
 
@@ -92,8 +98,12 @@ def clipped_share(row: Row) -> float:
     return row.clipped / (row.num_directions * row.local_steps * len(row.participants))
 
 
-def next_exponent(last: Row | None) -> int:
-    """The power of two on which the next round encodes its scalars, from the last round's sums."""
+def next_exponent(last: Row | None, clip: float | None = None) -> int:
+    """The power of two on which the next round encodes its scalars, from the last round's sums.
+
+    With a clipping norm the range is never wider than that norm needs: what clients clip themselves says nothing
+    about the scale.
+    """
     if last is None:
         return FIRST_EXPONENT
     typical = typical_scalar(last)
@@ -105,7 +115,8 @@ def next_exponent(last: Row | None) -> int:
         shift = round(math.log2(typical)) - _TARGET_BITS
         if clipped_share(last) > 0.01:
             shift = max(shift, 1)
-    return max(-60, min(60, last.exponent + shift))
+    widest = 60 if clip is None else math.ceil(math.log2(clip / LIMIT))
+    return max(-60, min(60, widest, last.exponent + shift))
 
 
 def calibrates(last: Row | None) -> bool:

@@ -14,6 +14,8 @@ from baffle.method import Method
 from baffle.optim import Adam, AdamW, ClipUpdate, Constant, Cosine, Optimizer, Sgd
 from baffle.types import Difference, Family, Sharing
 
+DEFAULT_ALPHA = 0.5
+
 
 class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Options of a training run. The TOML file has these names, with ``_`` or ``-``."""
@@ -23,7 +25,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     model: str = "lenet-small"
     clients: int = 10
     partition: str = "iid"
-    alpha: float = 0.5
+    alpha: float | None = None
     participation: float = 1.0
     batch_size: int = 32
     num_directions: int = 100
@@ -55,11 +57,19 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         require_count("clients", self.clients)
         require_count("rounds", self.rounds)
         require_count("seed", self.seed, 0, 2**64 - 1)
-        require_positive("alpha", self.alpha)
+        if self.alpha is not None:
+            require_positive("alpha", self.alpha)
+            if self.partition != "dirichlet":
+                raise OptionError("alpha", self.alpha, f"partition dirichlet, not {self.partition}")
         if self.threads is not None:
             require_count("threads", self.threads, 1, 1024)
         if self.momentum and self.optimizer != "sgd":
             raise OptionError("momentum", self.momentum, f"optimizer sgd, not {self.optimizer}")
+
+    @property
+    def dirichlet_alpha(self) -> float | None:
+        """The Dirichlet parameter; None for an even split."""
+        return None if self.partition == "iid" else self.alpha or DEFAULT_ALPHA
 
     def method(self) -> Method:
         """The method these options describe."""

@@ -21,7 +21,7 @@ from baffle.philox import Purpose, generator
 DATASETS = ("digits", "arrays")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Dataset:
     """Examples ``x`` [examples, ...] and targets ``y`` [examples, ...].
 

@@ -53,22 +53,15 @@ def combine(directions: Directions, scalars: Integers, execution: Execution = FA
     table, ks = directions.table, slice(0, len(scalars))
     out = np.zeros(table_size(table), np.float64)
     factors = directions.factors(ks)
-    jobs: list[Callable[[], None]] = []
-    for i, spec in enumerate(table):
-        part = out[spec.slice]
-        if i in factors:
-            jobs += _matrix_jobs(part.reshape(spec.matrix or (0, 0)), *factors[i], scalars, execution.block)
-            continue
-        step = max(BLOCK_BITS, execution.block // BLOCK_BITS * BLOCK_BITS)
-        for start in range(0, spec.size, step):
-            jobs.append(_dense_job(directions, i, part, start, min(start + step, spec.size), scalars))
-    if execution.threads == 1:
-        for job in jobs:
-            job()
-    else:
-        with ThreadPoolExecutor(execution.threads) as pool:
-            for done in [pool.submit(job) for job in jobs]:
-                done.result()
+    with ThreadPoolExecutor(execution.threads) as pool:
+        for i, spec in enumerate(table):
+            part = out[spec.slice]
+            if i in factors:
+                jobs = _matrix_jobs(part.reshape(spec.matrix or (0, 0)), *factors[i], scalars, execution.block)
+            else:
+                jobs = _dense_jobs(directions, i, part, scalars, execution.block)
+            for _ in (job() for job in jobs) if execution.threads == 1 else pool.map(lambda job: job(), jobs):
+                pass
     return out
 
 
@@ -124,23 +117,27 @@ def _matrix_jobs(
     return [partial(tile, r, c) for r in range(0, out.shape[0], height) for c in range(0, out.shape[1], width)]
 
 
-def _dense_job(
-    directions: Directions, tensor: int, out: Float64, start: int, stop: int, scalars: Integers
-) -> Callable[[], None]:
+def _dense_jobs(
+    directions: Directions, tensor: int, out: Float64, scalars: Integers, block: int
+) -> list[Callable[[], None]]:
+    """Blocks of entries: Gaussian ones as small matrix products, signs by look-up."""
     ks = slice(0, len(scalars))
 
-    def gaussian() -> None:
+    def gaussian(start: int, stop: int) -> None:
         for k in range(0, len(scalars), 64):
             part = slice(k, min(k + 64, len(scalars)))
             entries = directions.entries(tensor, part, start, stop).astype(np.float64)
             out[start:stop] += scalars[part].astype(np.float64) @ entries
 
-    def signs() -> None:
+    def signs(start: int, stop: int) -> None:
         first, blocks = start // BLOCK_BITS, -(-(stop - start) // BLOCK_BITS)
         bits = directions.sign_bits(tensor, ks, first, blocks)
         out[start:stop] = _look_up(bits, scalars)[: stop - start]
 
-    return gaussian if directions.family == "gaussian" else signs
+    work = gaussian if directions.family == "gaussian" else signs
+    size = directions.table[tensor].size
+    step = max(BLOCK_BITS, block // BLOCK_BITS * BLOCK_BITS)
+    return [partial(work, start, min(start + step, size)) for start in range(0, size, step)]
 
 
 _PLUS_MINUS = (np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little") * 2.0) - 1.0

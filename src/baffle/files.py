@@ -7,10 +7,13 @@ import os
 import tempfile
 from pathlib import Path
 
+TEMPORARY = ".baffle-tmp-"
+"""How the names of unfinished files begin."""
+
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file whole: temporary name, flush to the disk, rename. OSError leaves what was there."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY)
     temporary = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as file:

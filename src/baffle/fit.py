@@ -35,7 +35,8 @@ def fit(
 ) -> Run:
     """Train a copy of ``model`` on clients that run forward passes only, simulated in this process.
 
-    The model itself stays as it is; ``run.load_into(model)`` brings the result into it. ``loss(output, target)``
+    ``method`` is by default ``default_method(rounds)``; one of your own brings its own schedule. The model itself
+    stays as it is; ``run.load_into(model)`` brings the result into it. ``loss(output, target)``
     is any function of ``torch.nn.functional`` or one that gives a number an example.
 
     Examples:

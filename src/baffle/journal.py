@@ -26,9 +26,10 @@ from pathlib import Path
 import msgspec
 
 from baffle import rowlog
+from baffle.aggregate import scalar_rms
 from baffle.errors import BaffleError, CorruptRunError, JournalError, RunExistsError
 from baffle.estimate import FAST, Execution
-from baffle.files import append, free_name, sync_folder, write_atomic
+from baffle.files import TEMPORARY, append, free_name, sync_folder, write_atomic
 from baffle.method import Method, State, replay, state_sha256, weights_sha256
 from baffle.snapshots import decode_weights, encode_state, encode_weights, load_state
 from baffle.types import Row, Table, UInt64, Weights
@@ -56,7 +57,10 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
-    """A line of ``metrics.jsonl``: what one round did and cost. Loss and accuracy are of the averaged weights."""
+    """A line of ``metrics.jsonl``: what one round did and cost. Loss and accuracy are of the averaged weights.
+
+    What a round cost is unknown (None) where the line was lost and rebuilt from the row.
+    """
 
     round: int
     applied: bool
@@ -68,16 +72,14 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     clip_factor: float
     scalar_rms: float
     """Root mean square of the aggregated scalars: directional derivatives of the clients' mean loss."""
-    estimate_norm: float
-    """scalar_rms x sqrt(n / number of directions): norm of the estimate, noise included."""
     participants: int
     clipped: int
     nonfinite: int
-    forward_passes: int
-    samples_forwarded: int
-    bytes_up: int
-    bytes_down: int
-    seconds: float
+    forward_passes: int | None
+    samples_forwarded: int | None
+    bytes_up: int | None
+    bytes_down: int | None
+    seconds: float | None
     weights_sha256: str
 
 
@@ -89,6 +91,7 @@ class Journal:
         self.rows: list[bytes] = []
         self.records: list[Record] = []
         self.damage: str | None = None
+        self.lost = 0
         self._chain = _genesis(config, initial)
         self._files: tuple[int, int] | None = None
 
@@ -122,9 +125,11 @@ class Journal:
     def open(cls, path: str | Path, *, write: bool = False, repair: bool = False) -> Journal:
         """Read a run folder and check it.
 
-        ``damage`` says what is wrong, if anything; ``rows`` and ``records`` hold the valid prefix. With
+        ``damage`` says what is wrong, if anything; ``rows`` and ``records`` hold the valid prefixes; ``lost`` is the
+        number of rows that metrics tell of and a shortened ``rows.bin`` has no more. With
         ``write`` the folder is locked and a round that a kill cut short is dropped, and other damage raises
-        CorruptRunError, unless ``repair``: then the damaged files are kept aside as ``*.damaged``.
+        CorruptRunError, unless ``repair``: then the damaged files are kept aside as ``*.damaged``, what follows the
+        last good row is dropped, and lines of metrics that are not right are rebuilt from the rows.
         """
         path = Path(path)
         config = _read_config(path)
@@ -137,15 +142,15 @@ class Journal:
             journal._read()
             return journal
         journal._lock()
-        for stale in [*path.glob(".*"), *(path / "snapshots").glob(".*")]:  # of a write that a kill cut short
-            stale.unlink(missing_ok=True)
         try:
+            for stale in path.rglob(f"{TEMPORARY}*"):  # of a write that a kill cut short
+                stale.unlink(missing_ok=True)
             torn = journal._read()
             if journal.damage and not journal.rows:
                 raise CorruptRunError(f"{journal.damage}; there is no round before it")
             if journal.damage and not repair:
                 raise CorruptRunError(
-                    f"{journal.damage}; rounds before it are intact ({len(journal.rows)} rows): "
+                    f"{journal.damage}; {len(journal.rows)} rows are intact: "
                     f"continue from there with: baffle resume {path} --repair"
                 )
             if torn or journal.damage:
@@ -240,22 +245,27 @@ class Journal:
             lines = (self.path / "metrics.jsonl").read_bytes().split(b"\n")
         except OSError as error:
             raise CorruptRunError(f"{error.filename}: cannot be read: {error.strerror}") from error
-        for index, (row, chain) in enumerate(zip(log.rows, log.chain, strict=True)):
-            try:
-                record = msgspec.json.decode(lines[index] if index < len(lines) else b"", type=Record)
-            except msgspec.DecodeError as error:
-                self.damage = f"{self.path / 'metrics.jsonl'}: line {index + 1}: {error}"
-                return False
-            if record.round != index or record.weights_sha256 != decode_row(row).weights_sha256.hex():
-                self.damage = f"{self.path / 'metrics.jsonl'}: line {index + 1} is not of round {index}: it was edited"
-                return False
-            self.rows.append(row)
-            self.records.append(record)
-            self._chain = chain
+        self.rows = list(log.rows)
+        self._chain = log.chain[-1] if log.chain else self._chain
         if log.edited:
             what = "the row" if self.rows else "config.json or initial.safetensors, or the row,"
             self.damage = f"{self.path / 'rows.bin'}: round {len(self.rows)} fails its checksum: {what} was edited"
-        return log.unfinished or len([line for line in lines if line]) > len(self.rows)
+        for index, row in enumerate(self.rows):
+            problem = "it was edited"
+            try:
+                record = msgspec.json.decode(lines[index] if index < len(lines) else b"", type=Record)
+                if record.round == index and record.weights_sha256 == decode_row(row).weights_sha256.hex():
+                    self.records.append(record)
+                    continue
+            except msgspec.DecodeError as error:
+                problem = str(error)
+            self.damage = (
+                self.damage or f"{self.path / 'metrics.jsonl'}: line {index + 1} is not of round {index}: {problem}"
+            )
+            break
+        surplus = len([line for line in lines if line]) - len(self.rows)
+        self.lost = 0 if surplus <= 1 or self.damage else surplus  # a kill leaves one line without its row at most
+        return log.unfinished or surplus > 0
 
     def _cut(self, keep_aside: bool) -> None:
         """Bring both files back to the valid prefix."""
@@ -265,6 +275,7 @@ class Journal:
             raise JournalError(f"{self.path}: cannot drop an unfinished round: {error.strerror}") from error
 
     def _cut_files(self, keep_aside: bool) -> None:
+        self.records += [record_of(decode_row(row)) for row in self.rows[len(self.records) :]]
         lines = b"".join(msgspec.json.encode(record) + b"\n" for record in self.records)
         if keep_aside:
             for name in ("rows.bin", "metrics.jsonl"):
@@ -301,6 +312,30 @@ class Journal:
             raise JournalError(f"{self.path}: another process is writing this run") from error
         except OSError as error:
             raise JournalError(f"{error.filename}: cannot open for writing: {error.strerror}") from error
+
+
+def record_of(row: Row) -> Record:
+    """What a row alone tells of a round whose line was lost."""
+    return Record(
+        round=row.round,
+        applied=row.applied,
+        loss=None,
+        accuracy=None,
+        lr=row.coefficients["lr"],
+        sigma=row.sigma,
+        exponent=row.exponent,
+        clip_factor=row.clip_factor,
+        scalar_rms=scalar_rms(row),
+        participants=len(row.participants),
+        clipped=row.clipped,
+        nonfinite=row.nonfinite,
+        forward_passes=None,
+        samples_forwarded=None,
+        bytes_up=None,
+        bytes_down=None,
+        seconds=None,
+        weights_sha256=row.weights_sha256.hex(),
+    )
 
 
 def _encode_config(config: RunConfig) -> bytes:

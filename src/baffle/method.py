@@ -39,7 +39,7 @@ from baffle.types import (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class State:
     """Where training stands: replay state (weights, slots, step), the evaluation average, the next round."""
 
@@ -126,8 +126,10 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
         quantum = quantum_for(max(sizes), count)
         chosen = sorted(rng.choice(len(sizes), size=count, replace=False).tolist())
         cohort = {client: weight_of(sizes[client], quantum) for client in chosen}
+        heaviest = sum(sorted(weight_of(size, quantum) for size in sizes)[-count:])  # of any round: refuse at once
         directions = Directions(table, self.family, (key, state.round))
-        check_exact(directions, self.num_directions, self.local_steps, sum(cohort.values()))
+        check_exact(directions, self.num_directions, self.local_steps, heaviest)
+        clip = min((c.limit for c in self.client), default=None) if not calibrates(last) else None
         task = Task(
             round=state.round,
             key=key,
@@ -136,8 +138,8 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
             difference=self.difference,
             num_directions=self.num_directions,
             sigma=self.sigma,
-            exponent=next_exponent(last),
-            clip=min((c.limit for c in self.client), default=None) if not calibrates(last) else None,
+            exponent=next_exponent(last, clip),
+            clip=clip,
             batch_size=self.batch_size,
             local_steps=self.local_steps,
             local_lr=self._local_lr(state.step + 1),

@@ -2,27 +2,30 @@
 
     for each round:  method.plan -> engine.exchange -> method.absorb -> journal.commit
 
-Round 0 calibrates the scale of the scalars; rounds 1 to ``rounds`` update the weights.
+Round 0 calibrates the scale of the scalars (and, if it was off by far, so do up to three more); the other rounds,
+up to number ``rounds``, update the weights.
 """
 
 from __future__ import annotations
 
 import math
 import resource
+import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 
 from baffle.checks import require_count
 from baffle.data import Dataset
 from baffle.engines import Engine, Exchange
-from baffle.errors import OptionError, PlanError
-from baffle.journal import Journal, Record, RunConfig
+from baffle.errors import BaffleError, JournalError, ModelError, OptionError, PlanError
+from baffle.journal import Journal, Record, RunConfig, record_of
 from baffle.method import Method, State, weights_sha256
 from baffle.types import Row, Weights, table_size
 from baffle.wire import decode_row, encode_message
@@ -33,7 +36,7 @@ if TYPE_CHECKING:
 Progress = Callable[[Record], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """What training gave.
 
@@ -74,19 +77,20 @@ class Run:
         method, records = self.config.method, self.records
         return {
             "accuracy": self.accuracy,
-            "loss": self.loss,
+            "loss": self.loss if self.loss is not None and math.isfinite(self.loss) else None,
             "rounds": self.state.round - 1,
+            "updates": self.state.step,
             "clients": len(self.config.clients),
             "num_directions": method.num_directions,
             "family": method.family,
             "sharing": method.sharing,
             "difference": method.difference,
             "sigma": method.sigma,
-            "forward_passes": sum(r.forward_passes for r in records),
-            "samples_forwarded": sum(r.samples_forwarded for r in records),
-            "bytes_up": sum(r.bytes_up for r in records),
-            "bytes_down": sum(r.bytes_down for r in records),
-            "seconds": round(sum(r.seconds for r in records), 3),
+            "forward_passes": _total(r.forward_passes for r in records),
+            "samples_forwarded": _total(r.samples_forwarded for r in records),
+            "bytes_up": _total(r.bytes_up for r in records),
+            "bytes_down": _total(r.bytes_down for r in records),
+            "seconds": _total(r.seconds for r in records),
             "peak_rss_mb": round(peak_rss_mb(), 1),
             "parameters": table_size(self.config.table),
             "weights_sha256": self.weights_sha256,
@@ -135,6 +139,8 @@ def train(
         clients=engine.sizes,
         command=command,
     )
+    if initial.shape != (table_size(engine.table),):
+        raise ModelError(f"initial weights of shape {initial.shape}: expected ({table_size(engine.table)},)")
     state = method.init(initial)
     method.plan(
         state, engine.table, engine.sizes, config.key, None
@@ -146,6 +152,10 @@ def train(
     journal = Journal.create(out, config, state.weights)
     try:
         return _loop(config, engine, state, journal, test, progress)
+    except BaffleError as error:
+        if not journal.rows and not isinstance(error, JournalError):  # it never began
+            shutil.rmtree(journal.path)
+        raise
     finally:
         journal.close()
 
@@ -171,6 +181,8 @@ def resume(
             raise PlanError(f"{path}: the run trains other tensors than this model has: expected the same model")
         if engine.sizes != journal.config.clients:
             raise PlanError(f"{path}: the run has other clients than this engine: expected the same partition")
+        if engine.plan.get("data") != journal.config.plan.get("data"):
+            raise PlanError(f"{path}: the clients' data differ from those of the run: expected the same partition")
         if rounds is not None:
             journal.extend(_count("rounds", rounds))
         return _loop(journal.config, engine, journal.state(), journal, test, progress)
@@ -190,6 +202,7 @@ def _loop(
     rows: list[bytes] = [] if journal is None else journal.rows
     records: list[Record] = [] if journal is None else journal.records
     last = decode_row(rows[-1]) if rows else None
+    evaluated, loss, accuracy = False, None, None
     for index in range(state.round, config.rounds + 1):
         started = time.perf_counter()
         task, cohort = method.plan(state, table, engine.sizes, config.key, last)
@@ -197,7 +210,7 @@ def _loop(
         last, state = method.absorb(state, table, task, cohort, exchange.replies, last)
         evaluated = index % config.evaluate_every == 0 or index == config.rounds
         loss, accuracy = evaluate(engine, state.average, test) if evaluated else (None, None)
-        record = _record(last, exchange, loss, accuracy, table_size(table), time.perf_counter() - started)
+        record = _record(last, exchange, loss, accuracy, time.perf_counter() - started)
         if journal is None:
             rows.append(encode_message(last))
             records.append(record)
@@ -209,7 +222,8 @@ def _loop(
             progress(record)
     if journal is not None:
         journal.finish(state)
-    loss, accuracy = evaluate(engine, state.average, test)
+    if not evaluated:  # nothing was left to do
+        loss, accuracy = evaluate(engine, state.average, test)
     return Run(config, state, tuple(records), loss, accuracy, None if journal is None else journal.path)
 
 
@@ -235,34 +249,23 @@ def peak_rss_mb() -> float:
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
-def _record(
-    row: Row, exchange: Exchange, loss: float | None, accuracy: float | None, parameters: int, seconds: float
-) -> Record:
-    rms = float(np.sqrt(np.mean(row.integers.astype(np.float64) ** 2)))
-    weight = row.weight_sum if row.sharing == "shared" else row.weight_sum / len(row.participants)
-    scalar_rms = rms / weight * 2.0**row.exponent
-    directions = row.integers.size
-    return Record(
-        round=row.round,
-        applied=row.applied,
+def _record(row: Row, exchange: Exchange, loss: float | None, accuracy: float | None, seconds: float) -> Record:
+    return msgspec.structs.replace(
+        record_of(row),
         loss=loss,
         accuracy=accuracy,
-        lr=row.coefficients["lr"],
-        sigma=row.sigma,
-        exponent=row.exponent,
-        clip_factor=row.clip_factor,
-        scalar_rms=scalar_rms,
-        estimate_norm=scalar_rms * math.sqrt(parameters / directions),
-        participants=len(row.participants),
-        clipped=row.clipped,
-        nonfinite=row.nonfinite,
         forward_passes=exchange.forward_passes,
         samples_forwarded=exchange.samples_forwarded,
         bytes_up=exchange.bytes_up,
         bytes_down=exchange.bytes_down,
         seconds=seconds,
-        weights_sha256=row.weights_sha256.hex(),
     )
+
+
+def _total(values: Iterable[int | float | None]) -> int | float | None:
+    """The sum, or None if a part of it is unknown."""
+    known = list(values)
+    return None if None in known else round(sum(v for v in known if v is not None), 3)
 
 
 def _count(field: str, value: int, low: int = 1, high: int | None = None) -> int:

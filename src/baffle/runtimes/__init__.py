@@ -16,7 +16,7 @@ from baffle.perturb import Perturbations
 from baffle.types import Losses, Table, Weights
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evaluation:
     """Per-example losses float32[examples]; ``correct`` bool[examples] where targets are class labels."""
 
@@ -34,7 +34,7 @@ class Runtime(Protocol):
 
     @property
     def plan(self) -> dict[str, str | int]:
-        """How passes are evaluated (engine, precision, threads): recorded with a run, reused on resume."""
+        """How passes are evaluated (engine, precision, threads): recorded with a run."""
         ...
 
     def initial_weights(self) -> Weights:

@@ -5,7 +5,7 @@ perturbed weights into the buffer is all it takes to evaluate them. The model th
 and its frozen parameters stay untouched.
 
 On the CPU there is a replica a core and every pass runs on one thread: passes side by side share nothing, wait for
-nobody (two threads inside a pass are up to 6 x slower on a busy machine), and a loss has the same bits whatever
+nobody (threads inside a pass spin while they wait), and a loss has the same bits whatever
 the number of threads.
 """
 
@@ -40,7 +40,7 @@ try:
 except ImportError as error:
     raise MissingExtraError("PyTorch is not installed: pip install 'baffle[torch]'") from error
 
-_CHUNK = 128  # examples a forward pass: activations stay in the cache (LeNet, 320 at once: 1.3-1.5 x slower)
+_CHUNK = 128  # examples a forward pass, so that activations stay in the cache
 
 Chunk: TypeAlias = tuple[Tensor, Tensor]
 Hits: TypeAlias = npt.NDArray[np.bool_]
@@ -232,10 +232,11 @@ def _check_modules(model: nn.Module) -> None:
                 f"{where} normalises by the batch: an example's loss would depend on its neighbours. "
                 "Use GroupNorm, or track_running_stats=True in eval mode"
             )
-        if isinstance(module, _DropoutNd) and module.training and module.p > 0:
+        rate = module.p if isinstance(module, _DropoutNd) else getattr(module, "dropout", 0.0)  # attention, LSTM, ...
+        if module.training and isinstance(rate, float) and rate > 0:
             raise ModelError(
                 f"{where} is in training mode: each pass would drop other units and hide the difference. "
-                "Put it in eval mode with .eval(), or set p=0"
+                "Put it in eval mode with .eval(), or set its rate to 0"
             )
 
 
@@ -246,9 +247,20 @@ def _per_example(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if reduction != "none":
             loss = copy.deepcopy(loss)
             loss.reduction = "none"  # type: ignore[assignment]  # torch types attributes of modules as tensors
+            return _mean_of_each(loss)
         return loss
     try:
         parameters = inspect.signature(loss).parameters
     except (TypeError, ValueError):
         return loss
-    return partial(loss, reduction="none") if "reduction" in parameters else loss
+    return _mean_of_each(partial(loss, reduction="none")) if "reduction" in parameters else loss
+
+
+def _mean_of_each(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Average over any dimension behind the first."""
+
+    def mean(output: Tensor, target: Tensor) -> Tensor:
+        values = loss(output, target)
+        return values.flatten(1).mean(1) if values.ndim > 1 else values
+
+    return mean
