@@ -4,7 +4,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from sybil import Document, Example, Sybil
+from sybil import Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
 ROOT = Path(__file__).parent
@@ -32,13 +32,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
     return path
 
 
-def _share(document: Document) -> None:
-    document.namespace["__name__"] = "__main__"
-
-
 pytest_collect_file = Sybil(
     parsers=[SkipParser(), PythonCodeBlockParser(), ShellCodeBlockParser()],
     patterns=["*.md"],
-    setup=None,
     fixtures=["folder"],
 ).pytest()

@@ -346,17 +346,15 @@ def _read_config(path: Path) -> RunConfig:
     file = path / "config.json"
     try:
         config = msgspec.json.decode(file.read_bytes(), type=RunConfig)
-        if config.format != _FORMAT:
-            raise CorruptRunError(f"{file}: format = {config.format}: expected {_FORMAT}")
-        return config
-    except CorruptRunError:
-        raise
     except FileNotFoundError as error:
         raise JournalError(f"{path}: no config.json: expected the folder of a run") from error
     except OSError as error:
         raise JournalError(f"{file}: cannot be read: {error.strerror}") from error
     except (msgspec.DecodeError, BaffleError) as error:
         raise CorruptRunError(f"{file}: {error}") from error
+    if config.format != _FORMAT:
+        raise CorruptRunError(f"{file}: format = {config.format}: expected {_FORMAT}")
+    return config
 
 
 def _genesis(config: RunConfig, initial: Weights) -> bytes:

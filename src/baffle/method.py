@@ -144,7 +144,7 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
             local_steps=self.local_steps,
             local_lr=self._local_lr(state.step + 1),
             quantum=quantum,
-            state_sha256=state_sha256(state),
+            state_sha256=state_sha256(state) if last is None else last.state_sha256,
         )
         return task, cohort
 

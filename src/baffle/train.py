@@ -142,9 +142,8 @@ def train(
     if initial.shape != (table_size(engine.table),):
         raise ModelError(f"initial weights of shape {initial.shape}: expected ({table_size(engine.table)},)")
     state = method.init(initial)
-    method.plan(
-        state, engine.table, engine.sizes, config.key, None
-    )  # refuse what cannot work before anything is written
+    # refuse what cannot work before anything is written
+    method.plan(state, engine.table, engine.sizes, config.key, None)
     if test is not None:
         engine.evaluate(state.weights, test.take(np.arange(1)))
     if out is None:
