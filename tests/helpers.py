@@ -20,12 +20,30 @@ from torch import nn
 import baffle as bf
 from baffle.runtimes.pytorch import TorchRuntime
 from baffle.train import Progress
-from baffle.types import Weights
+from baffle.types import Task, Weights
 
 BIN = Path(sys.executable).parent
 CHAIN = 32  # bytes of a checksum in rows.bin
 
 METHOD = bf.Method(num_directions=4, batch_size=8, optimizer=bf.sgd(0.05, momentum=0.5))
+
+TASK = Task(
+    round=3,
+    key=1,
+    family="rank1",
+    sharing="shared",
+    difference="forward",
+    num_directions=2,
+    sigma=0.5,
+    exponent=-4,
+    clip=None,
+    batch_size=None,
+    local_steps=1,
+    local_lr=0.0,
+    quantum=1,
+    state_sha256=b"",
+)
+"""A round's task to vary with ``msgspec.structs.replace``."""
 
 
 def linear(inputs: int = 64, seed: int = 0) -> nn.Module:

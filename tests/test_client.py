@@ -21,25 +21,8 @@ from baffle.aggregate import (
 )
 from baffle.client import Encoded, encode, finite_differences, reply, weight_of
 from baffle.errors import ReplyError
-from baffle.types import LIMIT, Integers, Reply, Row, Task, pack_int32, unpack_int32
-
-TASK = Task(
-    round=3,
-    key=1,
-    family="rank1",
-    sharing="shared",
-    difference="forward",
-    num_directions=2,
-    sigma=0.5,
-    exponent=-4,
-    clip=None,
-    batch_size=None,
-    local_steps=1,
-    local_lr=0.0,
-    quantum=1,
-    state_sha256=b"",
-)
-
+from baffle.types import LIMIT, Integers, Reply, Row, pack_int32, unpack_int32
+from helpers import TASK
 
 COHORT = {1: 1, 2: 2, 4: 3, 7: 1}
 

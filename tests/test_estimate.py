@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from random import Random
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -30,6 +31,7 @@ from baffle.types import (
     pack_int32,
     table_size,
 )
+from helpers import TASK
 
 Float64 = npt.NDArray[np.float64]
 
@@ -322,7 +324,8 @@ def quadratics() -> tuple[Weights, Callable[[int, Float64], Float64], Float64]:
 
 
 def make_task(family: Family, sharing: Sharing, difference: Difference, round_: int, num_directions: int) -> Task:
-    return Task(
+    return msgspec.structs.replace(
+        TASK,
         round=round_,
         key=12345,
         family=family,
@@ -331,12 +334,6 @@ def make_task(family: Family, sharing: Sharing, difference: Difference, round_: 
         num_directions=num_directions,
         sigma=0.25,
         exponent=-8,
-        clip=None,
-        batch_size=None,
-        local_steps=1,
-        local_lr=0.0,
-        quantum=1,
-        state_sha256=b"",
     )
 
 

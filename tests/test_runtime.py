@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -20,6 +21,7 @@ from baffle.perturb import Perturbations
 from baffle.runtimes import Runtime
 from baffle.runtimes.pytorch import TorchRuntime, load_into
 from baffle.types import Task, Weights
+from helpers import TASK
 
 RUNTIMES: dict[str, Callable[[nn.Module], Runtime]] = {
     "torch": lambda model: TorchRuntime(model, F.cross_entropy, threads=1),
@@ -37,21 +39,8 @@ def passes(runtime: Runtime, steps: tuple[float, ...] = (SIGMA,), baseline: bool
 
 
 def task(difference: str = "forward", k: int = 6) -> Task:
-    return Task(
-        round=1,
-        key=3,
-        family="rank1",
-        sharing="shared",
-        difference="central" if difference == "central" else "forward",
-        num_directions=k,
-        sigma=SIGMA,
-        exponent=-10,
-        clip=None,
-        batch_size=None,
-        local_steps=1,
-        local_lr=0.0,
-        quantum=1,
-        state_sha256=b"",
+    return msgspec.structs.replace(
+        TASK, round=1, key=3, difference=difference, num_directions=k, sigma=SIGMA, exponent=-10
     )
 
 
