@@ -32,6 +32,8 @@ def row(values: list[int], *, clients: int = 1, weight: int = 1, clipped: int = 
         round=3,
         key=1,
         applied=applied,
+        restores=None,
+        rollbacks=0,
         family="rank1",
         sharing="shared",
         num_directions=len(values),

@@ -82,6 +82,8 @@ def make_row(
         round=round_,
         key=key,
         applied=True,
+        restores=None,
+        rollbacks=0,
         family=family,
         sharing=sharing,
         num_directions=values.shape[2],

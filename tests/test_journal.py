@@ -464,9 +464,11 @@ def count_replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The rounds that are replayed from here on."""
     rounds: list[int] = []
 
-    def counted(state: State, table: Table, row: Row, execution: Execution) -> State:
+    def counted(
+        state: State, table: Table, row: Row, execution: Execution, earlier: Callable[[int], State]
+    ) -> State:
         rounds.append(row.round)
-        return replay(state, table, row, execution)
+        return replay(state, table, row, execution, earlier)
 
     monkeypatch.setattr("baffle.journal.replay", counted)
     return rounds

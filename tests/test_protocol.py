@@ -315,7 +315,7 @@ def test_vector_journal(tmp_path: Path) -> None:
     listed = json.loads((tmp_path / "run" / "config.json").read_text())["method"]
     assert (listed, list(listed)) == (v["method"], list(v["method"]))
     tensors = [{"name": spec.name, "shape": list(spec.shape), "offset": spec.offset} for spec in table]
-    assert v["settings"] == msgspec.msgpack.encode([1, v["method"], v["key"], tensors]).hex()
+    assert v["settings"] == msgspec.msgpack.encode([2, v["method"], v["key"], tensors]).hex()
     settings = bytes.fromhex(v["settings"])
     checksum = hashlib.sha256(b"baffle journal\x0a" + settings + weights_sha256(initial)).digest()
     assert v["start"] == checksum.hex()

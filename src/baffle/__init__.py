@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 
 from baffle.aggregate import WeightedSum as weighted_sum
 from baffle.client import ClipScalars as clip_scalars
-from baffle.data import Dataset, load, partition
+from baffle.data import Dataset, from_torch, hold_out, load, partition
 from baffle.engines.local import LocalEngine
 from baffle.errors import BaffleError
 from baffle.fit import fit
+from baffle.guard import Guard as guard
 from baffle.journal import Journal
 from baffle.method import Method
 from baffle.optim import Adam as adam
@@ -51,6 +52,9 @@ __all__ = [
     "cosine",
     "decay",
     "fit",
+    "from_torch",
+    "guard",
+    "hold_out",
     "load",
     "partition",
     "resume",

@@ -9,12 +9,17 @@ import msgspec
 
 from baffle.checks import keep_floats, require_count, require_positive
 from baffle.client import ClipScalars
+from baffle.data import Dataset, partition
 from baffle.errors import JournalError, OptionError, require_choice
+from baffle.guard import Guard
 from baffle.method import Method
 from baffle.optim import Adam, AdamW, ClipUpdate, Constant, Cosine, Optimizer, Sgd
 from baffle.types import Difference, Family, Sharing
 
+PARTITIONS = ("iid", "dirichlet", "shards", "column")
+DEFAULT_CLIENTS = 10
 DEFAULT_ALPHA = 0.5
+DEFAULT_SHARDS = 2
 
 
 class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -22,10 +27,15 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     dataset: str = "digits"
     data: str | None = None
+    augment: bool = False
+    holdout: int | None = None
     model: str = "lenet-small"
-    clients: int = 10
+    activation: str | None = None
+    norm: str | None = None
+    clients: int | None = None
     partition: str = "iid"
     alpha: float | None = None
+    shards: int | None = None
     participation: float = 1.0
     batch_size: int = 32
     num_directions: int = 100
@@ -41,6 +51,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     clip_scalars: float | None = None
     clip_update: float | None = None
     ema: float = 0.98
+    guard: str = "rollback"
     rounds: int = 200
     local_steps: int = 1
     local_lr: float | None = None
@@ -51,25 +62,37 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     def __post_init__(self) -> None:
         keep_floats(self)
-        require_choice("partition", self.partition, ["iid", "dirichlet"])
+        require_choice("partition", self.partition, PARTITIONS)
         require_choice("optimizer", self.optimizer, ["sgd", "adam", "adamw"])
         require_choice("schedule", self.schedule, ["constant", "cosine"])
-        require_count("clients", self.clients)
+        if self.clients is not None:
+            require_count("clients", self.clients)
+        if self.holdout is not None:
+            require_count("holdout", self.holdout)
+        require_choice("guard", self.guard, ["rollback", "stop", "off"])
         require_count("rounds", self.rounds)
         require_count("seed", self.seed, 0, 2**64 - 1)
-        if self.alpha is not None:
-            require_positive("alpha", self.alpha)
-            if self.partition != "dirichlet":
-                raise OptionError("alpha", self.alpha, f"partition dirichlet, not {self.partition}")
+        for field, only in (("alpha", "dirichlet"), ("shards", "shards")):
+            value = getattr(self, field)
+            if value is not None:
+                require_positive(field, value)
+                if self.partition != only:
+                    raise OptionError(field, value, f"partition {only}, not {self.partition}")
         if self.threads is not None:
             require_count("threads", self.threads, 1, 1024)
         if self.momentum and self.optimizer != "sgd":
             raise OptionError("momentum", self.momentum, f"optimizer sgd, not {self.optimizer}")
 
-    @property
-    def dirichlet_alpha(self) -> float | None:
-        """The Dirichlet parameter; None for an even split."""
-        return None if self.partition == "iid" else self.alpha or DEFAULT_ALPHA
+    def split(self, train: Dataset) -> tuple[Dataset, ...]:
+        """The clients' examples."""
+        return partition(
+            train,
+            self.clients or (None if self.partition == "column" else DEFAULT_CLIENTS),
+            alpha=self.alpha or DEFAULT_ALPHA if self.partition == "dirichlet" else None,
+            shards=self.shards or DEFAULT_SHARDS if self.partition == "shards" else None,
+            column=self.partition == "column",
+            seed=self.seed,
+        )
 
     def method(self) -> Method:
         """The method these options describe."""
@@ -87,6 +110,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             server=() if self.clip_update is None else (ClipUpdate(self.clip_update),),
             optimizer=self._optimizer(),
             ema=self.ema,
+            guard={"rollback": Guard(), "stop": Guard(rollbacks=0), "off": None}[self.guard],
         )
 
     def _optimizer(self) -> Optimizer:

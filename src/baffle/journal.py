@@ -20,8 +20,9 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -35,7 +36,7 @@ from baffle.snapshots import decode_weights, encode_state, encode_weights, load_
 from baffle.types import Row, Table, UInt64, Weights
 from baffle.wire import decode_row
 
-_FORMAT = 1
+_FORMAT = 2
 _KEEP_SNAPSHOTS = 2
 
 
@@ -53,17 +54,22 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     plan: dict[str, str | int]
     clients: tuple[int, ...]
     """Examples of each client."""
+    backprop: Literal["fedsgd", "fedavg"] | None = None
+    """A baseline with true gradients, which has no rows."""
     command: dict[str, str | int | float | bool | None] | None = None
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
-    """A line of ``metrics.jsonl``: what one round did and cost. Loss and accuracy are of the averaged weights.
+    """A line of ``metrics.jsonl``: what one round did and cost. Loss and accuracy are of the averaged weights,
+    on validation data if there are any.
 
     What a round cost is unknown (None) where the line was lost and rebuilt from the row.
     """
 
     round: int
     applied: bool
+    restores: int | None
+    """The run had diverged (``loss`` is what was seen) and took the state after that round again."""
     loss: float | None
     accuracy: float | None
     lr: float
@@ -208,35 +214,50 @@ class Journal:
         """Write ``model.safetensors``: the averaged weights under the model's own names."""
         self._write("model.safetensors", encode_weights(self.config.table, state.average))
 
-    def state(self, execution: Execution = FAST) -> State:
-        """The state after the last row: the newest good snapshot, then the rows behind it."""
+    def state(self, round: int | None = None, execution: Execution = FAST) -> State:
+        """The state after a round, by default the last: the newest snapshot that leads there, then the rows behind."""
+        rounds = len(self.rows) if round is None else round + 1
+        targets = {i: row.restores for i, row in enumerate(map(decode_row, self.rows)) if row.restores is not None}
         for file in sorted((self.path / "snapshots").glob("*.safetensors"), reverse=True):
             state = self._snapshot(file)
-            if state is not None:
-                break
+            if state is not None and state.round <= rounds:
+                behind = [target for index, target in targets.items() if state.round <= index < rounds]
+                if min(behind, default=state.round) >= state.round - 1:
+                    break
         else:
             state = self.config.method.init(self.initial)
-        for index in range(state.round, len(self.rows)):
-            state = self._replay_row(state, index, execution)
+        for after in self._replay(state, rounds, set(targets.values()), execution):
+            state = after
         return state
 
     def states(self, execution: Execution = FAST) -> Iterator[State]:
         """Every round's state, rebuilt from the initial weights and the rows alone, each checked by its hash."""
-        state = self.config.method.init(self.initial)
-        for index in range(len(self.rows)):
-            state = self._replay_row(state, index, execution)
-            yield state
+        targets = {decode_row(row).restores for row in self.rows}
+        return self._replay(self.config.method.init(self.initial), len(self.rows), targets, execution)
 
     def last_row(self) -> Row | None:
         """The newest row."""
         return decode_row(self.rows[-1]) if self.rows else None
 
-    def _replay_row(self, state: State, index: int, execution: Execution) -> State:
-        row = decode_row(self.rows[index])
-        after = replay(state, self.config.table, row, execution)
-        if state_sha256(after) != row.state_sha256 or weights_sha256(after.weights) != row.weights_sha256:
-            raise CorruptRunError(f"{self.path}: round {index}: replay gives other weights than the row's hash says")
-        return after
+    def _replay(self, state: State, rounds: int, targets: Set[int | None], execution: Execution) -> Iterator[State]:
+        """The states after ``state`` up to ``rounds``; those that a later row returns to are kept on the way."""
+        kept = {state.round - 1: state}
+
+        def earlier(round: int) -> State:
+            if round not in kept:
+                raise CorruptRunError(f"{self.path}: round {index} returns to round {round}: expected an earlier one")
+            return kept[round]
+
+        for index in range(state.round, rounds):
+            row = decode_row(self.rows[index])
+            state = replay(state, self.config.table, row, execution, earlier)
+            if state_sha256(state) != row.state_sha256 or weights_sha256(state.weights) != row.weights_sha256:
+                raise CorruptRunError(
+                    f"{self.path}: round {index}: replay gives other weights than the row's hash says"
+                )
+            if index in targets:
+                kept[index] = state
+            yield state
 
     def _read(self) -> bool:
         """Fill rows and records with the valid prefix; True if a kill left an unfinished tail to drop."""
@@ -319,6 +340,7 @@ def record_of(row: Row) -> Record:
     return Record(
         round=row.round,
         applied=row.applied,
+        restores=row.restores,
         loss=None,
         accuracy=None,
         lr=row.coefficients["lr"],

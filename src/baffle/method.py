@@ -8,8 +8,10 @@ bit for bit.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import msgspec
 import numpy as np
@@ -21,6 +23,7 @@ from baffle.client import ClipScalars, weight_of
 from baffle.directions import Directions
 from baffle.errors import DivergedError, OptionError, PlanError, require_choice
 from baffle.estimate import FAST, Execution, check_exact, estimate
+from baffle.guard import Guard
 from baffle.optim import Adam, ClipUpdate, Optimizer, Sgd, Slots
 from baffle.philox import Purpose, generator
 from baffle.types import (
@@ -50,6 +53,10 @@ class State:
     average: Weights
 
 
+Good: TypeAlias = tuple[Row, State]
+"""A round's row and the state after it, to return to."""
+
+
 class Method(msgspec.Struct, frozen=True, kw_only=True):
     """What is done in a round. See ``docs/design.md`` for how to choose.
 
@@ -64,6 +71,7 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
       plain ``sgd`` on the server the default lr / local_steps is federated averaging (FedAvg).
     * ``client``, ``server``: clipping of scalars, of the estimate.
     * ``ema``: decay of the average of the weights that is evaluated.
+    * ``guard``: what to do when the run diverges; None: nothing, but NaN and infinity stop it.
 
     Examples:
         >>> Method(num_directions=0)
@@ -85,6 +93,7 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
     aggregate: WeightedSum = WeightedSum()
     optimizer: Optimizer = Adam()
     ema: float = 0.98
+    guard: Guard | None = Guard()
 
     def __post_init__(self) -> None:
         keep_floats(self)
@@ -142,7 +151,7 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
             clip=clip,
             batch_size=self.batch_size,
             local_steps=self.local_steps,
-            local_lr=self._local_lr(state.step + 1),
+            local_lr=self._local_lr(state.step + 1, self._lr_scale(last)),
             quantum=quantum,
             state_sha256=state_sha256(state) if last is None else last.state_sha256,
         )
@@ -157,10 +166,12 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
         replies: Sequence[Reply],
         last: Row | None,
         execution: Execution = FAST,
+        good: Callable[[], Good] | None = None,
     ) -> tuple[Row, State]:
         """Aggregate the replies, decide every number of the update, apply it: the row and the new state.
 
-        Raises ReplyError if a reply does not fit, DivergedError if the weights would not stay finite.
+        An update that would bring weights near overflow is not applied: the row then returns to ``good``.
+        Raises ReplyError if a reply does not fit, DivergedError if there is no ``good`` to return to.
         """
         total = self.aggregate.combine(task, cohort, replies)
         step = state.step + 1
@@ -169,6 +180,8 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
             round=task.round,
             key=task.key,
             applied=not calibrates(last) and total.nonfinite < scalars,
+            restores=None,
+            rollbacks=0 if last is None else last.rollbacks,
             family=task.family,
             sharing=task.sharing,
             num_directions=task.num_directions,
@@ -183,7 +196,7 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
             nonfinite=total.nonfinite,
             clip_factor=1.0,
             optimizer=self.optimizer.name,
-            coefficients=self.optimizer.coefficients(step),
+            coefficients=self.optimizer.coefficients(step, self._lr_scale(last)),
             ema=optim.average_decay(self.ema, step),
             weights_sha256=b"",
             state_sha256=b"",
@@ -191,22 +204,50 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
         gradient = estimate(table, row, execution)
         factor = min((clip.factor(gradient) for clip in self.server), default=1.0)
         row = msgspec.structs.replace(row, clip_factor=factor)
-        after = _step(state, row, gradient)
+        try:
+            after = _step(state, row, gradient, math.inf if self.guard is None else self.guard.largest)
+        except DivergedError:
+            if self.guard is None or good is None:
+                raise
+            return self.restore(row, good())
         row = msgspec.structs.replace(
             row, weights_sha256=weights_sha256(after.weights), state_sha256=state_sha256(after)
         )
         return row, after
 
-    def _local_lr(self, step: int) -> float:
+    def restore(self, row: Row, good: Good) -> tuple[Row, State]:
+        """Instead of ``row``, return to a good round: its own row again, in this round's place.
+
+        With it come that round's scalars, so that the scale of the next ones is what it was.
+        """
+        then, state = good
+        row = msgspec.structs.replace(
+            then, round=row.round, applied=False, restores=state.round - 1, rollbacks=row.rollbacks + 1
+        )
+        return row, replace(state, round=row.round + 1)
+
+    def _lr_scale(self, last: Row | None) -> float:
+        return 1.0 if last is None or self.guard is None else self.guard.shrink**last.rollbacks
+
+    def _local_lr(self, step: int, scale: float) -> float:
         if self.local_steps == 1:
             return 0.0
         if self.local_lr is not None:
-            return float(np.float32(self.local_lr))
-        return float(np.float32(self.optimizer.coefficients(step)["lr"] / self.local_steps))
+            return float(np.float32(self.local_lr * scale))
+        return float(np.float32(self.optimizer.coefficients(step, scale)["lr"] / self.local_steps))
 
 
-def replay(state: State, table: Table, row: Row, execution: Execution = FAST) -> State:
-    """Apply a row to the state before it. Whoever does this gets the same bits as the server."""
+def replay(
+    state: State, table: Table, row: Row, execution: Execution = FAST, earlier: Callable[[int], State] | None = None
+) -> State:
+    """Apply a row to the state before it. Whoever does this gets the same bits as the server.
+
+    ``earlier`` gives the state after a round, for the rows that return to one.
+    """
+    if row.restores is not None:
+        if earlier is None:
+            raise PlanError(f"round {row.round} returns to round {row.restores}: expected the state after that")
+        return replace(earlier(row.restores), round=row.round + 1)
     return _step(state, row, estimate(table, row, execution) if row.applied else state.weights)
 
 
@@ -242,17 +283,17 @@ def state_sha256(state: State) -> bytes:
     return digest.digest()
 
 
-def _step(state: State, row: Row, gradient: Weights) -> State:
+def _step(state: State, row: Row, gradient: Weights, largest: float = math.inf) -> State:
     if not row.applied:
         return replace(state, round=row.round + 1)
     with np.errstate(over="ignore", invalid="ignore"):
         clipped = np.float32(row.clip_factor) * gradient
         weights, slots = optim.update(row.optimizer, state.weights, state.slots, clipped, row.coefficients)
         average = optim.average(state.average, weights, row.ema)
-    if not all(np.isfinite(a).all() for a in (weights, average, *slots.values())):
+    if not all(np.isfinite(a).all() for a in (weights, average, *slots.values())) or np.abs(weights).max() > largest:
         raise DivergedError(
-            f"round {row.round}: the update (lr = {row.coefficients['lr']:.3g}) would put NaN or infinity into the "
-            "weights; it was not applied. Use a smaller lr, or clip_update"
+            f"round {row.round}: the update (lr = {row.coefficients['lr']:.3g}) would bring the weights near overflow "
+            "or to NaN; it was not applied. Use a smaller lr, or clip_update"
         )
     return State(row.round + 1, state.step + 1, weights, slots, average)
 

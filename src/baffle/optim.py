@@ -1,7 +1,8 @@
 """Optimizers, schedules and the evaluation average: element-wise float32, the same bits on every machine.
 
 Each optimizer splits in two. ``coefficients(step)`` runs once, on the server: it computes every number that
-is not element-wise (learning rate of the step, bias corrections) and these go into the journal's row.
+is not element-wise (learning rate of the step, bias corrections) and these go into the journal's row;
+``scale`` multiplies the learning rate.
 ``update`` runs on every machine that replays the row: separate IEEE float32 operations in a fixed order,
 nothing fused, nothing computed twice.
 
@@ -113,9 +114,9 @@ class Sgd(msgspec.Struct, frozen=True, tag="sgd"):
         """Zero slots for ``size`` parameters."""
         return {"momentum": np.zeros(size, np.float32)} if self.momentum else {}
 
-    def coefficients(self, step: int) -> Coefficients:
+    def coefficients(self, step: int, scale: float = 1.0) -> Coefficients:
         """The numbers of update ``step`` (from 1) that are not element-wise, each a float32."""
-        values = {"lr": self.lr * self.schedule.factor(step), "weight_decay": self.weight_decay}
+        values = {"lr": self.lr * scale * self.schedule.factor(step), "weight_decay": self.weight_decay}
         return _as_float32(values | ({"momentum": self.momentum} if self.momentum else {}))
 
 
@@ -153,11 +154,11 @@ class Adam(msgspec.Struct, frozen=True, tag="adam"):
         """Zero slots for ``size`` parameters."""
         return {"m": np.zeros(size, np.float32), "v": np.zeros(size, np.float32)}
 
-    def coefficients(self, step: int) -> Coefficients:
+    def coefficients(self, step: int, scale: float = 1.0) -> Coefficients:
         """The numbers of update ``step`` (from 1) that are not element-wise, each a float32."""
         return _as_float32(
             {
-                "lr": self.lr * self.schedule.factor(step),
+                "lr": self.lr * scale * self.schedule.factor(step),
                 "beta1": self.beta1,
                 "beta2": self.beta2,
                 "eps": self.eps,
@@ -178,10 +179,10 @@ class AdamW(Adam, frozen=True, tag="adamw"):
         """Name of the update rule in rows."""
         return "adamw"
 
-    def coefficients(self, step: int) -> Coefficients:
+    def coefficients(self, step: int, scale: float = 1.0) -> Coefficients:
         """The numbers of update ``step`` (from 1) that are not element-wise, each a float32."""
-        shrink = 1 - self.lr * self.schedule.factor(step) * self.weight_decay
-        return super().coefficients(step) | _as_float32({"shrink": shrink, "weight_decay": 0.0})
+        shrink = 1 - self.lr * scale * self.schedule.factor(step) * self.weight_decay
+        return super().coefficients(step, scale) | _as_float32({"shrink": shrink, "weight_decay": 0.0})
 
 
 Optimizer = Sgd | Adam | AdamW

@@ -24,8 +24,9 @@ import numpy as np
 from baffle.checks import require_count
 from baffle.data import Dataset
 from baffle.engines import Engine, Exchange
-from baffle.errors import BaffleError, JournalError, ModelError, OptionError, PlanError
+from baffle.errors import BaffleError, DivergedError, JournalError, ModelError, OptionError, PlanError
 from baffle.journal import Journal, Record, RunConfig, record_of
+from baffle.lookout import Lookout
 from baffle.method import Method, State, weights_sha256
 from baffle.types import Row, Weights, table_size
 from baffle.wire import decode_row, encode_message
@@ -41,7 +42,8 @@ class Run:
     """What training gave.
 
     ``average`` is the exponential moving average of the weights, which is what loss and accuracy are of;
-    ``weights`` are the raw ones, whose hash the journal holds. Both flat, float32[n].
+    ``weights`` are the raw ones, whose hash the journal holds. Both flat, float32[n]. ``loss`` and ``accuracy`` are
+    of the test data at the end, the other two of validation data, if there were any.
     """
 
     config: RunConfig
@@ -49,6 +51,8 @@ class Run:
     records: tuple[Record, ...]
     loss: float | None
     accuracy: float | None
+    validation_loss: float | None = None
+    validation_accuracy: float | None = None
     path: Path | None = None
 
     @property
@@ -77,9 +81,12 @@ class Run:
         method, records = self.config.method, self.records
         return {
             "accuracy": self.accuracy,
-            "loss": self.loss if self.loss is not None and math.isfinite(self.loss) else None,
+            "loss": _finite(self.loss),
+            "validation_accuracy": self.validation_accuracy,
+            "validation_loss": _finite(self.validation_loss),
             "rounds": self.state.round - 1,
             "updates": self.state.step,
+            "rollbacks": sum(r.restores is not None for r in records),
             "clients": len(self.config.clients),
             "num_directions": method.num_directions,
             "family": method.family,
@@ -105,6 +112,7 @@ def train(
     *,
     rounds: int,
     test: Dataset | None = None,
+    validation: Dataset | None = None,
     seed: int = 0,
     out: str | Path | None = None,
     evaluate_every: int = 10,
@@ -115,7 +123,8 @@ def train(
     """Train from ``initial`` weights (float32[n]) for ``rounds`` updates.
 
     ``out`` names a new run folder; without one nothing is written. Every ``evaluate_every`` rounds, and at the
-    end, the average is evaluated on ``test``. ``progress`` is called with each round's record.
+    end, the average is evaluated on ``test``; with ``validation`` data the rounds are judged by these, and the test
+    is taken once, at the end. ``progress`` is called with each round's record.
 
     Examples:
         >>> import torch.nn.functional as F
@@ -147,10 +156,10 @@ def train(
     if test is not None:
         engine.evaluate(state.weights, test.take(np.arange(1)))
     if out is None:
-        return _loop(config, engine, state, None, test, progress)
+        return _loop(config, engine, state, None, test, validation, progress)
     journal = Journal.create(out, config, state.weights)
     try:
-        return _loop(config, engine, state, journal, test, progress)
+        return _loop(config, engine, state, journal, test, validation, progress)
     except BaffleError as error:
         if not journal.rows and not isinstance(error, JournalError):  # it never began
             shutil.rmtree(journal.path)
@@ -164,6 +173,7 @@ def resume(
     engine: Engine,
     *,
     test: Dataset | None = None,
+    validation: Dataset | None = None,
     rounds: int | None = None,
     repair: bool = False,
     progress: Progress | None = None,
@@ -184,7 +194,7 @@ def resume(
             raise PlanError(f"{path}: the clients' data differ from those of the run: expected the same partition")
         if rounds is not None:
             journal.extend(_count("rounds", rounds))
-        return _loop(journal.config, engine, journal.state(), journal, test, progress)
+        return _loop(journal.config, engine, journal.state(), journal, test, validation, progress)
     finally:
         journal.close()
 
@@ -195,20 +205,26 @@ def _loop(
     state: State,
     journal: Journal | None,
     test: Dataset | None,
+    validation: Dataset | None,
     progress: Progress | None,
 ) -> Run:
     method, table = config.method, config.table
     rows: list[bytes] = [] if journal is None else journal.rows
     records: list[Record] = [] if journal is None else journal.records
     last = decode_row(rows[-1]) if rows else None
-    evaluated, loss, accuracy = False, None, None
+    watched = test if validation is None else validation
+    loss, accuracy, evaluated = None, None, False
+    lookout = Lookout.start(method.guard, config.evaluate_every, records, journal)
     for index in range(state.round, config.rounds + 1):
         started = time.perf_counter()
         task, cohort = method.plan(state, table, engine.sizes, config.key, last)
         exchange = engine.exchange(task, tuple(cohort), state, rows)
-        last, state = method.absorb(state, table, task, cohort, exchange.replies, last)
-        evaluated = index % config.evaluate_every == 0 or index == config.rounds
-        loss, accuracy = evaluate(engine, state.average, test) if evaluated else (None, None)
+        last, state = method.absorb(state, table, task, cohort, exchange.replies, last, good=lookout.good)
+        due = index % config.evaluate_every == 0
+        evaluated = last.restores is None and (due or index == config.rounds)
+        loss, accuracy = evaluate(engine, state.average, watched) if evaluated else (None, None)
+        judged = due or loss == math.inf  # not an evaluation that another total of rounds would not have made
+        last, state, lookout = lookout.judge(method, last, state, loss, evaluated=evaluated and judged)
         record = _record(last, exchange, loss, accuracy, time.perf_counter() - started)
         if journal is None:
             rows.append(encode_message(last))
@@ -219,11 +235,19 @@ def _loop(
                 journal.snapshot(state)
         if progress is not None:
             progress(record)
+        if lookout.exhausted(last):
+            raise DivergedError(
+                f"round {index}: the run diverged (number {last.rollbacks}) and stops with the weights it had after "
+                f"round {last.restores}. Use a smaller lr than {method.optimizer.lr:g}, or clip_update"
+            )
     if journal is not None:
         journal.finish(state)
-    if not evaluated:  # nothing was left to do
-        loss, accuracy = evaluate(engine, state.average, test)
-    return Run(config, state, tuple(records), loss, accuracy, None if journal is None else journal.path)
+    path = None if journal is None else journal.path
+    if not evaluated or (last is not None and last.restores is not None):  # nothing was left to do, or it went back
+        loss, accuracy = evaluate(engine, state.average, watched)
+    if validation is None:
+        return Run(config, state, tuple(records), loss, accuracy, path=path)
+    return Run(config, state, tuple(records), *evaluate(engine, state.average, test), loss, accuracy, path)
 
 
 def evaluate(engine: Engine, weights: Weights, test: Dataset | None) -> tuple[float | None, float | None]:
@@ -259,6 +283,10 @@ def _record(row: Row, exchange: Exchange, loss: float | None, accuracy: float | 
         bytes_down=exchange.bytes_down,
         seconds=seconds,
     )
+
+
+def _finite(loss: float | None) -> float | None:
+    return loss if loss is not None and math.isfinite(loss) else None
 
 
 def _total(values: Iterable[int | float | None]) -> int | float | None:

@@ -137,7 +137,11 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     round: int
     key: UInt64
     applied: bool
-    """False: the round only calibrated the scale, or brought nothing usable; weights stay."""
+    """False: the round only calibrated the scale, or brought nothing usable, or went back; weights stay."""
+    restores: int | None
+    """The run had diverged: this row takes the state after that round again, and repeats that round's row."""
+    rollbacks: int
+    """How often the run has gone back so far; each time shrinks the learning rates."""
     family: Family
     sharing: Sharing
     num_directions: int

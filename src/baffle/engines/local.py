@@ -67,7 +67,8 @@ class LocalEngine:
         """How passes are evaluated, and a digest of the clients' data."""
         digest = hashlib.sha256()
         for data in self._clients:
-            digest.update(repr((data.x.shape, data.y.shape)).encode() + data.x.tobytes() + data.y.tobytes())
+            kind = (data.x.shape, data.y.shape, data.scaling, data.augmented)
+            digest.update(repr(kind).encode() + data.x.tobytes() + data.y.tobytes())
         together = "together" if self._together else "one by one"
         return self._runtime.plan | {"clients": together, "numpy": np.__version__, "data": digest.hexdigest()}
 
@@ -135,7 +136,11 @@ class _History:
             self._ends, self._has = [0], [None] * len(self._has)
         for index in range(len(self._ends) - 1, len(rows)):
             self._ends.append(self._ends[-1] + len(rows[index]))
-            for client in decode_row(rows[index]).participants:
+            row = decode_row(rows[index])
+            if row.restores is not None:  # clients keep no earlier states: everyone needs this one
+                self._has = [None] * len(self._has)
+                continue
+            for client in row.participants:
                 self._has[client] = index
         total = 0
         for client in participants:

@@ -4,6 +4,9 @@ A replica is a copy of the model whose trainable parameters are views of one fla
 perturbed weights into the buffer is all it takes to evaluate them. The model that was handed over, its buffers
 and its frozen parameters stay untouched.
 
+Convolutions are fastest with channels last: four-dimensional weights and inputs are laid out so, if the model
+stands it (one that calls ``view`` on a convolution's output does not).
+
 On the CPU there is a replica a core and every pass runs on one thread: passes side by side share nothing, wait for
 nobody (threads inside a pass spin while they wait), and a loss has the same bits whatever
 the number of threads.
@@ -40,7 +43,7 @@ try:
 except ImportError as error:
     raise MissingExtraError("PyTorch is not installed: pip install 'baffle[torch]'") from error
 
-_CHUNK = 128  # examples a forward pass, so that activations stay in the cache
+_CHUNK_INPUTS = 2**15  # numbers in the inputs of one forward pass, so that activations stay in the cache
 
 Chunk: TypeAlias = tuple[Tensor, Tensor]
 Hits: TypeAlias = npt.NDArray[np.bool_]
@@ -81,6 +84,7 @@ class TorchRuntime:
         self._device = next(iter(trainable.values())).device
         count = (threads or _cores()) if self._device.type == "cpu" else 1
         self._replicas = [_Replica(model, self._table, self._loss, self._device) for _ in range(count)]
+        self._channels_last: bool | None = None  # known from the first images on
 
     @property
     def table(self) -> Table:
@@ -95,7 +99,7 @@ class TorchRuntime:
             "torch": str(torch.__version__),
             "device": str(self._device),
             "precision": "float32",
-            "chunk": _CHUNK,
+            "chunk_inputs": _CHUNK_INPUTS,
             "threads": len(self._replicas),
         }
 
@@ -137,8 +141,24 @@ class TorchRuntime:
             torch.set_num_threads(before)
 
     def _chunks(self, batch: Dataset) -> list[Chunk]:
-        x, y = (torch.tensor(np.ascontiguousarray(a), device=self._device) for a in (batch.x, batch.y))
-        return [(x[s : s + _CHUNK], y[s : s + _CHUNK]) for s in range(0, len(x), _CHUNK)]
+        x, y = (torch.tensor(np.ascontiguousarray(a), device=self._device) for a in (batch.inputs(), batch.y))
+        if x.ndim == 4 and x.is_floating_point() and self._takes_channels_last(x[:1]):
+            x = x.contiguous(memory_format=torch.channels_last)
+        size = max(32, min(128, _CHUNK_INPUTS // max(1, x[:1].numel())))
+        return [(x[s : s + size], y[s : s + size]) for s in range(0, len(x), size)]
+
+    def _takes_channels_last(self, x: Tensor) -> bool:
+        """Whether the model has convolutions and computes with channels last; tried once, on one example."""
+        if self._channels_last is None:
+            self._channels_last = any(len(spec.shape) == 4 for spec in self._table)
+            if self._channels_last:
+                for replica in self._replicas:
+                    replica.lay_out(torch.channels_last)
+                if not self._replicas[0].runs(x.contiguous(memory_format=torch.channels_last)):
+                    self._channels_last = False
+                    for replica in self._replicas:
+                        replica.lay_out(torch.contiguous_format)
+        return self._channels_last
 
 
 class _Replica:
@@ -152,9 +172,29 @@ class _Replica:
         self._loss = loss
         frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
         self._model = copy.deepcopy(model, frozen)
-        for spec, (_, p) in zip(table, _trainable(self._model), strict=True):
-            p.requires_grad_(False)
-            p.data = self._flat[spec.slice].view(spec.shape)
+        self._parameters = [p.requires_grad_(False) for _, p in _trainable(self._model)]
+        self._views = [self._flat[spec.slice].view(spec.shape) for spec in table]
+        self._copies: list[tuple[nn.Parameter, Tensor]] = []
+        self.lay_out(torch.contiguous_format)
+
+    def lay_out(self, layout: torch.memory_format) -> None:
+        """Point parameters at the scratch buffer, or, where their layout differs from it, at memory of their own."""
+        self._copies = []
+        for p, view in zip(self._parameters, self._views, strict=True):
+            p.data = view
+            if view.ndim == 4 and layout is not torch.contiguous_format:
+                p.data = torch.empty_like(view, memory_format=layout)
+                self._copies.append((p, view))
+
+    def runs(self, x: Tensor) -> bool:
+        """Whether the model computes on inputs of this layout."""
+        with torch.inference_mode():
+            self._upload()
+            try:
+                self._model(x)
+            except RuntimeError:
+                return False
+        return True
 
     def losses(self, weights: Weights, perturbations: Perturbations, chunks: list[Chunk]) -> Losses:
         examples = sum(len(x) for x, _ in chunks)
@@ -176,9 +216,11 @@ class _Replica:
         return results
 
     def _upload(self) -> None:
-        """Bring the scratch weights to the model's device."""
+        """Bring the scratch weights to the model's device and layout."""
         if self._flat is not self._host:
             self._flat.copy_(self._host)
+        for p, view in self._copies:
+            p.data.copy_(view)
 
     def _forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         try:

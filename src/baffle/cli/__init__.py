@@ -1,0 +1,64 @@
+"""The commands. They parse, call the library and print; errors are one line and exit code 2."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from typing import NoReturn
+
+from baffle.errors import BaffleError, MissingExtraError
+
+try:
+    import rich.markup
+    import typer
+except ImportError as error:
+    raise MissingExtraError("the command line needs typer and rich: pip install 'baffle[cli]'") from error
+
+from baffle.cli.common import errors
+from baffle.cli.runs import evaluate_command, replay_command
+from baffle.cli.train import resume_command, train_command
+
+app = typer.Typer(
+    name="baffle",
+    help="Federated learning without backpropagation: clients run forward passes and return K numbers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("train")(train_command)
+app.command("resume")(resume_command)
+app.command("replay")(replay_command)
+app.command("evaluate")(evaluate_command)
+
+# typer has an exception of its own since 0.28; before, and with Flower, which wants an older one, it is click's
+_BAD_USAGE: type[Exception] = getattr(typer, "TyperException", None) or import_module("click").ClickException
+_INTERRUPTED = 130  # what typer makes of Ctrl-C
+
+
+def main() -> None:
+    """Entry point: errors are one line on stderr and exit code 2."""
+    code = 0
+    try:
+        code = app(standalone_mode=False) or 0
+    except BaffleError as error:
+        _fail(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        code = _INTERRUPTED
+    except _BAD_USAGE as error:
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
+        if message:
+            _fail(f"{message.rstrip('.')} (see --help)")
+        code = 2  # no command: the help was shown
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    if code == _INTERRUPTED:
+        errors.print("stopped; the rounds so far are saved: continue with 'baffle resume RUN'", highlight=False)
+    sys.exit(code)
+
+
+def _fail(message: str) -> NoReturn:
+    line = " ".join(message.split())
+    errors.print("[bold red]error:[/bold red]", rich.markup.escape(line), soft_wrap=True, highlight=False, emoji=False)
+    sys.exit(2)

@@ -1,0 +1,61 @@
+"""What the commands share: the console, common arguments, run folders, printing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+from rich.console import Console
+
+from baffle.config import TrainConfig
+from baffle.errors import CorruptRunError, OptionError
+from baffle.journal import Journal
+
+errors = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
+
+
+def option(help: str, panel: str, default: object = None) -> typer.models.OptionInfo:
+    """An option that shows its default without having one, so that a file's value can show through."""
+    shown = f"{help} [dim]\\[default: {default}][/dim]" if default is not None else help
+    info: typer.models.OptionInfo = typer.Option(help=shown, rich_help_panel=panel, show_default=False)
+    return info
+
+
+def print_json(value: object) -> None:
+    """One line of JSON on stdout."""
+    print(msgspec.json.encode(value).decode())
+
+
+def warn_of_lost(journal: Journal) -> None:
+    if journal.lost:
+        errors.print(
+            f"note: {journal.path / 'rows.bin'} was cut short: it holds {len(journal.rows)} rows, metrics tell of "
+            f"{journal.lost} more",
+            soft_wrap=True,
+            highlight=False,
+        )
+
+
+def require_rounds(journal: Journal, *, whole: bool) -> None:
+    """A run that has rounds, and with ``whole`` one without damage behind them."""
+    if journal.damage and (whole or not journal.rows):
+        raise CorruptRunError(f"{journal.damage}; {len(journal.rows)} rounds before it are intact")
+    if not journal.rows:
+        raise OptionError("run", str(journal.path), "a run with at least one round")
+    if whole:
+        warn_of_lost(journal)
+
+
+def command_of(journal: Journal) -> TrainConfig:
+    """The options that the run was started with."""
+    if journal.config.command is None:
+        raise OptionError("run", str(journal.path), "a run of 'baffle train'; one from Python continues with bf.resume")
+    try:
+        return msgspec.convert(journal.config.command, TrainConfig)
+    except msgspec.ValidationError as error:
+        raise CorruptRunError(f"{journal.path / 'config.json'}: command: {error}") from error

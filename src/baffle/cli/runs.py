@@ -1,0 +1,82 @@
+"""``baffle replay`` and ``baffle evaluate``: what a run folder tells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from baffle.assemble import assemble
+from baffle.cli.common import Json, RunPath, command_of, errors, print_json, require_rounds
+from baffle.errors import CorruptRunError, OptionError
+from baffle.estimate import Execution
+from baffle.journal import Journal
+from baffle.method import weights_sha256
+from baffle.train import evaluate
+
+
+def replay_command(
+    run: RunPath,
+    round: Annotated[int | None, typer.Option("--round", help="Round to rebuild; by default the last.", min=0)] = None,
+    threads: Annotated[int, typer.Option(help="Threads; no choice changes a bit.", min=1)] = 1,
+    block: Annotated[int, typer.Option(help="Entries worked on at once; no choice changes a bit.", min=1)] = 2**16,
+    slow: Annotated[bool, typer.Option("--slow", help="Use the reference loop instead of the fast rebuild.")] = False,
+    json_output: Json = False,
+) -> None:
+    """Rebuild a round's weights from the initial weights and the journal alone; print their sha256.
+
+    Every round on the way is checked against the hash in its row.
+    """
+    journal = Journal.open(run)
+    require_rounds(journal, whole=round is None)
+    wanted = len(journal.rows) - 1 if round is None else round
+    if not 0 <= wanted < len(journal.rows):
+        if journal.damage:
+            raise CorruptRunError(f"{journal.damage}; round {wanted} cannot be rebuilt, those before can")
+        raise OptionError("round", wanted, f"a round of this run, 0..{len(journal.rows) - 1}")
+    with _replay_progress(wanted) as progress:
+        for state in journal.states(Execution(threads, block, slow)):
+            progress(state.round - 1)
+            if state.round == wanted + 1:
+                break
+    digest = weights_sha256(state.weights).hex()
+    if json_output:
+        print_json({"run": str(run), "round": wanted, "weights_sha256": digest})
+    else:
+        print(digest)
+
+
+def evaluate_command(run: RunPath, json_output: Json = False) -> None:
+    """Loss and accuracy of a run's weights on its test data: the average, and the raw weights."""
+    journal = Journal.open(run)
+    require_rounds(journal, whole=True)
+    setup = assemble(command_of(journal))
+    state = journal.state()
+    average, raw = (evaluate(setup.engine, w, setup.test) for w in (state.average, state.weights))
+    result = {
+        "run": str(run),
+        "round": state.round - 1,
+        "loss": average[0],
+        "accuracy": average[1],
+        "raw_loss": raw[0],
+        "raw_accuracy": raw[1],
+    }
+    if json_output:
+        print_json(result)
+        return
+    table = Table("", "loss", "accuracy", title=f"{run}, round {state.round - 1}")
+    table.add_row("averaged weights", f"{average[0]:.4f}", f"{average[1]:.4f}")
+    table.add_row("raw weights", f"{raw[0]:.4f}", f"{raw[1]:.4f}")
+    Console().print(table)
+
+
+@contextmanager
+def _replay_progress(total: int) -> Iterator[Callable[[int], None]]:
+    with Progress(console=errors, disable=not errors.is_terminal) as bar:
+        line = bar.add_task("replay", total=total)
+        yield lambda round: bar.update(line, completed=round)

@@ -1,0 +1,180 @@
+"""``baffle train`` and ``baffle resume``."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from baffle.assemble import assemble
+from baffle.cli.common import Json, RunPath, command_of, errors, option, print_json, warn_of_lost
+from baffle.config import DEFAULT_ALPHA, DEFAULT_CLIENTS, DEFAULT_SHARDS, TrainConfig, train_config
+from baffle.journal import Journal, Record
+from baffle.optim import Cosine
+from baffle.train import Run, resume, train
+
+_DATA, _LEARN, _RUN = "Data and clients", "Method", "Run"
+_D = TrainConfig()
+
+
+def train_command(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG.toml]", help="Options by name; flags win.")] = None,
+    dataset: Annotated[
+        str | None, option("digits, mnist, fashion-mnist, cifar10, cifar100, or arrays (your own).", _DATA, _D.dataset)
+    ] = None,
+    data: Annotated[str | None, option("Folder of the official files, or FILE.npz.", _DATA)] = None,
+    augment: Annotated[bool | None, option("Augment batches: shift by up to 4 pixels, flip.", _DATA, "no")] = None,
+    holdout: Annotated[int | None, option("Examples a class to hold out and evaluate on meanwhile.", _DATA)] = None,
+    model: Annotated[str | None, option("One of 'baffle models', or package.module:builder.", _DATA, _D.model)] = None,
+    activation: Annotated[str | None, option("hardswish, relu, selu or gelu.", _DATA, "hardswish")] = None,
+    norm: Annotated[str | None, option("group or none; by default the model's own.", _DATA)] = None,
+    clients: Annotated[int | None, option("Number of clients.", _DATA, DEFAULT_CLIENTS)] = None,
+    partition: Annotated[str | None, option("iid, dirichlet, shards, or column.", _DATA, _D.partition)] = None,
+    alpha: Annotated[float | None, option("Dirichlet parameter; smaller is less alike.", _DATA, DEFAULT_ALPHA)] = None,
+    shards: Annotated[int | None, option("Shards of sorted labels a client.", _DATA, DEFAULT_SHARDS)] = None,
+    participation: Annotated[float | None, option("Share of clients in a round.", _DATA, _D.participation)] = None,
+    batch_size: Annotated[int | None, option("Examples of a client's mini-batch.", _DATA, _D.batch_size)] = None,
+    num_directions: Annotated[
+        int | None, option("K: directions, and numbers a client returns.", _LEARN, _D.num_directions)
+    ] = None,
+    family: Annotated[str | None, option("rank1, rademacher or gaussian directions.", _LEARN, _D.family)] = None,
+    sharing: Annotated[
+        str | None, option("shared directions (scalars can be summed), or per-client.", _LEARN, _D.sharing)
+    ] = None,
+    difference: Annotated[str | None, option("forward (K+1 passes) or central (2K).", _LEARN, _D.difference)] = None,
+    sigma: Annotated[float | None, option("Step of the finite difference.", _LEARN, _D.sigma)] = None,
+    optimizer: Annotated[str | None, option("sgd, adam or adamw, on the server.", _LEARN, _D.optimizer)] = None,
+    lr: Annotated[float | None, option("Learning rate.", _LEARN, _D.lr)] = None,
+    schedule: Annotated[str | None, option("constant, or cosine over the rounds.", _LEARN, _D.schedule)] = None,
+    momentum: Annotated[float | None, option("Momentum of sgd.", _LEARN, _D.momentum)] = None,
+    weight_decay: Annotated[float | None, option("Weight decay.", _LEARN, _D.weight_decay)] = None,
+    clip_scalars: Annotated[float | None, option("Clients clip each scalar to this.", _LEARN)] = None,
+    clip_update: Annotated[float | None, option("The server clips the estimate's max-norm to this.", _LEARN)] = None,
+    ema: Annotated[float | None, option("Decay of the averaged weights that are evaluated.", _LEARN, _D.ema)] = None,
+    guard: Annotated[
+        str | None, option("If training diverges: rollback (with a smaller lr), stop, or off.", _LEARN, _D.guard)
+    ] = None,
+    rounds: Annotated[int | None, option("Updates of the weights.", _RUN, _D.rounds)] = None,
+    local_steps: Annotated[int | None, option("SGD steps on a client in a round.", _LEARN, _D.local_steps)] = None,
+    local_lr: Annotated[float | None, option("Their learning rate; plain sgd: lr / local_steps.", _LEARN)] = None,
+    seed: Annotated[int | None, option("Seed of everything random.", _RUN, _D.seed)] = None,
+    threads: Annotated[
+        int | None, option("Passes side by side, each on one thread; by default one a core.", _RUN)
+    ] = None,
+    evaluate_every: Annotated[int | None, option("Rounds between evaluations.", _RUN, _D.evaluate_every)] = None,
+    snapshot_every: Annotated[int | None, option("Rounds between snapshots.", _RUN, _D.snapshot_every)] = None,
+    out: Annotated[Path | None, option("New run folder; by default runs/DATE-TIME-MODEL.", _RUN)] = None,
+    json_output: Json = False,
+) -> None:
+    """Train a model by forward passes only.
+
+    Simulates the clients in this process and writes a run folder that can be resumed and replayed.
+    """
+    flags = {k: v for k, v in locals().items() if k in TrainConfig.__struct_fields__}
+    options = train_config(config, flags)
+    method = options.method()
+    setup = assemble(options)
+    path = out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{options.model.replace(':', '.')}"
+    with _progress(options.rounds, 0) as progress:
+        run = train(
+            method,
+            setup.engine,
+            setup.initial,
+            rounds=options.rounds,
+            test=setup.test,
+            validation=setup.validation,
+            seed=options.seed,
+            out=path,
+            evaluate_every=options.evaluate_every,
+            snapshot_every=options.snapshot_every,
+            progress=progress,
+            command=msgspec.to_builtins(options) | {"data": options.data and str(Path(options.data).resolve())},
+        )
+    _print_run(run, json_output)
+
+
+def resume_command(
+    run: RunPath,
+    rounds: Annotated[int | None, typer.Option(help="A new total of rounds.", min=1)] = None,
+    repair: Annotated[bool, typer.Option("--repair", help="Drop rounds behind damage; they are kept aside.")] = False,
+    json_output: Json = False,
+) -> None:
+    """Continue a run where it stopped, to the same weights as if it had not."""
+    journal = Journal.open(run)
+    warn_of_lost(journal)
+    options = command_of(journal)
+    setup = assemble(msgspec.structs.replace(options, threads=int(journal.config.plan.get("threads", 1))))
+    schedule = journal.config.method.optimizer.schedule
+    if rounds is not None and isinstance(schedule, Cosine) and rounds > schedule.rounds:
+        errors.print(f"note: the cosine schedule ended with round {schedule.rounds}; lr stays {schedule.final:g} x lr")
+    with _progress(rounds or journal.config.rounds, len(journal.rows)) as progress:
+        done = resume(
+            run,
+            setup.engine,
+            test=setup.test,
+            validation=setup.validation,
+            rounds=rounds,
+            repair=repair,
+            progress=progress,
+        )
+    _print_run(done, json_output)
+
+
+@contextmanager
+def _progress(total: int, done: int) -> Iterator[Callable[[Record], None]]:
+    """A progress bar on a terminal's stderr; elsewhere a line every tenth of the way."""
+    passes, sent, shown = 0, 0, ""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[info]}"),
+        TimeRemainingColumn(),
+        console=errors,
+        disable=not errors.is_terminal,
+    )
+    with bar:
+        line = bar.add_task("train", total=total, completed=done, info="")
+
+        def advance(record: Record) -> None:
+            nonlocal passes, sent, shown
+            passes += record.forward_passes or 0
+            sent += record.bytes_up or 0
+            if record.loss is not None:
+                accuracy = "" if record.accuracy is None else f"accuracy {record.accuracy:.3f} "
+                shown = f"loss {record.loss:.3f} {accuracy}"
+            if record.restores is not None:
+                seen = "its weights came near overflow" if record.loss is None else f"loss {record.loss:.3g}"
+                errors.print(
+                    f"note: round {record.round}: training diverged ({seen}): back to the weights after round "
+                    f"{record.restores}, with a smaller lr",
+                    soft_wrap=True,
+                    highlight=False,
+                )
+            info = f"{shown} {passes:,} passes  {sent / 1e6:.2f} MB up"
+            bar.update(line, completed=record.round, info=info)
+            if not errors.is_terminal and record.round % max(1, total // 10) == 0:
+                print(f"round {record.round}/{total}  {info}", file=sys.stderr, flush=True)
+
+        yield advance
+
+
+def _print_run(run: Run, json_output: bool) -> None:
+    summary = run.summary()
+    if json_output:
+        print_json(summary)
+        return
+    table = Table(title="run", show_header=False)
+    for name, value in summary.items():
+        text = f"{value:.4f}" if isinstance(value, float) and name in ("accuracy", "loss") else str(value)
+        table.add_row(name, f"{value:,}" if type(value) is int else text)
+    Console().print(table)

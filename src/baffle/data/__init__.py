@@ -1,0 +1,19 @@
+"""Data sets as numpy arrays: where they come from, how they are split among clients, how batches are drawn."""
+
+from baffle.data.augment import augment
+from baffle.data.dataset import Dataset, Scaling, concatenate, from_torch, sample
+from baffle.data.partitions import hold_out, partition
+from baffle.data.sources import DATASETS, load
+
+__all__ = [
+    "DATASETS",
+    "Dataset",
+    "Scaling",
+    "augment",
+    "concatenate",
+    "from_torch",
+    "hold_out",
+    "load",
+    "partition",
+    "sample",
+]

@@ -1,0 +1,29 @@
+"""Augmentation of images as in the paper (BAFFLE, arXiv 2301.12195): reflect-pad by 4, crop, flip.
+
+It belongs to drawing a batch: all passes over one batch see the same images, or their losses could not be
+subtracted.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+_PAD = 4
+
+
+def augment(images: npt.NDArray[np.generic], rng: np.random.Generator) -> npt.NDArray[np.generic]:
+    """Shift each image [n, channels, h, w] by up to 4 pixels, mirrored at the borders, and flip half of them.
+
+    Examples:
+        >>> images = np.arange(2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
+        >>> augment(images, np.random.default_rng(0)).shape
+        (2, 3, 8, 8)
+    """
+    count, _, height, width = images.shape
+    padded = np.pad(images, ((0, 0), (0, 0), (_PAD, _PAD), (_PAD, _PAD)), mode="reflect")
+    rows = rng.integers(0, 2 * _PAD + 1, (count, 1)) + np.arange(height)
+    columns = rng.integers(0, 2 * _PAD + 1, (count, 1)) + np.arange(width)
+    flipped = rng.integers(0, 2, count).astype(bool)
+    columns[flipped] = columns[flipped, ::-1]
+    return np.moveaxis(padded[np.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]], 3, 1)

@@ -1,0 +1,174 @@
+"""A data set: inputs and targets as numpy arrays, pixels as they are stored until a batch needs numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from baffle.data.augment import augment
+from baffle.errors import DataError
+
+Array = npt.NDArray[np.generic]
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How bytes [n, channels, height, width] become numbers: (x / 255 - mean) / std, channel by channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        finite = np.isfinite((*self.mean, *self.std)).all()
+        if len(self.mean) != len(self.std) or not finite or min(self.std, default=1) <= 0:
+            raise DataError(f"{self}: expected as many finite means as standard deviations > 0")
+
+    def __call__(self, pixels: Array) -> npt.NDArray[np.float32]:
+        """Scale uint8 pixels to float32."""
+        mean, std = (np.asarray(v, np.float32)[:, None, None] for v in (self.mean, self.std))
+        return (pixels.astype(np.float32) / np.float32(255) - mean) / std
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Examples ``x`` [examples, ...] and targets ``y`` [examples, ...].
+
+    Floating inputs become float32, integer ones int64; bytes with a ``scaling`` stay bytes, and ``inputs`` scales
+    them. ``groups`` says whose each example is, for a partition by column. With ``augmented``, batches are
+    augmented as they are drawn. Raises DataError on NaN, infinity or lengths that differ.
+
+    Examples:
+        >>> Dataset([[0.5], [1.5]], [0, 1]).y
+        array([0, 1])
+    """
+
+    x: Array
+    y: Array
+    name: str = "data"
+    scaling: Scaling | None = None
+    groups: Array | None = None
+    augmented: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "x", np.asarray(self.x))
+        if self.scaling is None:
+            object.__setattr__(self, "x", _clean(f"{self.name}.x", self.x))
+        elif self.x.dtype != np.uint8 or self.x.ndim != 4 or self.x.shape[1] != len(self.scaling.mean):
+            raise DataError(
+                f"{self.name}.x: {self.x.dtype}{list(self.x.shape)}: expected uint8 [examples, "
+                f"{len(self.scaling.mean)}, height, width] to scale"
+            )
+        object.__setattr__(self, "y", _clean(f"{self.name}.y", self.y))
+        if self.groups is not None:
+            object.__setattr__(self, "groups", np.asarray(self.groups))
+            if self.groups.ndim != 1:
+                raise DataError(f"{self.name}.groups: {self.groups.ndim} dimensions: expected one entry an example")
+        for field, values in (("y", self.y), ("groups", self.groups)):
+            if values is not None and len(values) != len(self.x):
+                raise DataError(
+                    f"{self.name}: x has {len(self.x)} examples and {field} has {len(values)}: expected as many"
+                )
+        if self.augmented and (self.x.ndim != 4 or min(self.x.shape[2:]) < 5):
+            raise DataError(
+                f"{self.name}.x: examples of shape {self.x.shape[1:]} cannot be augmented: expected images "
+                "(channels, height >= 5, width >= 5)"
+            )
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @property
+    def is_tokens(self) -> bool:
+        """Whether inputs are integers, as a language model takes them."""
+        return self.scaling is None and bool(np.issubdtype(self.x.dtype, np.integer))
+
+    def inputs(self) -> Array:
+        """What a model is given: float32, or int64 tokens."""
+        return self.x if self.scaling is None else self.scaling(self.x)
+
+    def take(self, indices: npt.NDArray[np.integer], name: str | None = None) -> Dataset:
+        """The examples at ``indices``."""
+        groups = None if self.groups is None else self.groups[indices]
+        return replace(self, x=self.x[indices], y=self.y[indices], name=name or self.name, groups=groups)
+
+    def check_labels(self, classes: int) -> None:
+        """Raise DataError unless every label is an integer in [0, classes)."""
+        if not np.issubdtype(self.y.dtype, np.integer):
+            raise DataError(f"{self.name}.y: dtype {self.y.dtype}: expected integer labels")
+        labels = self.y.astype(np.int64)
+        bad = np.nonzero((labels < 0) | (labels >= classes))[0]
+        if bad.size:
+            raise DataError(f"{self.name}.y[{bad[0]}] = {self.y[bad[0]]}: expected a label in 0..{classes - 1}")
+
+
+def concatenate(parts: Sequence[Dataset]) -> Dataset:
+    """All examples of several data sets of one kind, in order."""
+    return replace(
+        parts[0], x=np.concatenate([p.x for p in parts]), y=np.concatenate([p.y for p in parts]), groups=None
+    )
+
+
+def sample(data: Dataset, batch_size: int | None, rng: np.random.Generator) -> Dataset:
+    """A mini-batch without replacement; all examples, in order, if there are no more than ``batch_size``.
+
+    An augmented data set gives it augmented: once, so that every pass over it sees the same images.
+    """
+    batch = data
+    if batch_size is not None and batch_size < len(data):
+        batch = data.take(rng.choice(len(data), size=batch_size, replace=False))
+    return replace(batch, x=augment(batch.x, rng)) if batch.augmented else batch
+
+
+def from_torch(examples: Iterable[tuple[object, object]], name: str = "data") -> Dataset:
+    """Gather the pairs (input, target) of a ``torch.utils.data.Dataset``, or of any other iterable of pairs.
+
+    Transforms of the data set are applied once, as it is read.
+
+    Examples:
+        >>> import torch
+        >>> from torch.utils.data import TensorDataset
+        >>> from_torch(TensorDataset(torch.zeros(6, 1, 8, 8), torch.arange(6))).x.shape
+        (6, 1, 8, 8)
+    """
+    # a map-style data set has no __iter__, and need not raise IndexError at its end
+    pairs: Iterable[object] = (
+        examples if hasattr(examples, "__iter__") else (examples[i] for i in range(len(examples)))  # type: ignore[index, arg-type]
+    )
+    inputs: list[Array] = []
+    targets: list[Array] = []
+    for i, pair in enumerate(pairs):
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise DataError(f"{name}[{i}]: {type(pair).__name__}: expected a pair (input, target)")
+        for values, value in ((inputs, pair[0]), (targets, pair[1])):
+            try:
+                values.append(np.asarray(value))
+            except (RuntimeError, TypeError, ValueError) as error:  # ragged, on a GPU, part of a graph, ...
+                raise DataError(f"{name}[{i}]: {type(value).__name__}: expected numbers ({error})") from error
+            if values[-1].shape != values[0].shape:
+                raise DataError(f"{name}[{i}]: shape {values[-1].shape}, the first has {values[0].shape}: expected one")
+    if not inputs:
+        raise DataError(f"{name}: no examples: expected at least one")
+    return Dataset(np.stack(inputs), np.stack(targets), name)
+
+
+def _clean(field: str, values: object) -> Array:
+    array = np.asarray(values)
+    if array.ndim == 0:
+        raise DataError(f"{field}: a single number: expected an array with one entry an example")
+    if np.issubdtype(array.dtype, np.floating):
+        with np.errstate(over="ignore"):
+            array = array.astype(np.float32, copy=False)
+        bad = np.argwhere(~np.isfinite(array))
+        if len(bad):
+            where = tuple(int(i) for i in bad[0])
+            raise DataError(f"{field}{list(where)} = {array[where]}: expected finite numbers")
+        return array
+    if np.issubdtype(array.dtype, np.integer) or array.dtype == np.bool_:
+        if array.size and int(array.max()) >= 2**63:
+            where = tuple(int(i) for i in np.unravel_index(array.argmax(), array.shape))
+            raise DataError(f"{field}{list(where)} = {array.max()}: expected an integer below 2**63")
+        return array.astype(np.int64, copy=False)
+    raise DataError(f"{field}: dtype {array.dtype}: expected numbers")

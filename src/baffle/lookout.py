@@ -1,0 +1,52 @@
+"""The guard at work in the training loop: what it has seen, and the state it would return to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from baffle.guard import Guard, Watch
+from baffle.journal import Journal, Record
+from baffle.method import Good, Method, State
+from baffle.types import Row
+from baffle.wire import decode_row
+
+
+@dataclass(frozen=True, eq=False)
+class Lookout:
+    """A watch, and how to come by the last good round; without a guard, nothing."""
+
+    watch: Watch | None
+    good: Callable[[], Good] | None = None
+
+    @classmethod
+    def start(cls, guard: Guard | None, evaluate_every: int, records: list[Record], journal: Journal | None) -> Lookout:
+        """Pick up where the records of a run end."""
+        if guard is None:
+            return cls(None)
+        watch = guard.watch()
+        for record in records:
+            if record.restores is not None:
+                watch = watch.restored()
+            elif record.round % evaluate_every == 0:
+                watch = watch.see(record.round, record.loss)
+        if journal is None or watch.good < 0:
+            return cls(watch)
+        return cls(watch, lambda: (decode_row(journal.rows[watch.good]), journal.state(watch.good)))
+
+    def judge(
+        self, method: Method, row: Row, state: State, loss: float | None, *, evaluated: bool
+    ) -> tuple[Row, State, Lookout]:
+        """The row and the state that count: those given, or, if the run has diverged, the return to the good one."""
+        if self.watch is None:
+            return row, state, self
+        watch = self.watch.see(row.round, loss) if evaluated and row.restores is None else self.watch
+        if watch.diverged and self.good is not None:
+            row, state = method.restore(row, self.good())
+        if row.restores is not None:
+            return row, state, Lookout(watch.restored(), self.good)
+        return row, state, Lookout(watch, (lambda: (row, state)) if watch.good == row.round else self.good)
+
+    def exhausted(self, row: Row) -> bool:
+        """Whether the run went back once too often and has to stop."""
+        return self.watch is not None and row.restores is not None and row.rollbacks > self.watch.guard.rollbacks
