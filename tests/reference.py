@@ -1,4 +1,4 @@
-"""The models' forward passes once more, in numpy and float64: slow and obvious. Parameters by name, as in a state dict."""
+"""The models' forward passes once more, in numpy and float64: slow and obvious. Parameters by name."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import erf
+from scipy.special import erf  # type: ignore[import-untyped]  # ships no types
 
 Array = npt.NDArray[np.float64]
 Parameters = Mapping[str, Array]
@@ -109,7 +109,7 @@ def wrn_10_2(p: Parameters, x: Array, activation: str, norm: str) -> Array:
     return linear(act(normalise(x)).mean((2, 3)), p, "8")
 
 
-def transformer(p: Parameters, x: Array | npt.NDArray[np.int64], activation: str, norm: str) -> Array:
+def transformer(p: Parameters, x: Array, activation: str, norm: str) -> Array:
     """One example after another, one head after another; tokens of a text that are 0 behind the first are left out."""
     act, normalise = ACTIVATIONS[activation], layer_norm if norm == "group" else unchanged
     width, heads = p["positions"].shape[1], 4
@@ -132,18 +132,17 @@ def transformer(p: Parameters, x: Array | npt.NDArray[np.int64], activation: str
     return np.stack(logits)
 
 
-def _embed(p: Parameters, example: npt.NDArray[np.generic]) -> tuple[Array, list[int]]:
+def _embed(p: Parameters, example: Array) -> tuple[Array, list[int]]:
     """An example's tokens [tokens, width], and those that are there."""
     if example.ndim == 1:
         present = [i for i, token in enumerate(example) if token != 0 or i == 0]
         return np.stack([p["embed.weight"][int(token)] for token in example]), present
-    numbers = example.astype(np.float64)
     if example.ndim == 2:
-        return linear(numbers, p, "embed"), list(range(len(example)))
+        return linear(example, p, "embed"), list(range(len(example)))
     size = p["embed.weight"].shape[2]
     patches = [
-        np.einsum("cij,ocij->o", numbers[:, i : i + size, j : j + size], p["embed.weight"]) + p["embed.bias"]
-        for i in range(0, numbers.shape[1] - size + 1, size)
-        for j in range(0, numbers.shape[2] - size + 1, size)
+        np.einsum("cij,ocij->o", example[:, i : i + size, j : j + size], p["embed.weight"]) + p["embed.bias"]
+        for i in range(0, example.shape[1] - size + 1, size)
+        for j in range(0, example.shape[2] - size + 1, size)
     ]
     return np.stack(patches), list(range(len(patches)))

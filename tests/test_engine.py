@@ -95,13 +95,13 @@ def test_batches_differ_by_client_round_and_step_and_repeat() -> None:
     state = method.init(initial())
     task, _ = method.plan(state, here.table, here.sizes, 3, None)
     batches = {
-        (round_, client, step): here._batch(msgspec.structs.replace(task, round=round_), client, step).x.tobytes()
+        (round_, client, step): here.batch(msgspec.structs.replace(task, round=round_), client, step).x.tobytes()
         for round_ in (0, 1)
         for client in (0, 1)
         for step in (0, 1)
     }
     assert len(set(batches.values())) == 8
-    assert here._batch(task, 0, 0).x.tobytes() == batches[0, 0, 0]
+    assert here.batch(task, 0, 0).x.tobytes() == batches[0, 0, 0]
 
 
 def test_clients_without_data_are_named() -> None:

@@ -94,8 +94,16 @@ def test_without_data_every_evaluation_is_good() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("factor", 0.5), ("factor", math.nan), ("patience", 0), ("shrink", 1.0), ("shrink", 0.0), ("rollbacks", -1)]
-    + [("largest", 0.0), ("largest", math.inf)],
+    [
+        ("factor", 0.5),
+        ("factor", math.nan),
+        ("patience", 0),
+        ("shrink", 1.0),
+        ("shrink", 0.0),
+        ("rollbacks", -1),
+        ("largest", 0.0),
+        ("largest", math.inf),
+    ],
 )
 def test_bad_guards_are_refused(field: str, value: float) -> None:
     with pytest.raises(OptionError, match=rf"guard\.{field}"):
@@ -217,8 +225,7 @@ def test_the_last_evaluation_is_of_the_weights_that_count(tmp_path: Path) -> Non
 def test_after_a_return_every_client_needs_the_state(wild: bf.Run) -> None:
     at, _ = returns(wild.records)[0]
     state_bytes = wild.weights.nbytes * 2  # weights and momentum
-    assert wild.records[at + 1].bytes_down is not None
-    assert wild.records[at + 1].bytes_down >= 3 * state_bytes
-    before = wild.records[1].bytes_down
+    after, before = wild.records[at + 1].bytes_down, wild.records[1].bytes_down
+    assert after is not None
     assert before is not None
-    assert before < 3 * state_bytes
+    assert before < 3 * state_bytes <= after

@@ -464,9 +464,7 @@ def count_replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The rounds that are replayed from here on."""
     rounds: list[int] = []
 
-    def counted(
-        state: State, table: Table, row: Row, execution: Execution, earlier: Callable[[int], State]
-    ) -> State:
+    def counted(state: State, table: Table, row: Row, execution: Execution, earlier: Callable[[int], State]) -> State:
         rounds.append(row.round)
         return replay(state, table, row, execution, earlier)
 

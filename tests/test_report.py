@@ -22,7 +22,7 @@ import pytest
 import baffle as bf
 from baffle.client import weight_of
 from baffle.directions import Directions
-from baffle.errors import CorruptRunError, JournalError, MissingExtraError, OptionError
+from baffle.errors import CorruptRunError, DivergedError, JournalError, MissingExtraError, OptionError
 from baffle.journal import Record, RunConfig
 from baffle.method import quantum_for
 from baffle.types import Family, Row, Sharing, Table, make_table, pack_int32, table_size
@@ -30,22 +30,12 @@ from helpers import METHOD, copy_run, digits_engine, flip, initial_weights, plac
 
 pytest.importorskip("matplotlib")
 
-from baffle.charts import Chart, Line, Panel, draw, drawable, unit  # noqa: E402
-from baffle.report import (  # noqa: E402
-    RunLog,
-    compare,
-    cumulative,
-    event_sentences,
-    measure_power,
-    notes,
-    progress_charts,
-    read_run,
-    report,
-    settings,
-    signal_charts,
-    totals,
-    unique_names,
-)
+from baffle.report import RunLog, compare, read_run, report, totals
+from baffle.report.charts import Chart, Line, Panel, draw, drawable, unit
+from baffle.report.figures import client_charts, progress_charts, signal_charts
+from baffle.report.log import cumulative, unique_names
+from baffle.report.signal import measure_power
+from baffle.report.words import event_sentences, notes, settings
 
 Vector = npt.NDArray[np.float64]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -230,7 +220,7 @@ WEIGHTS = (60, 30, 10)  # examples of three clients
 
 def make_rows(gradients: Sequence[Vector], family: Family, sharing: Sharing, rounds: int, noise: float) -> list[Row]:
     """Rows of clients whose losses are linear: scalar k is <gradient, direction k>, plus noise."""
-    count, exponent, rng = 16, -20, np.random.default_rng(5)
+    count, exponent, rng = 16, -10, np.random.default_rng(5)
     asked = quantum_for(max(WEIGHTS), len(WEIGHTS))
     weights = [weight_of(size, asked) for size in WEIGHTS]
     rows = []
@@ -385,7 +375,7 @@ def test_a_baseline_has_a_page_without_what_rows_tell(run: Path, tmp_path: Path)
     (baseline / "metrics.jsonl").write_bytes(b"nonsense\n")
     assert "damaged" in Page(report(baseline)).text
     (baseline / "metrics.jsonl").unlink()
-    with pytest.raises(JournalError, match="metrics.jsonl: cannot be read"):
+    with pytest.raises(JournalError, match=r"metrics\.jsonl: cannot be read"):
         report(baseline)
 
 
@@ -470,7 +460,7 @@ def test_rollbacks_are_told_and_do_not_count_as_progress() -> None:
         record(0, applied=False, accuracy=0.1),
         record(1),
         record(2, accuracy=0.5),
-        record(3),
+        record(3, accuracy=0.3),
         record(4, applied=False, restores=2, accuracy=0.2),
         record(5),
         record(6, applied=False, restores=2),
@@ -489,9 +479,28 @@ def test_rollbacks_are_told_and_do_not_count_as_progress() -> None:
     assert [x for x, _ in passes.marks] == [50, 70]
 
 
+def test_a_repeated_row_is_no_participation() -> None:
+    row = make_rows([np.ones(table_size(TABLE))] * 3, "rank1", "shared", 1, 0)[0]
+    rows = [msgspec.structs.replace(row, round=0), row, msgspec.structs.replace(row, round=2, restores=0)]
+    bars, raster = client_charts(log_of(rows, "rank1", "shared"))
+    assert bars.panels[0].columns is not None
+    assert bars.panels[0].columns[1].tolist() == [2, 2, 2]
+    assert raster.panels[0].image is not None
+    assert raster.panels[0].image.tolist() == [[1, 1, 0]] * 3
+
+
+def test_loss_on_validation_data_is_called_so(run: Path) -> None:
+    log = read_run(run)
+    held = replace(log, config=msgspec.structs.replace(log.config, command={"holdout": 100}))
+    found = totals(held)
+    assert "accuracy" not in found
+    assert found["validation_accuracy"] == log.records[-1].accuracy
+    assert "on the validation data" in progress_charts([held])[0].caption
+
+
 def test_a_run_that_diverged_has_its_rollbacks_on_the_page(tmp_path: Path) -> None:
     method = bf.Method(num_directions=4, batch_size=8, optimizer=bf.sgd(1e9))
-    with pytest.raises(bf.DivergedError):
+    with pytest.raises(DivergedError):
         train_with_test(tmp_path / "run", rounds=40, method=method)
     log = read_run(tmp_path / "run")
     assert totals(log)["rollbacks"] == sum(row.restores is not None for row in log.rows) > 0
@@ -538,10 +547,12 @@ def test_many_points_and_many_clients_are_drawn_binned(tmp_path: Path) -> None:
     ]
     log = log_of(many, "rank1", "shared")
     log = replace(log, config=msgspec.structs.replace(log.config, clients=(7,) * 500))
-    bars, raster = importlib.import_module("baffle.report").client_charts(log)
+    bars, raster = client_charts(log)
+    assert bars.panels[0].columns is not None
     assert bars.panels[0].columns[1].sum() == 500
-    assert raster.panels[0].shares.shape == (72, 134)
-    assert raster.panels[0].shares.mean() == pytest.approx(0.1, rel=0.02)
+    assert raster.panels[0].image is not None
+    assert raster.panels[0].image.shape == (72, 134)
+    assert raster.panels[0].image.mean() == pytest.approx(0.1, rel=0.02)
     assert_is_png(draw(bars))
     assert_is_png(draw(raster))
 
@@ -560,7 +571,7 @@ def test_what_is_no_run_is_refused_in_one_line(run: Path, tmp_path: Path) -> Non
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for name in ("baffle.charts", "baffle.report"):
+    for name in [name for name in sys.modules if name.startswith("baffle.report")]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(MissingExtraError, match=r"pip install 'baffle\[plots\]'"):
         importlib.import_module("baffle.report")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import msgspec
 
@@ -55,6 +55,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     rounds: int = 200
     local_steps: int = 1
     local_lr: float | None = None
+    backprop: Literal["fedsgd", "fedavg"] | None = None
     seed: int = 0
     threads: int | None = None
     evaluate_every: int = 10
@@ -121,7 +122,12 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         return rule(lr=self.lr, weight_decay=self.weight_decay, schedule=schedule)
 
 
-_CHOICES = {"family": get_args(Family), "sharing": get_args(Sharing), "difference": get_args(Difference)}
+_CHOICES = {
+    "backprop": ("fedsgd", "fedavg"),
+    "family": get_args(Family),
+    "sharing": get_args(Sharing),
+    "difference": get_args(Difference),
+}
 
 
 def train_config(file: Path | None, flags: dict[str, object]) -> TrainConfig:

@@ -20,7 +20,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import Literal
 
@@ -108,21 +108,7 @@ class Journal:
         Raises RunExistsError if ``path`` exists, JournalError if it cannot be written.
         """
         path = Path(path)
-        if os.path.lexists(path):
-            raise RunExistsError(f"{path} exists: choose another folder, or continue it with: baffle resume {path}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-                temporary = Path(folder, "run")
-                (temporary / "snapshots").mkdir(parents=True)
-                write_atomic(temporary / "config.json", _encode_config(config))
-                write_atomic(temporary / "initial.safetensors", encode_weights(config.table, initial))
-                for name in ("rows.bin", "metrics.jsonl"):
-                    write_atomic(temporary / name, b"")
-                temporary.rename(path)
-            sync_folder(path.parent)
-        except OSError as error:
-            raise JournalError(f"{path}: cannot create the run folder: {error.strerror}") from error
+        create_folder(path, config, initial, ("rows.bin", "metrics.jsonl"))
         journal = cls(path, config, initial)
         journal._lock()
         return journal
@@ -138,7 +124,9 @@ class Journal:
         last good row is dropped, and lines of metrics that are not right are rebuilt from the rows.
         """
         path = Path(path)
-        config = _read_config(path)
+        config = read_config(path)
+        if config.backprop:
+            raise JournalError(f"{path}: a baseline of true gradients ({config.backprop}) has no journal")
         try:
             initial = decode_weights(config.table, (path / "initial.safetensors").read_bytes())
         except (OSError, ValueError) as error:
@@ -184,7 +172,7 @@ class Journal:
         framed, chain = rowlog.frame(row, self._chain)
         sizes = os.fstat(rows).st_size, os.fstat(metrics).st_size
         try:
-            append(metrics, msgspec.json.encode(record) + b"\n")
+            append(metrics, encode_record(record))
             append(rows, framed)
         except OSError as error:
             os.ftruncate(rows, sizes[0])
@@ -212,7 +200,7 @@ class Journal:
 
     def finish(self, state: State) -> None:
         """Write ``model.safetensors``: the averaged weights under the model's own names."""
-        self._write("model.safetensors", encode_weights(self.config.table, state.average))
+        write_weights(self.path / "model.safetensors", self.config.table, state.average)
 
     def state(self, round: int | None = None, execution: Execution = FAST) -> State:
         """The state after a round, by default the last: the newest snapshot that leads there, then the rows behind."""
@@ -297,7 +285,7 @@ class Journal:
 
     def _cut_files(self, keep_aside: bool) -> None:
         self.records += [record_of(decode_row(row)) for row in self.rows[len(self.records) :]]
-        lines = b"".join(msgspec.json.encode(record) + b"\n" for record in self.records)
+        lines = b"".join(map(encode_record, self.records))
         if keep_aside:
             for name in ("rows.bin", "metrics.jsonl"):
                 shutil.copyfile(self.path / name, free_name(self.path / f"{name}.damaged"))
@@ -335,6 +323,41 @@ class Journal:
             raise JournalError(f"{error.filename}: cannot open for writing: {error.strerror}") from error
 
 
+def create_folder(path: Path, config: RunConfig, initial: Weights, logs: Sequence[str]) -> None:
+    """Make a run folder with empty ``logs``, whole under a temporary name first.
+
+    Raises RunExistsError if ``path`` exists, JournalError if it cannot be written.
+    """
+    if os.path.lexists(path):
+        raise RunExistsError(f"{path} exists: choose another folder, or continue it with: baffle resume {path}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            temporary = Path(folder, "run")
+            (temporary / "snapshots").mkdir(parents=True)
+            write_atomic(temporary / "config.json", _encode_config(config))
+            write_atomic(temporary / "initial.safetensors", encode_weights(config.table, initial))
+            for name in logs:
+                write_atomic(temporary / name, b"")
+            temporary.rename(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise JournalError(f"{path}: cannot create the run folder: {error.strerror}") from error
+
+
+def encode_record(record: Record) -> bytes:
+    """A line of ``metrics.jsonl``."""
+    return msgspec.json.encode(record) + b"\n"
+
+
+def write_weights(file: Path, table: Table, weights: Weights) -> None:
+    """Write flat weights under the model's own names, whole. Raises JournalError."""
+    try:
+        write_atomic(file, encode_weights(table, weights))
+    except OSError as error:
+        raise JournalError(f"{file}: cannot write: {error.strerror}") from error
+
+
 def record_of(row: Row) -> Record:
     """What a row alone tells of a round whose line was lost."""
     return Record(
@@ -364,7 +387,8 @@ def _encode_config(config: RunConfig) -> bytes:
     return msgspec.json.format(msgspec.json.encode(config)) + b"\n"
 
 
-def _read_config(path: Path) -> RunConfig:
+def read_config(path: Path) -> RunConfig:
+    """The settings of a run folder. Raises JournalError if it is none, CorruptRunError if they are not whole."""
     file = path / "config.json"
     try:
         config = msgspec.json.decode(file.read_bytes(), type=RunConfig)

@@ -79,30 +79,34 @@ class Run:
     def summary(self) -> dict[str, str | int | float | None]:
         """Totals of the run, as ``baffle train --json`` prints them."""
         method, records = self.config.method, self.records
-        return {
-            "accuracy": self.accuracy,
-            "loss": _finite(self.loss),
-            "validation_accuracy": self.validation_accuracy,
-            "validation_loss": _finite(self.validation_loss),
-            "rounds": self.state.round - 1,
-            "updates": self.state.step,
-            "rollbacks": sum(r.restores is not None for r in records),
-            "clients": len(self.config.clients),
-            "num_directions": method.num_directions,
-            "family": method.family,
-            "sharing": method.sharing,
-            "difference": method.difference,
-            "sigma": method.sigma,
-            "forward_passes": _total(r.forward_passes for r in records),
-            "samples_forwarded": _total(r.samples_forwarded for r in records),
-            "bytes_up": _total(r.bytes_up for r in records),
-            "bytes_down": _total(r.bytes_down for r in records),
-            "seconds": _total(r.seconds for r in records),
-            "peak_rss_mb": round(peak_rss_mb(), 1),
-            "parameters": table_size(self.config.table),
-            "weights_sha256": self.weights_sha256,
-            "run": None if self.path is None else str(self.path),
-        }
+        return (
+            {
+                "accuracy": self.accuracy,
+                "loss": _finite(self.loss),
+                "validation_accuracy": self.validation_accuracy,
+                "validation_loss": _finite(self.validation_loss),
+                "rounds": self.state.round - 1,
+                "updates": self.state.step,
+                "rollbacks": sum(r.restores is not None for r in records),
+                "clients": len(self.config.clients),
+                "backprop": self.config.backprop,
+            }
+            | {
+                name: None if self.config.backprop else getattr(method, name)
+                for name in ("num_directions", "family", "sharing", "difference", "sigma")
+            }
+            | {
+                "forward_passes": _total(r.forward_passes for r in records),
+                "samples_forwarded": _total(r.samples_forwarded for r in records),
+                "bytes_up": _total(r.bytes_up for r in records),
+                "bytes_down": _total(r.bytes_down for r in records),
+                "seconds": _total(r.seconds for r in records),
+                "peak_rss_mb": round(peak_rss_mb(), 1),
+                "parameters": table_size(self.config.table),
+                "weights_sha256": self.weights_sha256,
+                "run": None if self.path is None else str(self.path),
+            }
+        )
 
 
 def train(

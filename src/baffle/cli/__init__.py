@@ -16,6 +16,8 @@ except ImportError as error:
     raise MissingExtraError("the command line needs typer and rich: pip install 'baffle[cli]'") from error
 
 from baffle.cli.common import errors
+from baffle.cli.data import data_command, models_command
+from baffle.cli.report import compare_command, report_command
 from baffle.cli.runs import evaluate_command, replay_command
 from baffle.cli.train import resume_command, train_command
 
@@ -30,6 +32,10 @@ app.command("train")(train_command)
 app.command("resume")(resume_command)
 app.command("replay")(replay_command)
 app.command("evaluate")(evaluate_command)
+app.command("report")(report_command)
+app.command("compare")(compare_command)
+app.command("models")(models_command)
+app.command("data")(data_command)
 
 # typer has an exception of its own since 0.28; before, and with Flower, which wants an older one, it is click's
 _BAD_USAGE: type[Exception] = getattr(typer, "TyperException", None) or import_module("click").ClickException

@@ -32,6 +32,7 @@ def print_json(value: object) -> None:
 
 
 def warn_of_lost(journal: Journal) -> None:
+    """Say so if the file of rows is shorter than the metrics."""
     if journal.lost:
         errors.print(
             f"note: {journal.path / 'rows.bin'} was cut short: it holds {len(journal.rows)} rows, metrics tell of "

@@ -15,10 +15,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from baffle.assemble import assemble
+from baffle.assemble import Setup, assemble
 from baffle.cli.common import Json, RunPath, command_of, errors, option, print_json, warn_of_lost
 from baffle.config import DEFAULT_ALPHA, DEFAULT_CLIENTS, DEFAULT_SHARDS, TrainConfig, train_config
 from baffle.journal import Journal, Record
+from baffle.method import Method
 from baffle.optim import Cosine
 from baffle.train import Run, resume, train
 
@@ -66,6 +67,9 @@ def train_command(
     rounds: Annotated[int | None, option("Updates of the weights.", _RUN, _D.rounds)] = None,
     local_steps: Annotated[int | None, option("SGD steps on a client in a round.", _LEARN, _D.local_steps)] = None,
     local_lr: Annotated[float | None, option("Their learning rate; plain sgd: lr / local_steps.", _LEARN)] = None,
+    backprop: Annotated[
+        str | None, option("Baseline with true gradients: fedsgd, or fedavg (with --local-steps).", _RUN)
+    ] = None,
     seed: Annotated[int | None, option("Seed of everything random.", _RUN, _D.seed)] = None,
     threads: Annotated[
         int | None, option("Passes side by side, each on one thread; by default one a core.", _RUN)
@@ -77,28 +81,17 @@ def train_command(
 ) -> None:
     """Train a model by forward passes only.
 
-    Simulates the clients in this process and writes a run folder that can be resumed and replayed.
+    Simulates the clients in this process and writes a run folder that can be resumed and replayed. With
+    --backprop it trains the same by true gradients, for comparison; that run can only be reported and compared.
     """
     flags = {k: v for k, v in locals().items() if k in TrainConfig.__struct_fields__}
     options = train_config(config, flags)
     method = options.method()
     setup = assemble(options)
     path = out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{options.model.replace(':', '.')}"
+    command = msgspec.to_builtins(options) | {"data": options.data and str(Path(options.data).resolve())}
     with _progress(options.rounds, 0) as progress:
-        run = train(
-            method,
-            setup.engine,
-            setup.initial,
-            rounds=options.rounds,
-            test=setup.test,
-            validation=setup.validation,
-            seed=options.seed,
-            out=path,
-            evaluate_every=options.evaluate_every,
-            snapshot_every=options.snapshot_every,
-            progress=progress,
-            command=msgspec.to_builtins(options) | {"data": options.data and str(Path(options.data).resolve())},
-        )
+        run = _run(options, method, setup, path, command, progress)
     _print_run(run, json_output)
 
 
@@ -127,6 +120,51 @@ def resume_command(
             progress=progress,
         )
     _print_run(done, json_output)
+
+
+def _run(
+    options: TrainConfig,
+    method: Method,
+    setup: Setup,
+    path: Path,
+    command: dict[str, str | int | float | bool | None],
+    progress: Callable[[Record], None],
+) -> Run:
+    """By forward passes, or for the baseline by backpropagation."""
+    if options.backprop is None:
+        return train(
+            method,
+            setup.engine,
+            setup.initial,
+            rounds=options.rounds,
+            test=setup.test,
+            validation=setup.validation,
+            seed=options.seed,
+            out=path,
+            evaluate_every=options.evaluate_every,
+            snapshot_every=options.snapshot_every,
+            progress=progress,
+            command=command,
+        )
+    from torch.nn.functional import cross_entropy
+
+    from baffle.backprop import train_backprop
+
+    return train_backprop(
+        options.backprop,
+        method,
+        setup.engine,
+        setup.model,
+        cross_entropy,
+        rounds=options.rounds,
+        test=setup.test,
+        validation=setup.validation,
+        seed=options.seed,
+        out=path,
+        evaluate_every=options.evaluate_every,
+        progress=progress,
+        command=command,
+    )
 
 
 @contextmanager

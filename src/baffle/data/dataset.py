@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -122,7 +123,15 @@ def sample(data: Dataset, batch_size: int | None, rng: np.random.Generator) -> D
     return replace(batch, x=augment(batch.x, rng)) if batch.augmented else batch
 
 
-def from_torch(examples: Iterable[tuple[object, object]], name: str = "data") -> Dataset:
+class Indexed(Protocol):
+    """What a map-style data set has. It need not raise IndexError at its end."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> object: ...
+
+
+def from_torch(examples: Iterable[object] | Indexed, name: str = "data") -> Dataset:
     """Gather the pairs (input, target) of a ``torch.utils.data.Dataset``, or of any other iterable of pairs.
 
     Transforms of the data set are applied once, as it is read.
@@ -133,10 +142,7 @@ def from_torch(examples: Iterable[tuple[object, object]], name: str = "data") ->
         >>> from_torch(TensorDataset(torch.zeros(6, 1, 8, 8), torch.arange(6))).x.shape
         (6, 1, 8, 8)
     """
-    # a map-style data set has no __iter__, and need not raise IndexError at its end
-    pairs: Iterable[object] = (
-        examples if hasattr(examples, "__iter__") else (examples[i] for i in range(len(examples)))  # type: ignore[index, arg-type]
-    )
+    pairs = examples if isinstance(examples, Iterable) else (examples[i] for i in range(len(examples)))
     inputs: list[Array] = []
     targets: list[Array] = []
     for i, pair in enumerate(pairs):

@@ -39,7 +39,8 @@ class Official:
 
 
 _IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-_ENVIRONMENT = "BAFFLE_DATA"
+ENVIRONMENT = "BAFFLE_DATA"
+"""Names the folder of the official files where no other is given."""
 
 
 def _idx(*sha256: str) -> tuple[dict[str, str], dict[str, str]]:
@@ -121,7 +122,7 @@ def locate(name: str, path: str | Path | None = None) -> Path:
     require_choice("dataset", name, OFFICIAL)
     official = OFFICIAL[name]
     first = next(iter(official.train))
-    given = path or os.environ.get(_ENVIRONMENT) or None
+    given = path or os.environ.get(ENVIRONMENT) or None
     if given is not None:
         # the data set's own folders first: MNIST and Fashion-MNIST call their files alike
         for folder in (*(Path(given, below) for below in official.folders), Path(given)):
@@ -130,7 +131,7 @@ def locate(name: str, path: str | Path | None = None) -> Path:
     where = "no folder was named" if given is None else f"there is none in {given} nor in its {official.folders[0]}"
     raise DataError(
         f"dataset {name!r} needs {first}: {where}; get the files from {official.url} and name their folder with "
-        f"--data or {_ENVIRONMENT}"
+        f"--data or {ENVIRONMENT}"
     )
 
 

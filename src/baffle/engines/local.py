@@ -94,7 +94,8 @@ class LocalEngine:
             bytes_down=len(encode_message(task)) * len(participants) + caught_up,
         )
 
-    def _batch(self, task: Task, client: int, step: int) -> Dataset:
+    def batch(self, task: Task, client: int, step: int) -> Dataset:
+        """The mini-batch that a client draws for a local step of a task."""
         rng = generator((task.key, task.round), Purpose.BATCH, client + 1, step)
         return sample(self._clients[client], task.batch_size, rng)
 
@@ -103,14 +104,14 @@ class LocalEngine:
             task,
             self._runtime,
             weights,
-            lambda step: self._batch(task, client, step),
+            lambda step: self.batch(task, client, step),
             client,
             len(self._clients[client]),
             self._execution,
         )
 
     def _answer_together(self, task: Task, participants: Sequence[int], weights: Weights) -> list[Reply]:
-        batches = [self._batch(task, client, 0) for client in participants]
+        batches = [self.batch(task, client, 0) for client in participants]
         losses = self._runtime.losses(weights, perturbations(task, self.table, 0), concatenate(batches))
         parts = np.split(losses, np.cumsum([len(b) for b in batches])[:-1], axis=1)
         return [

@@ -77,7 +77,7 @@ class TorchRuntime:
                 raise ModelError(f"{name}: dtype {p.dtype}: expected float32; convert it, or freeze it")
         if not trainable:
             raise ModelError("the model has no trainable parameter: expected at least one with requires_grad=True")
-        self._loss = _per_example(loss)
+        self._loss = per_example(loss)
         self._table = make_table({name: tuple(p.shape) for name, p in trainable.items()})
         flat = [p.detach().to("cpu").reshape(-1) for p in trainable.values()]
         self._initial: Weights = torch.cat(flat).numpy().copy()
@@ -172,9 +172,9 @@ class _Replica:
         self._loss = loss
         frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
         self._model = copy.deepcopy(model, frozen)
-        self._parameters = [p.requires_grad_(False) for _, p in _trainable(self._model)]
+        self._parameters = [p.requires_grad_(False) for _, p in trainable_parameters(self._model)]
         self._views = [self._flat[spec.slice].view(spec.shape) for spec in table]
-        self._copies: list[tuple[nn.Parameter, Tensor]] = []
+        self._copies: list[tuple[Tensor, Tensor]] = []
         self.lay_out(torch.contiguous_format)
 
     def lay_out(self, layout: torch.memory_format) -> None:
@@ -188,13 +188,8 @@ class _Replica:
 
     def runs(self, x: Tensor) -> bool:
         """Whether the model computes on inputs of this layout."""
-        with torch.inference_mode():
-            self._upload()
-            try:
-                self._model(x)
-            except RuntimeError:
-                return False
-        return True
+        self._upload()
+        return runs(self._model, x)
 
     def losses(self, weights: Weights, perturbations: Perturbations, chunks: list[Chunk]) -> Losses:
         examples = sum(len(x) for x, _ in chunks)
@@ -243,7 +238,7 @@ class _Replica:
 
 def load_into(model: nn.Module, table: Table, weights: Weights) -> None:
     """Copy flat weights into the trainable parameters of a model with the same table."""
-    trainable = _trainable(model)
+    trainable = trainable_parameters(model)
     found = [(name, tuple(p.shape)) for name, p in trainable]
     expected = [(spec.name, spec.shape) for spec in table]
     if found != expected:
@@ -253,11 +248,22 @@ def load_into(model: nn.Module, table: Table, weights: Weights) -> None:
             p.copy_(torch.from_numpy(weights[spec.slice].copy()).view(spec.shape))
 
 
+def runs(model: nn.Module, x: Tensor) -> bool:
+    """Whether a model computes on inputs of this layout."""
+    try:
+        with torch.inference_mode():
+            model(x)
+    except RuntimeError:
+        return False
+    return True
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Names and parameters that are trained, in ``named_parameters`` order."""
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
@@ -282,7 +288,7 @@ def _check_modules(model: nn.Module) -> None:
             )
 
 
-def _per_example(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def per_example(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The loss with one number an example, where it can be asked for that."""
     if isinstance(loss, nn.Module):
         reduction: Any = getattr(loss, "reduction", "none")

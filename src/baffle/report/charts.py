@@ -57,15 +57,18 @@ class Line:
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """One y axis: curves, or columns ``(x, heights)``, or an image of shares ``[clients, rounds]`` from 0 to 1.
+    """One y axis: curves, or columns ``(x, heights)``, or an image ``[rows, columns]`` of 0 to ``most``.
 
-    ``log`` None: a logarithmic axis where the values need it. ``low`` and ``high`` fix the axis's ends.
+    ``shade`` says what an image shows. ``log`` None: a logarithmic axis where the values need it. ``low`` and ``high``
+    fix the axis's ends.
     """
 
     label: str
     lines: tuple[Line, ...] = ()
     columns: tuple[Floats, Floats] | None = None
-    shares: Floats | None = None
+    image: Floats | None = None
+    most: float = 1.0
+    shade: str = ""
     extent: tuple[float, float, float, float] = (0, 1, 0, 1)
     log: bool | None = False
     low: float | None = None
@@ -196,13 +199,13 @@ def _draw_panel(ax: Axes, panel: Panel) -> None:
         width = 0.8 * (float(x[1] - x[0]) if len(x) > 1 else 1.0)
         ax.bar(x, heights, width, color=_COLOURS[0])
         ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-    if panel.shares is not None:
+    if panel.image is not None:
         ax.grid(False)
         image = ax.imshow(
-            panel.shares, "Blues", aspect="auto", interpolation="nearest", vmin=0, vmax=1, extent=panel.extent
+            panel.image, "Blues", aspect="auto", interpolation="nearest", vmin=0, vmax=panel.most, extent=panel.extent
         )
-        if not np.isin(panel.shares, (0, 1)).all():
-            ax.figure.colorbar(image, ax=ax, label="share of the cell's rounds")
+        if not np.isin(panel.image, (0, 1)).all():
+            ax.figure.colorbar(image, ax=ax, label=panel.shade)
         ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
     if _is_log(panel):
         ax.set_yscale("log")
@@ -210,7 +213,7 @@ def _draw_panel(ax: Axes, panel: Panel) -> None:
         ax.yaxis.set_minor_formatter(FuncFormatter(lambda value, position: ""))
     elif panel.lines:
         ax.yaxis.set_major_locator(MaxNLocator(5))
-    if panel.columns is not None or panel.shares is not None or _is_whole(panel):
+    if panel.columns is not None or panel.image is not None or _is_whole(panel):
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     else:
         ax.xaxis.set_major_locator(MaxNLocator(6))

@@ -1,0 +1,203 @@
+"""The baseline: the same federation with true gradients by backpropagation.
+
+FedSGD and FedAvg: McMahan et al., arXiv 1602.05629. Clients, cohorts, mini-batches, weights, optimizer, average and
+records are those of the forward-only run with the same options; only what a client answers differs. A round sends
+n float32 numbers up and down for each participant, and stores activations that an inference does not.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from baffle import optim
+from baffle.data import Dataset
+from baffle.engines.local import LocalEngine
+from baffle.errors import DivergedError, MissingExtraError, PlanError
+from baffle.files import append
+from baffle.journal import Record, RunConfig, create_folder, encode_record, write_weights
+from baffle.method import Method, State, weights_sha256
+from baffle.runtimes.pytorch import load_into, per_example, runs, trainable_parameters
+from baffle.train import Progress, Run, evaluate, require_key
+from baffle.types import Cohort, Task, Weights
+
+try:
+    import torch
+    from torch import Tensor, nn
+except ImportError as error:
+    raise MissingExtraError("PyTorch is not installed: pip install 'baffle[torch]'") from error
+
+Kind = Literal["fedsgd", "fedavg"]
+
+
+def train_backprop(
+    kind: Kind,
+    method: Method,
+    engine: LocalEngine,
+    model: nn.Module,
+    loss: Callable[..., Tensor],
+    *,
+    rounds: int,
+    test: Dataset | None = None,
+    validation: Dataset | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    evaluate_every: int = 10,
+    progress: Progress | None = None,
+    command: dict[str, str | int | float | bool | None] | None = None,
+) -> Run:
+    """Train by backpropagation what ``train`` would train by forward passes; ``model`` itself stays as it is.
+
+    ``fedsgd``: each participant answers with the gradient of its mini-batch. ``fedavg``: with the mean gradient of
+    ``method.local_steps`` SGD steps of its own. The run folder has settings and metrics but no journal: it can be
+    reported and compared, not replayed.
+
+    Examples:
+        >>> import torch.nn.functional as F
+        >>> import baffle as bf
+        >>> data, test = bf.load("digits")
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        >>> engine = bf.LocalEngine(bf.TorchRuntime(model, F.cross_entropy), bf.partition(data, clients=3))
+        >>> run = train_backprop("fedsgd", bf.Method(), engine, model, F.cross_entropy, rounds=20, test=test)
+        >>> run.accuracy > 0.6
+        True
+    """
+    if (kind == "fedavg") != (method.local_steps > 1):
+        expected = "> 1" if kind == "fedavg" else "1; fedavg takes local steps"
+        raise PlanError(f"local_steps = {method.local_steps} with {kind}: expected {expected}")
+    gradients = _Gradients(model, loss, engine)
+    config = RunConfig(
+        method=method,
+        key=require_key(seed),
+        rounds=rounds,
+        evaluate_every=evaluate_every,
+        snapshot_every=rounds,
+        table=engine.table,
+        plan=engine.plan,
+        clients=engine.sizes,
+        backprop=kind,
+        command=command,
+    )
+    state = method.init(gradients.initial())
+    path = None if out is None else Path(out)
+    if path is not None:
+        create_folder(path, config, state.weights, ("metrics.jsonl",))
+    watched = test if validation is None else validation
+    records: list[Record] = []
+    measured: tuple[float | None, float | None] = None, None
+    for index in range(rounds + 1):
+        started = time.perf_counter()
+        task, cohort = method.plan(state, engine.table, engine.sizes, config.key, None)
+        state = _round(method, engine, gradients, task, cohort, state) if index else replace(state, round=1)
+        due = index % evaluate_every == 0 or index == rounds
+        lr = method.optimizer.coefficients(max(1, state.step))["lr"]
+        measured = evaluate(engine, state.average, watched) if due else (None, None)
+        records.append(_record(task, cohort, state, engine, measured, lr, time.perf_counter() - started))
+        if path is not None:
+            _append(path / "metrics.jsonl", encode_record(records[-1]))
+        if progress is not None:
+            progress(records[-1])
+    if path is not None:
+        write_weights(path / "model.safetensors", engine.table, state.average)
+    if validation is None:
+        return Run(config, state, tuple(records), *measured, path=path)
+    return Run(config, state, tuple(records), *evaluate(engine, state.average, test), *measured, path)
+
+
+class _Gradients:
+    """Gradients of the mean loss of a batch, for any weights."""
+
+    def __init__(self, model: nn.Module, loss: Callable[..., Tensor], engine: LocalEngine) -> None:
+        self._model, self._loss, self._table = copy.deepcopy(model), per_example(loss), engine.table
+        self._parameters = [p for _, p in trainable_parameters(self._model)]
+
+    def initial(self) -> Weights:
+        return self._flat([p.detach() for p in self._parameters])
+
+    def __call__(self, weights: Weights, batch: Dataset) -> Weights:
+        load_into(self._model, self._table, weights)
+        device = self._parameters[0].device
+        x, y = (torch.tensor(np.ascontiguousarray(a), device=device) for a in (batch.inputs(), batch.y))
+        if x.ndim == 4:
+            faster = x.contiguous(memory_format=torch.channels_last)
+            x = faster if runs(self._model, faster[:1]) else x
+        return self._flat(torch.autograd.grad(self._loss(self._model(x), y).mean(), self._parameters))
+
+    @staticmethod
+    def _flat(tensors: list[Tensor] | tuple[Tensor, ...]) -> Weights:
+        flat: Weights = torch.cat([t.reshape(-1) for t in tensors]).cpu().numpy()
+        return flat
+
+
+def _round(
+    method: Method, engine: LocalEngine, gradients: _Gradients, task: Task, cohort: Cohort, state: State
+) -> State:
+    """One round: every participant's gradient, weighted; the optimizer's step; the average."""
+    total = np.zeros(state.weights.size, np.float64)
+    for client, weight in cohort.items():
+        weights = state.weights
+        for step in range(task.local_steps):
+            gradient = gradients(weights, engine.batch(task, client, step))
+            total += float(weight) * gradient
+            weights = weights - np.float32(task.local_lr) * gradient
+    mean = (total / (sum(cohort.values()) * task.local_steps)).astype(np.float32)
+    factor = np.float32(min((clip.factor(mean) for clip in method.server), default=1.0))
+    step = state.step + 1
+    with np.errstate(over="ignore", invalid="ignore"):
+        weights, slots = optim.update(
+            method.optimizer.name, state.weights, state.slots, factor * mean, method.optimizer.coefficients(step)
+        )
+    if not np.isfinite(weights).all():
+        raise DivergedError(f"round {task.round}: NaN or infinity in the weights. Use a smaller lr")
+    average = optim.average(state.average, weights, optim.average_decay(method.ema, step))
+    return State(task.round + 1, step, weights, slots, average)
+
+
+def _record(
+    task: Task,
+    cohort: Cohort,
+    state: State,
+    engine: LocalEngine,
+    measured: tuple[float | None, float | None],
+    lr: float,
+    seconds: float,
+) -> Record:
+    trained = task.round > 0
+    examples = sum(min(task.batch_size or engine.sizes[c], engine.sizes[c]) for c in cohort)
+    sent = 4 * state.weights.size * len(cohort) if trained else 0
+    return Record(
+        round=task.round,
+        applied=trained,
+        restores=None,
+        loss=measured[0],
+        accuracy=measured[1],
+        lr=lr,
+        sigma=0.0,
+        exponent=0,
+        clip_factor=1.0,
+        scalar_rms=0.0,
+        participants=len(cohort) if trained else 0,
+        clipped=0,
+        nonfinite=0,
+        forward_passes=task.local_steps * len(cohort) if trained else 0,
+        samples_forwarded=task.local_steps * examples if trained else 0,
+        bytes_up=sent,
+        bytes_down=sent,
+        seconds=seconds,
+        weights_sha256=weights_sha256(state.weights).hex(),
+    )
+
+
+def _append(file: Path, line: bytes) -> None:
+    descriptor = os.open(file, os.O_WRONLY | os.O_APPEND)
+    try:
+        append(descriptor, line)
+    finally:
+        os.close(descriptor)

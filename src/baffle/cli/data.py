@@ -1,0 +1,183 @@
+"""``baffle models`` and ``baffle data``: what there is to train, and on what."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import numpy as np
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from baffle.assemble import splits
+from baffle.cli.common import Json, print_json
+from baffle.config import TrainConfig, train_config
+from baffle.data import DATASETS, Dataset
+from baffle.data.official import ENVIRONMENT, OFFICIAL, check
+from baffle.errors import DataError, JournalError, OptionError
+from baffle.files import write_atomic
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_SHAPES = {"grey": (1, 28, 28), "colour": (3, 32, 32)}
+_CLASSES = 10
+_WIDEST, _LONGEST = 10, 100  # classes with a column each, clients with a row each
+
+
+def models_command(
+    batch_size: Annotated[int, typer.Option(help="Examples a pass.", min=1)] = 32,
+    threads: Annotated[int | None, typer.Option(help="Passes side by side; by default one a core.", min=1)] = None,
+    seconds: Annotated[float, typer.Option(help="How long to measure each; 0: do not.", min=0, max=600)] = 0.5,
+    json_output: Json = False,
+) -> None:
+    """The models, their parameters, and the perturbed forward passes a second that this machine does.
+
+    For ten classes of grey images of 28 x 28 pixels and of colour images of 32 x 32.
+    """
+    from torch.nn.functional import cross_entropy
+
+    from baffle.models import MODELS, build
+    from baffle.runtimes.pytorch import TorchRuntime
+    from baffle.runtimes.speed import passes_per_second
+
+    def speed(model: nn.Module, shape: tuple[int, ...]) -> float | None:
+        if not seconds:
+            return None
+        noise = np.random.default_rng(0).standard_normal((batch_size, *shape), np.float32)
+        batch = Dataset(noise, np.zeros(batch_size, np.int64))
+        return round(passes_per_second(TorchRuntime(model, cross_entropy, threads), batch, seconds), 1)
+
+    found = []
+    for name, architecture in MODELS.items():
+        row: dict[str, str | int | float | None] = {"model": name, "about": architecture.about}
+        for kind, shape in _SHAPES.items():
+            model = build(name, shape, _CLASSES)
+            row[f"{kind}_parameters"] = sum(p.numel() for p in model.parameters())
+            row[f"{kind}_passes_per_second"] = speed(model, shape)
+        found.append(row)
+    if json_output:
+        print_json({"batch_size": batch_size, "models": found})
+        return
+    table = Table("model", title=f"models ({_CLASSES} classes, passes over {batch_size} examples)")
+    for kind, shape in _SHAPES.items():
+        for what in ("parameters", "passes/s"):
+            table.add_column(f"{kind} {shape[1]} x {shape[2]}\n{what}", justify="right")
+    for row in found:
+        numbers = [row[f"{kind}_{what}"] for kind in _SHAPES for what in ("parameters", "passes_per_second")]
+        cells = ["" if n is None else f"{n:,}" if isinstance(n, int) else f"{n:,.0f}" for n in numbers]
+        table.add_row(str(row["model"]), *cells)
+    Console().print(table)
+
+
+def data_command(
+    dataset: Annotated[str | None, typer.Option(help="One data set; by default a list of all.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help=f"Folder of the official files (or {ENVIRONMENT}), or FILE.npz.")
+    ] = None,
+    clients: Annotated[int | None, typer.Option(help="Number of clients.", min=1)] = None,
+    partition: Annotated[str | None, typer.Option(help="iid, dirichlet, shards, or column.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Dirichlet parameter.")] = None,
+    shards: Annotated[int | None, typer.Option(help="Shards of sorted labels a client.")] = None,
+    holdout: Annotated[int | None, typer.Option(help="Examples a class to hold out.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the partition.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture of the clients' classes: FILE.png.")] = None,
+    json_output: Json = False,
+) -> None:
+    """What data sets are found and whether their files are as published; or one of them, client by client."""
+    if dataset is None:
+        _list(data, json_output)
+        return
+    given = {"alpha": alpha, "shards": shards, "clients": clients, "partition": partition, "holdout": holdout}
+    options = train_config(
+        None, {**given, "dataset": dataset, "data": None if data is None else str(data), "seed": seed}
+    )
+    _show(options, plot, json_output)
+
+
+def _list(data: Path | None, json_output: bool) -> None:
+    """Every data set: found or not, and what is wrong with its files."""
+    found = []
+    for name in DATASETS:
+        problem, where, files = None, None, []
+        if name in OFFICIAL:
+            try:
+                files = check(name, data)
+                where = str(files[0].path.parent) if files[0].path else None
+                problem = next((f.problem for f in files if f.problem), None)
+            except DataError as error:
+                problem = str(error)
+        found.append({"dataset": name, "folder": where, "files": len(files), "problem": problem})
+    if json_output:
+        print_json({"datasets": found})
+        return
+    told = f"in {data}" if data else f"in {os.environ[ENVIRONMENT]}" if os.environ.get(ENVIRONMENT) else "nowhere named"
+    table = Table("data set", "", title=f"data sets ({told})")
+    table.columns[1].overflow = "fold"
+    for row in found:
+        if row["dataset"] == "digits":
+            text = "carried by scikit-learn"
+        elif row["dataset"] == "arrays":
+            text = "your own: --data FILE.npz"
+        else:
+            text = str(row["problem"] or f"{row['files']} files in {row['folder']}, checksums as published")
+        table.add_row(str(row["dataset"]), text)
+    Console().print(table)
+
+
+def _show(options: TrainConfig, plot: Path | None, json_output: bool) -> None:
+    """One data set, and the classes of each client's examples."""
+    train, held, test = splits(options)
+    parts = options.split(train)
+    classes = int(train.y.max()) + 1
+    counts = [_counts(part, classes) for part in parts]
+    if plot is not None:
+        _plot(parts, classes, plot)
+    shape = list(train.x.shape[1:])
+    if json_output:
+        print_json(
+            {
+                "dataset": options.dataset,
+                "shape": shape,
+                "classes": classes,
+                "train": len(train),
+                "holdout": 0 if held is None else len(held),
+                "test": len(test),
+                "clients": counts,
+                "plot": None if plot is None else str(plot),
+            }
+        )
+        return
+    kept = "" if held is None else f", {len(held):,} held out"
+    title = f"{options.dataset}: {len(train):,} training examples of {shape}{kept}, {len(test):,} for the test"
+    narrow = classes <= _WIDEST
+    heads = map(str, range(classes)) if narrow else ["classes", "most of one class"]
+    table = Table(title=title, box=SIMPLE_HEAD, padding=0)
+    for head in ("client", "examples", *heads):
+        table.add_column(head, justify="right", no_wrap=True)
+    for i, row in enumerate(counts[:_LONGEST]):
+        table.add_row(str(i), str(sum(row)), *map(str, row if narrow else [sum(n > 0 for n in row), max(row)]))
+    console = Console()
+    console.print(table)
+    if len(counts) > _LONGEST:
+        console.print(f"and {len(counts) - _LONGEST:,} clients more (--json lists all)")
+
+
+def _counts(part: Dataset, classes: int) -> list[int]:
+    return [int(n) for n in np.bincount(part.y.astype(np.int64), minlength=classes)]
+
+
+def _plot(parts: tuple[Dataset, ...], classes: int, file: Path) -> None:
+    from baffle.report.charts import draw  # matplotlib is an extra
+    from baffle.report.figures import partition_chart
+
+    if file.suffix.lower() != ".png":
+        raise OptionError("plot", str(file), "a file name that ends in .png")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, draw(partition_chart(parts, classes)))
+    except OSError as error:
+        raise JournalError(f"{file}: cannot write: {error.strerror}") from error

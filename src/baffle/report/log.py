@@ -1,0 +1,166 @@
+"""What a run folder tells: settings, a record a round, rows; and sums over them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeAlias
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from baffle.errors import JournalError
+from baffle.journal import Journal, Record, RunConfig, read_config, record_of
+from baffle.types import Row, table_size
+from baffle.wire import decode_row
+
+Floats: TypeAlias = npt.NDArray[np.float64]
+Value: TypeAlias = str | int | float | None
+
+_COSTS = {"passes": "forward_passes", "bytes": "bytes_up", "seconds": "seconds"}
+
+
+@dataclass(frozen=True)
+class RunLog:
+    """What a folder tells of a run: configuration, a record a round, and the rows (none with true gradients).
+
+    ``damage`` says in words what could not be read.
+    """
+
+    name: str
+    path: Path
+    config: RunConfig
+    records: tuple[Record, ...]
+    rows: tuple[Row, ...] = ()
+    damage: str | None = None
+
+    @property
+    def backprop(self) -> str | None:
+        """Which baseline with true gradients the run is; None if it trained by forward passes only."""
+        return self.config.backprop
+
+    @property
+    def evaluated(self) -> list[Record]:
+        """The records of rounds after which the averaged weights were evaluated."""
+        return [r for r in self.records if r.loss is not None or r.accuracy is not None]
+
+    @property
+    def data(self) -> str:
+        """What data the averaged weights were evaluated on."""
+        if self.config.command is None:
+            return "evaluation data"
+        return "validation data" if self.config.command.get("holdout") else "test data"
+
+
+def read_run(path: str | Path) -> RunLog:
+    """Read a run folder, or that of a baseline, which has no rows. Raises JournalError if it is none."""
+    path = Path(path)
+    name = path.resolve().name or str(path)
+    log = RunLog(name, path, read_config(path), ())
+    if log.backprop:
+        records, damage = _read_records(path / "metrics.jsonl")
+        return replace(log, records=records, damage=damage)
+    journal = Journal.open(path)
+    rows = tuple(decode_row(row) for row in journal.rows)
+    rebuilt = [record_of(row) for row in rows[len(journal.records) :]]
+    damage = journal.damage or (f"{journal.lost} rows that the metrics tell of are lost" if journal.lost else None)
+    return RunLog(name, path, journal.config, (*journal.records, *rebuilt), rows, damage)
+
+
+def unique_names(paths: Sequence[Path]) -> list[str]:
+    """The folders' names, with as many parents as it takes to tell them apart, or a number.
+
+    Examples:
+        >>> unique_names([Path("/runs/a"), Path("/old/a"), Path("/runs/b"), Path("/runs/b")])
+        ['runs/a', 'old/a', 'b', 'b (2)']
+    """
+    parts = [path.resolve().parts for path in paths]
+    depth = [1] * len(parts)
+    while True:
+        names = ["/".join(p[-d:]) for p, d in zip(parts, depth, strict=True)]
+        clash = [
+            d < len(p) and any(other == name and q != p for other, q in zip(names, parts, strict=True))
+            for name, p, d in zip(names, parts, depth, strict=True)
+        ]
+        if not any(clash):
+            break
+        depth = [d + c for d, c in zip(depth, clash, strict=True)]
+    return [f"{n} ({names[: i + 1].count(n)})" if n in names[:i] else n for i, n in enumerate(names)]
+
+
+def totals(log: RunLog) -> dict[str, Value]:
+    """What the run reached and cost; None where unknown. Names and values are those of ``Run.summary``.
+
+    Loss and accuracy are the last that were measured on the way to the final weights; those of test data are not
+    in the folder of a run that was judged by validation data.
+    """
+    last, steps = _last_evaluated(log), [0]
+    for record in log.records:
+        steps.append(steps[-1] + record.applied if record.restores is None else steps[record.restores + 1])
+    kind = "validation_" if log.data == "validation data" else ""
+    costs = ("forward_passes", "samples_forwarded", "bytes_up", "bytes_down", "seconds")
+    return {
+        f"{kind}accuracy": None if last is None else last.accuracy,
+        f"{kind}loss": None if last is None else last.loss,
+        "rounds": max(0, len(log.records) - 1),
+        "updates": steps[-1],
+        "rollbacks": sum(r.restores is not None for r in log.records),
+        **{name: _sum(getattr(record, name) for record in log.records) for name in costs},
+        "parameters": table_size(log.config.table),
+        "weights_sha256": log.records[-1].weights_sha256 if log.records else None,
+    }
+
+
+def round_kind(record: Record) -> str:
+    """What became of a round: "update", "rollback", "calibration", or "empty" (nothing usable came)."""
+    if record.restores is not None:
+        return "rollback"
+    if record.applied:
+        return "update"
+    return "empty" if record.nonfinite and record.scalar_rms == 0 else "calibration"
+
+
+def cumulative(log: RunLog, kind: str) -> Floats:
+    """The x axis of ``kind`` at each record: the round, or what all rounds so far cost (NaN where unknown)."""
+    if kind == "round":
+        return np.array([float(record.round) for record in log.records])
+    return np.cumsum(floats(getattr(record, _COSTS[kind]) for record in log.records))
+
+
+def floats(values: Iterable[float | None]) -> Floats:
+    """Numbers, with NaN for what is unknown."""
+    return np.array([math.nan if value is None else value for value in values], np.float64)
+
+
+def _last_evaluated(log: RunLog) -> Record | None:
+    """The last record with an evaluation that led to the run's weights: what a rollback undid did not."""
+    index = len(log.records) - 1
+    while index >= 0:
+        record = log.records[index]
+        if record.restores is None and (record.loss is not None or record.accuracy is not None):
+            return record
+        index = index - 1 if record.restores is None else record.restores
+    return None
+
+
+def _read_records(file: Path) -> tuple[tuple[Record, ...], str | None]:
+    """The metrics of a run without rows, up to the first line that is none; a last line cut short is no damage."""
+    try:
+        lines = file.read_bytes().split(b"\n")
+    except OSError as error:
+        raise JournalError(f"{file}: cannot be read: {error.strerror}") from error
+    records: list[Record] = []
+    for number, line in enumerate(lines[:-1]):
+        try:
+            records.append(msgspec.json.decode(line, type=Record))
+        except msgspec.DecodeError as error:
+            return tuple(records), f"{file}: line {number + 1}: {error}"
+    return tuple(records), None
+
+
+def _sum(values: Iterable[float | None]) -> float | None:
+    known = list(values)
+    return None if None in known else round(sum(value for value in known if value is not None), 3)

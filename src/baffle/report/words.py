@@ -1,0 +1,137 @@
+"""A run in words: its settings, what was trained, what happened, what a reader has to know."""
+
+from __future__ import annotations
+
+import math
+from itertools import groupby
+
+import msgspec
+
+from baffle.method import Method
+from baffle.report.log import RunLog, Value, round_kind
+from baffle.types import table_size
+
+_OPTIMIZER = {"lr", "schedule", "momentum", "weight_decay", "clip_scalars", "clip_update"}
+_LOOP = {"clients", "rounds", "seed", "threads", "evaluate_every", "snapshot_every", "backprop"}
+_TOLD_ELSEWHERE = {*Method.__struct_fields__, *_OPTIMIZER, *_LOOP}
+"""Options of the command that method or configuration tell as well."""
+
+
+def settings(log: RunLog) -> dict[str, Value]:
+    """What the run was made from, by names for people."""
+    config, method, command = log.config, log.config.method, log.config.command or {}
+    optimizer = msgspec.to_builtins(method.optimizer)
+    schedule = optimizer.pop("schedule")
+    guard = {name: value for name, value in (msgspec.to_builtins(method.guard) or {}).items() if name != "type"}
+    sizes = config.clients
+    chosen: dict[str, Value] = {
+        "method": log.backprop or "forward passes only",
+        **{
+            name: value for name, value in command.items() if name not in _TOLD_ELSEWHERE and value not in (None, False)
+        },
+        "clients": len(sizes),
+        "examples a client": f"{min(sizes)}" if len(set(sizes)) == 1 else f"{min(sizes)} to {max(sizes)}",
+        "participation": method.participation,
+        "batch size": method.batch_size or "all examples",
+        "directions K": method.num_directions,
+        "family": method.family,
+        "sharing": method.sharing,
+        "difference": method.difference,
+        "sigma": method.sigma,
+        "local steps": method.local_steps,
+        "local learning rate": method.local_lr,
+        "clients clip scalars to": min((c.limit for c in method.client), default=None),
+        "server clips update to": min((c.max_norm for c in method.server), default=None),
+        "optimizer": _rule(optimizer),
+        "schedule": _rule(schedule),
+        "decay of averaged weights": method.ema,
+        "guard": _pairs(guard) if guard else "off",
+        "rounds": config.rounds,
+        "seed": config.key,
+        "evaluated by": _pairs({name: value for name, value in config.plan.items() if name != "data"}),
+    }
+    if log.backprop:
+        unused = ("guard", "directions K", "family", "sharing", "difference", "sigma", "clients clip scalars to")
+        chosen = {name: value for name, value in chosen.items() if name not in unused}
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
+def describe(log: RunLog) -> str:
+    """What was trained, in a sentence."""
+    command, method = log.config.command or {}, log.config.method
+    model = command.get("model") or "A model"
+    what = f"{model} of {table_size(log.config.table):,} parameters"
+    where = f" on {command['dataset']}" if command.get("dataset") else ""
+    how = (
+        f"by {log.backprop} with true gradients (backpropagation)"
+        if log.backprop
+        else f"by forward passes only: each client returns K = {method.num_directions} numbers a round, along "
+        f"{method.sharing} {method.family} directions"
+    )
+    return f"{what}, trained{where} in {counted(len(log.config.clients), 'client')} {how}."
+
+
+def notes(log: RunLog) -> list[str]:
+    """What a reader of the curves has to know, in sentences."""
+    told = [
+        (not log.records, "No round is done yet."),
+        (log.damage is not None, f"The run is damaged; what is before the damage is shown. {log.damage}."),
+        (
+            0 < len(log.records) <= log.config.rounds,
+            f"The run is not finished: {len(log.records) - 1} of {log.config.rounds} rounds are done.",
+        ),
+        (
+            bool(log.records) and not log.evaluated,
+            "No round was evaluated (there was no data for it), so there is neither loss nor accuracy.",
+        ),
+        (
+            any(r.loss is None or not math.isfinite(r.loss) for r in log.evaluated),
+            "At some evaluations the loss was not a finite number; they are left out.",
+        ),
+        (
+            any(r.seconds is None for r in log.records),
+            "What some rounds cost is unknown, as their metrics were lost; curves against cost end there.",
+        ),
+        (
+            log.backprop is not None,
+            "This run has true gradients: each forward pass has a backward pass besides, which is not counted.",
+        ),
+        (
+            bool(log.records) and not log.backprop and not any(r.applied for r in log.records),
+            "No round has updated the weights yet.",
+        ),
+    ]
+    return [sentence for holds, sentence in told if holds]
+
+
+def event_sentences(log: RunLog) -> list[str]:
+    """Rounds that did not update the weights, and returns to an earlier state."""
+    told: list[str] = []
+    for kind, group in groupby(log.records, key=round_kind):
+        rounds = [r.round for r in group]
+        span = f"Round {rounds[0]}" if len(rounds) == 1 else f"Rounds {rounds[0]} to {rounds[-1]}"
+        if kind == "calibration":
+            what = "evaluated the initial weights" if log.backprop else "measured the scale of the scalars"
+            told.append(f"{span} only {what}: no update.")
+        elif kind == "empty":
+            told.append(f"{span} brought no usable scalar: no update.")
+        elif kind == "rollback":
+            for index in rounds:
+                restores = log.records[index].restores
+                told.append(f"Round {index} found divergence and went back to the state after round {restores}.")
+    return told
+
+
+def counted(number: int, what: str) -> str:
+    """A number of things, in the plural where it is one."""
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
+def _rule(options: dict[str, Value]) -> str:
+    """A rule of the method by its type and options."""
+    numbers = _pairs({name: value for name, value in options.items() if name != "type"})
+    return f"{options['type']} ({numbers})" if numbers else str(options["type"])
+
+
+def _pairs(values: dict[str, Value]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
