@@ -24,7 +24,7 @@ from baffle.errors import DivergedError, MissingExtraError, PlanError
 from baffle.files import append
 from baffle.journal import Record, RunConfig, create_folder, encode_record, write_weights
 from baffle.method import Method, State, weights_sha256
-from baffle.runtimes.pytorch import load_into, per_example, runs, trainable_parameters
+from baffle.runtimes.pytorch import load_into, per_example, runs, to_tensors, trainable_parameters
 from baffle.train import Progress, Run, evaluate, require_key
 from baffle.types import Cohort, Task, Weights
 
@@ -123,11 +123,10 @@ class _Gradients:
 
     def __call__(self, weights: Weights, batch: Dataset) -> Weights:
         load_into(self._model, self._table, weights)
-        device = self._parameters[0].device
-        x, y = (torch.tensor(np.ascontiguousarray(a), device=device) for a in (batch.inputs(), batch.y))
+        x, y = to_tensors(batch, self._parameters[0].device)
         if x.ndim == 4:
             faster = x.contiguous(memory_format=torch.channels_last)
-            x = faster if runs(self._model, faster[:1]) else x
+            x = faster if runs(self._model, faster[:2]) else x
         return self._flat(torch.autograd.grad(self._loss(self._model(x), y).mean(), self._parameters))
 
     @staticmethod

@@ -141,14 +141,14 @@ class TorchRuntime:
             torch.set_num_threads(before)
 
     def _chunks(self, batch: Dataset) -> list[Chunk]:
-        x, y = (torch.tensor(np.ascontiguousarray(a), device=self._device) for a in (batch.inputs(), batch.y))
-        if x.ndim == 4 and x.is_floating_point() and self._takes_channels_last(x[:1]):
+        x, y = to_tensors(batch, self._device)
+        if x.ndim == 4 and x.is_floating_point() and self._takes_channels_last(torch.cat([x[:1], x[:1]])):
             x = x.contiguous(memory_format=torch.channels_last)
         size = max(32, min(128, _CHUNK_INPUTS // max(1, x[:1].numel())))
         return [(x[s : s + size], y[s : s + size]) for s in range(0, len(x), size)]
 
     def _takes_channels_last(self, x: Tensor) -> bool:
-        """Whether the model has convolutions and computes with channels last; tried once, on one example."""
+        """Whether the model has convolutions and computes with channels last; tried once, on two examples."""
         if self._channels_last is None:
             self._channels_last = any(len(spec.shape) == 4 for spec in self._table)
             if self._channels_last:
@@ -246,6 +246,12 @@ def load_into(model: nn.Module, table: Table, weights: Weights) -> None:
     with torch.no_grad():
         for spec, (_, p) in zip(table, trainable, strict=True):
             p.copy_(torch.from_numpy(weights[spec.slice].copy()).view(spec.shape))
+
+
+def to_tensors(batch: Dataset, device: torch.device) -> Chunk:
+    """Inputs and targets as tensors of their own, with the usual strides (numpy's, where a size is 1, are any)."""
+    x, y = (torch.from_numpy(np.array(a, order="C")).to(device) for a in (batch.inputs(), batch.y))
+    return x, y
 
 
 def runs(model: nn.Module, x: Tensor) -> bool:
