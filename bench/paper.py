@@ -31,19 +31,23 @@ class Cell:
     gradients: str
     lr: float
     rounds: int
+    schedule: str = "cosine"
 
     @property
     def name(self) -> str:
         """Name of its run folder."""
         model = "" if self.dataset == "mnist" else f"-{self.model}"
-        return f"{self.dataset.removesuffix('10')}{model}-{self.gradients}-{self.lr:g}"
+        schedule = "" if self.schedule == "cosine" else f"-{self.schedule}"
+        return f"{self.dataset.removesuffix('10')}{model}-{self.gradients}-{self.lr:g}{schedule}"
 
     def command(self, data: Path, out: Path) -> list[str]:
         """What to type."""
         how = ["--backprop", "fedsgd"] if self.gradients == "fedsgd" else ["--sharing", self.gradients]
         often = 10 if self.dataset == "mnist" else 5
         options = f"--dataset {self.dataset} --model {self.model} --clients 10 --batch-size 32 --num-directions 100"
-        options += f" --rounds {self.rounds} --lr {self.lr:g} --evaluate-every {often} --json"
+        options += (
+            f" --rounds {self.rounds} --lr {self.lr:g} --schedule {self.schedule} --evaluate-every {often} --json"
+        )
         return ["train", *options.split(), *how, "--data", str(data), "--out", str(out / self.name)]
 
 
@@ -55,6 +59,8 @@ def cells(dataset: str) -> Iterator[Cell]:
         for gradients in GRADIENTS:
             for lr in rates:
                 yield Cell(dataset, model, gradients, lr, rounds)
+            if dataset == "mnist" and gradients != "fedsgd":
+                yield Cell(dataset, model, gradients, 0.03, rounds, "constant")
 
 
 def main() -> None:
@@ -75,12 +81,12 @@ def main() -> None:
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             file.write_text(done.stdout.splitlines()[-1])
         found.append((cell, json.loads(file.read_text())))
-    print("| data | model | gradient | lr | accuracy | loss | client passes | MB up | seconds |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| data | model | gradient | lr | schedule | accuracy | loss | client passes | MB up | seconds |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for cell, run in found:
         how = cell.gradients if cell.gradients == "fedsgd" else f"forward, {cell.gradients}"
         print(
-            f"| {cell.dataset} | {cell.model} | {how} | {cell.lr:g} | {run['accuracy']:.3f} | {run['loss']:.3f} "
+            f"| {cell.dataset} | {cell.model} | {how} | {cell.lr:g} | {cell.schedule} | {run['accuracy']:.3f} | {run['loss']:.3f} "
             f"| {run['forward_passes']:,} | {run['bytes_up'] / 1e6:.2f} | {run['seconds']:.0f} |"
         )
 

@@ -114,6 +114,7 @@ def test_the_folder_holds_what_the_documentation_says(whole: Path) -> None:
         str(whole / name)
         for name in (
             "config.json",
+            "summary.json",
             "initial.safetensors",
             "metrics.jsonl",
             "model.safetensors",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import importlib
+import json
 import math
 import struct
 import sys
@@ -493,9 +494,11 @@ def test_loss_on_validation_data_is_called_so(run: Path) -> None:
     log = read_run(run)
     held = replace(log, config=msgspec.structs.replace(log.config, command={"holdout": 100}))
     found = totals(held)
-    assert "accuracy" not in found
+    assert found["accuracy"] == json.loads((run / "summary.json").read_text())["accuracy"]
     assert found["validation_accuracy"] == log.records[-1].accuracy
     assert "on the validation data" in progress_charts([held])[0].caption
+    went_on = replace(held, records=held.records[:-1])
+    assert "accuracy" not in totals(went_on)
 
 
 def test_a_run_that_diverged_has_its_rollbacks_on_the_page(tmp_path: Path) -> None:

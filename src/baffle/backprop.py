@@ -22,10 +22,11 @@ from baffle.data import Dataset
 from baffle.engines.local import LocalEngine
 from baffle.errors import DivergedError, MissingExtraError, PlanError
 from baffle.files import append
-from baffle.journal import Record, RunConfig, create_folder, encode_record, write_weights
+from baffle.journal import Record, RunConfig, create_folder, encode_record, write_file
 from baffle.method import Method, State, weights_sha256
 from baffle.runtimes.pytorch import load_into, per_example, runs, to_tensors, trainable_parameters
-from baffle.train import Progress, Run, evaluate, require_key
+from baffle.snapshots import encode_weights
+from baffle.train import Progress, Run, evaluate, finish, require_key
 from baffle.types import Cohort, Task, Weights
 
 try:
@@ -105,10 +106,8 @@ def train_backprop(
         if progress is not None:
             progress(records[-1])
     if path is not None:
-        write_weights(path / "model.safetensors", engine.table, state.average)
-    if validation is None:
-        return Run(config, state, tuple(records), *measured, path=path)
-    return Run(config, state, tuple(records), *evaluate(engine, state.average, test), *measured, path)
+        write_file(path / "model.safetensors", encode_weights(engine.table, state.average))
+    return finish(config, state, records, measured, engine, test, validation, path)
 
 
 class _Gradients:

@@ -7,6 +7,7 @@
       metrics.jsonl          a line a round
       snapshots/*.safetensors  weights, optimizer slots, average; the newest two
       model.safetensors      the averaged weights, once training is done
+      summary.json           totals, once training is done, as ``baffle train --json`` prints them
 
 The journal *is* the run: initial state and rows give every round's weights (``method.replay``). The checksum chain
 (``rowlog``) starts from a hash of the configuration and the initial weights. Rows are flushed to the disk before a
@@ -187,7 +188,7 @@ class Journal:
 
     def snapshot(self, state: State) -> None:
         """Save a state, so that a resume need not replay from the start; the newest two are kept."""
-        self._write(f"snapshots/{state.round:08d}.safetensors", encode_state(state))
+        write_file(self.path / f"snapshots/{state.round:08d}.safetensors", encode_state(state))
         files = sorted((self.path / "snapshots").glob("*.safetensors"))
         ahead = [file for file in files if file.stem > f"{state.round:08d}"]
         for old in [*files[: len(files) - len(ahead)][:-_KEEP_SNAPSHOTS], *ahead]:
@@ -196,11 +197,11 @@ class Journal:
     def extend(self, rounds: int) -> None:
         """Set a new total of rounds."""
         self.config = msgspec.structs.replace(self.config, rounds=rounds)
-        self._write("config.json", _encode_config(self.config))
+        write_file(self.path / "config.json", _encode_config(self.config))
 
     def finish(self, state: State) -> None:
         """Write ``model.safetensors``: the averaged weights under the model's own names."""
-        write_weights(self.path / "model.safetensors", self.config.table, state.average)
+        write_file(self.path / "model.safetensors", encode_weights(self.config.table, state.average))
 
     def state(self, round: int | None = None, execution: Execution = FAST) -> State:
         """The state after a round, by default the last: the newest snapshot that leads there, then the rows behind."""
@@ -305,12 +306,6 @@ class Journal:
             return None
         return state if state_sha256(state) == decode_row(self.rows[state.round - 1]).state_sha256 else None
 
-    def _write(self, name: str, data: bytes) -> None:
-        try:
-            write_atomic(self.path / name, data)
-        except OSError as error:
-            raise JournalError(f"{self.path / name}: cannot write: {error.strerror}") from error
-
     def _lock(self) -> None:
         try:
             flags = os.O_RDWR | os.O_APPEND
@@ -350,10 +345,10 @@ def encode_record(record: Record) -> bytes:
     return msgspec.json.encode(record) + b"\n"
 
 
-def write_weights(file: Path, table: Table, weights: Weights) -> None:
-    """Write flat weights under the model's own names, whole. Raises JournalError."""
+def write_file(file: Path, data: bytes) -> None:
+    """Write a file of a run folder, whole. Raises JournalError."""
     try:
-        write_atomic(file, encode_weights(table, weights))
+        write_atomic(file, data)
     except OSError as error:
         raise JournalError(f"{file}: cannot write: {error.strerror}") from error
 

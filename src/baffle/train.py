@@ -13,7 +13,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +25,7 @@ from baffle.checks import require_count
 from baffle.data import Dataset
 from baffle.engines import Engine, Exchange
 from baffle.errors import BaffleError, DivergedError, JournalError, ModelError, OptionError, PlanError
-from baffle.journal import Journal, Record, RunConfig, record_of
+from baffle.journal import Journal, Record, RunConfig, record_of, write_file
 from baffle.lookout import Lookout
 from baffle.method import Method, State, weights_sha256
 from baffle.types import Row, Weights, table_size
@@ -249,9 +249,27 @@ def _loop(
     path = None if journal is None else journal.path
     if not evaluated or (last is not None and last.restores is not None):  # nothing was left to do, or it went back
         loss, accuracy = evaluate(engine, state.average, watched)
+    return finish(config, state, records, (loss, accuracy), engine, test, validation, path)
+
+
+def finish(
+    config: RunConfig,
+    state: State,
+    records: Sequence[Record],
+    measured: tuple[float | None, float | None],
+    engine: Engine,
+    test: Dataset | None,
+    validation: Dataset | None,
+    path: Path | None,
+) -> Run:
+    """The run that is done, last ``measured`` on validation data if there are any; its totals in ``summary.json``."""
     if validation is None:
-        return Run(config, state, tuple(records), loss, accuracy, path=path)
-    return Run(config, state, tuple(records), *evaluate(engine, state.average, test), loss, accuracy, path)
+        run = Run(config, state, tuple(records), *measured, path=path)
+    else:
+        run = Run(config, state, tuple(records), *evaluate(engine, state.average, test), *measured, path)
+    if path is not None:
+        write_file(path / "summary.json", msgspec.json.format(msgspec.json.encode(run.summary())) + b"\n")
+    return run
 
 
 def evaluate(engine: Engine, weights: Weights, test: Dataset | None) -> tuple[float | None, float | None]:

@@ -94,15 +94,17 @@ def unique_names(paths: Sequence[Path]) -> list[str]:
 def totals(log: RunLog) -> dict[str, Value]:
     """What the run reached and cost; None where unknown. Names and values are those of ``Run.summary``.
 
-    Loss and accuracy are the last that were measured on the way to the final weights; those of test data are not
-    in the folder of a run that was judged by validation data.
+    Loss and accuracy are the last that were measured on the way to the final weights; those of test data, in a run
+    that was judged by validation data, are known once it is done.
     """
     last, steps = _last_evaluated(log), [0]
     for record in log.records:
         steps.append(steps[-1] + record.applied if record.restores is None else steps[record.restores + 1])
     kind = "validation_" if log.data == "validation data" else ""
+    tested = {} if not kind else _summary(log)
     costs = ("forward_passes", "samples_forwarded", "bytes_up", "bytes_down", "seconds")
     return {
+        **{name: tested[name] for name in ("accuracy", "loss") if name in tested},
         f"{kind}accuracy": None if last is None else last.accuracy,
         f"{kind}loss": None if last is None else last.loss,
         "rounds": max(0, len(log.records) - 1),
@@ -144,6 +146,16 @@ def _last_evaluated(log: RunLog) -> Record | None:
             return record
         index = index - 1 if record.restores is None else record.restores
     return None
+
+
+def _summary(log: RunLog) -> dict[str, Value]:
+    """What the run wrote when it was done; nothing if it is not, or went on since."""
+    try:
+        found = msgspec.json.decode((log.path / "summary.json").read_bytes(), type=dict[str, Value])
+    except (OSError, msgspec.DecodeError):
+        return {}
+    last = log.records[-1].weights_sha256 if log.records else None
+    return found if found.get("weights_sha256") == last else {}
 
 
 def _read_records(file: Path) -> tuple[tuple[Record, ...], str | None]:
