@@ -86,7 +86,8 @@ def main() -> None:
     for cell, run in found:
         how = cell.gradients if cell.gradients == "fedsgd" else f"forward, {cell.gradients}"
         print(
-            f"| {cell.dataset} | {cell.model} | {how} | {cell.lr:g} | {cell.schedule} | {run['accuracy']:.3f} | {run['loss']:.3f} "
+            f"| {cell.dataset} | {cell.model} | {how} | {cell.lr:g} | {cell.schedule} "
+            f"| {run['accuracy']:.3f} | {run['loss']:.3f} "
             f"| {run['forward_passes']:,} | {run['bytes_up'] / 1e6:.2f} | {run['seconds']:.0f} |"
         )
 

@@ -63,10 +63,14 @@ def test_patience_counts_evaluations_in_a_row() -> None:
         (False, 0),
         (False, 10),
         (False, 10),
-        (False, 30),
-        (False, 30),
-        (True, 30),
+        (False, 10),
+        (False, 10),
+        (True, 10),
     ]
+
+
+def test_the_state_to_return_to_is_the_best_and_the_later_of_two() -> None:
+    assert [good for _, good in seen(Guard(), 1.0, 0.5, 0.6, 0.5, 0.7, 0.4)] == [0, 10, 10, 30, 30, 50]
 
 
 def test_a_loss_below_the_first_is_no_divergence() -> None:
@@ -75,7 +79,7 @@ def test_a_loss_below_the_first_is_no_divergence() -> None:
 
 
 def test_the_factor_is_of_the_best() -> None:
-    assert seen(Guard(factor=3, patience=1), 1.0, 2.9) == [(False, 0), (False, 10)]
+    assert seen(Guard(factor=3, patience=1), 1.0, 2.9) == [(False, 0), (False, 0)]
     assert seen(Guard(factor=3, patience=1), 1.0, 3.1) == [(False, 0), (True, 0)]
 
 

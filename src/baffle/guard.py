@@ -1,7 +1,7 @@
-"""When a run has diverged, and what to do about it: return to the last good state, go on with a smaller step.
+"""When a run has diverged, and what to do about it: return to the best state, go on with a smaller step.
 
 Loss is judged only where it is measured, on the server's own data every so many rounds, so that clients tell
-nothing more. Which state is good follows from the metrics alone; what was done about it is in the journal's rows
+nothing more. Which state is best follows from the metrics alone; what was done about it is in the journal's rows
 (``restores``, ``rollbacks``), and replay decides nothing.
 """
 
@@ -21,8 +21,8 @@ class Guard(msgspec.Struct, frozen=True, tag="guard"):
 
     A run has diverged if its loss was above ``factor`` times its best, and above that of the first evaluation, for
     ``patience`` evaluations in a row; if its loss is not finite; or if an update would bring a weight above
-    ``largest``. Then it returns to the state of the last good evaluation, and its learning rates shrink by
-    ``shrink``: ``rollbacks`` times; once more, and it stops there. ``rollbacks=0`` stops at once.
+    ``largest``. Then it returns to the state of the best evaluation (of the last, without data), and its learning
+    rates shrink by ``shrink``: ``rollbacks`` times; once more, and it stops there. ``rollbacks=0`` stops at once.
 
     Examples:
         >>> watch = Guard(patience=2).watch()
@@ -63,7 +63,7 @@ class Watch:
     best: float = math.inf
     strikes: int = 0
     good: int = -1
-    """Round of the last good evaluation."""
+    """Round of the best evaluation; without data, of the last."""
 
     def see(self, round: int, loss: float | None) -> Watch:
         """The watch after an evaluation; None: there is no data to evaluate on."""
@@ -76,10 +76,12 @@ class Watch:
             return replace(self, strikes=self.guard.patience)
         if loss > max(self.guard.factor * self.best, self.first):
             return replace(self, strikes=self.strikes + 1)
-        return replace(self, best=min(self.best, loss), strikes=0, good=round)
+        if loss > self.best:
+            return replace(self, strikes=0)
+        return replace(self, best=loss, strikes=0, good=round)
 
     def restored(self) -> Watch:
-        """The watch after a return to the good state."""
+        """The watch after a return to the best state."""
         return replace(self, strikes=0)
 
     @property

@@ -14,7 +14,7 @@ from baffle.wire import decode_row
 
 @dataclass(frozen=True, eq=False)
 class Lookout:
-    """A watch, and how to come by the last good round; without a guard, nothing."""
+    """A watch, and how to come by the best round so far; without a guard, nothing."""
 
     watch: Watch | None
     good: Callable[[], Good] | None = None
@@ -37,7 +37,7 @@ class Lookout:
     def judge(
         self, method: Method, row: Row, state: State, loss: float | None, *, evaluated: bool
     ) -> tuple[Row, State, Lookout]:
-        """The row and the state that count: those given, or, if the run has diverged, the return to the good one."""
+        """The row and the state that count: those given, or, if the run has diverged, the return to the best one."""
         if self.watch is None:
             return row, state, self
         watch = self.watch.see(row.round, loss) if evaluated and row.restores is None else self.watch
