@@ -79,7 +79,8 @@ class Panel:
 class Chart:
     """A figure: its file's name, a title, how to read it, and panels that share the x axis.
 
-    ``marks`` are vertical lines: where, and which of "no update" and "rollback".
+    ``marks`` are vertical lines: where, and which of "no update" and "rollback". ``log_x``: a logarithmic x axis, on
+    which points at 0 are left out.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Chart:
     xlabel: str
     panels: tuple[Panel, ...]
     marks: tuple[tuple[float, str], ...] = ()
+    log_x: bool = False
 
     @property
     def alt(self) -> str:
@@ -118,6 +120,9 @@ def draw(chart: Chart) -> bytes:
             for x, kind in chart.marks:
                 colour, dash = _MARK_STYLES[kind]
                 ax.axvline(x, color=colour, linestyle=dash, linewidth=1, label=kind, zorder=1)
+        if chart.log_x:
+            axes[0].set_xscale("log", nonpositive="mask")
+            axes[0].xaxis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:g}"))
         axes[0].set_title(chart.title, loc="left")
         axes[-1].set_xlabel(chart.xlabel)
         figure.align_ylabels(axes)

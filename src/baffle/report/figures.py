@@ -16,6 +16,7 @@ from baffle.types import LIMIT
 
 _AGAINST = {"round": "rounds", "passes": "forward passes", "bytes": "bytes sent", "seconds": "time"}
 _WINDOWS = 8
+_APART = 20.0  # quotient of what runs cost from which on their axis is logarithmic
 _MOST_COLUMNS = 60  # clients with a column each; of more, a histogram
 _RASTER = (80, 150)  # most rows and columns of the image of who took part
 
@@ -25,6 +26,8 @@ def progress_charts(logs: Sequence[RunLog]) -> list[Chart]:
     charts, names = list[Chart](), _legend_names(logs)
     for kind in ("round", "passes", "bytes", "seconds"):
         spent = [cumulative(log, kind) for log in logs]
+        ends = [float(np.nanmax(x)) for x in spent if np.isfinite(x).any() and np.nanmax(x) > 0]
+        apart = kind != "round" and bool(ends) and max(ends) > _APART * min(ends)
         size, label = unit(kind, max((float(np.nanmax(x)) for x in spent if np.isfinite(x).any()), default=0.0))
         panels = []
         for field in ("loss", "accuracy"):
@@ -43,12 +46,14 @@ def progress_charts(logs: Sequence[RunLog]) -> list[Chart]:
             f"Loss (lower is better) and accuracy (higher is better) of the averaged weights on the {data} against "
             f"{_AGAINST[kind]}{', summed over all clients and rounds so far' if kind in ('passes', 'bytes') else ''}."
         )
+        if apart:
+            caption += " The axis is logarithmic."
         if baselines:
             caption += " Runs with true gradients do a backward pass for each of theirs, which is not counted."
         if panels:
             title = f"Loss and accuracy against {_AGAINST[kind]}" if len(panels) > 1 else f"Against {_AGAINST[kind]}"
             marks = _marks(logs[0], cumulative(logs[0], kind) / size, kind) if len(logs) == 1 else ()
-            charts.append(Chart(f"progress-{kind}", title, caption, label, tuple(panels), marks))
+            charts.append(Chart(f"progress-{kind}", title, caption, label, tuple(panels), marks, log_x=apart))
     return charts
 
 
