@@ -16,7 +16,7 @@ from torch import nn
 
 import baffle as bf
 from baffle.backprop import Kind, train_backprop
-from baffle.errors import DivergedError, JournalError, PlanError, RunExistsError
+from baffle.errors import DivergedError, JournalError, ModelError, OptionError, PlanError, RunExistsError
 from baffle.report import read_run
 from helpers import digits_engine, initial_weights, invoke, linear
 
@@ -172,3 +172,59 @@ def test_the_command_prints_the_same_names(tmp_path: Path) -> None:
     wrong = invoke(tmp_path, *options, "--backprop", "fedavgs")
     assert wrong.code == 2
     assert "did you mean fedavg?" in wrong.err
+
+
+def test_parameters_without_a_gradient_stay(tmp_path: Path) -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.spare, self.head = nn.Linear(3, 3), nn.Linear(64, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.head(x.flatten(1))
+            return out
+
+    model = Unused()
+    engine = bf.LocalEngine(bf.TorchRuntime(model, F.cross_entropy), bf.partition(TRAIN, 2))
+    done = train_backprop("fedsgd", SGD, engine, model, F.cross_entropy, rounds=2)
+    assert (done.weights[:12] == engine_weights(model)[:12]).all()
+    assert (done.weights[12:] != engine_weights(model)[12:]).any()
+
+
+def test_what_cannot_be_differentiated_leaves_no_folder(tmp_path: Path) -> None:
+    class Detached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(64, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                out: torch.Tensor = self.head(x.flatten(1))
+            return out
+
+    model = Detached()
+    engine = bf.LocalEngine(bf.TorchRuntime(model, F.cross_entropy), bf.partition(TRAIN, 2))
+    with pytest.raises(ModelError, match="cannot be differentiated"):
+        train_backprop("fedsgd", SGD, engine, model, F.cross_entropy, rounds=2, out=tmp_path / "run")
+    for field in ("rounds", "evaluate_every"):
+        with pytest.raises(OptionError, match=f"{field} = 0"):
+            train_backprop(
+                "fedsgd",
+                SGD,
+                engine,
+                model,
+                F.cross_entropy,
+                rounds=0 if field == "rounds" else 2,
+                evaluate_every=0 if field == "evaluate_every" else 2,
+                out=tmp_path / "run",
+            )
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_clip_factor_is_recorded() -> None:
+    clipped = run(msgspec.structs.replace(SGD, server=(bf.clip_update(1e-4),)))
+    assert [r.clip_factor < 0.1 for r in clipped.records] == [False, True, True, True]
+
+
+def engine_weights(model: nn.Module) -> npt.NDArray[np.float32]:
+    return bf.TorchRuntime(model, F.cross_entropy).initial_weights()

@@ -175,10 +175,10 @@ def test_models_measures_what_it_was_asked_to(tmp_path: Path, monkeypatch: pytes
         return 1234.56
 
     monkeypatch.setattr(speed, "passes_per_second", measure)
-    arguments = ("models", "--batch-size", "3", "--threads", "2", "--seconds", "0.25")
+    arguments = ("models", "--batch-size", "3", "--threads", "3", "--seconds", "0.25")
     assert invoke(tmp_path, *arguments).out.count("1,235") == 2 * len(MODELS)
     expected = [
-        ((3, *shape), parameters, 2, 0.25)
+        ((3, *shape), parameters, 3, 0.25)
         for both in PARAMETERS.values()
         for shape, parameters in zip(((1, 28, 28), (3, 32, 32)), both, strict=True)
     ]

@@ -252,7 +252,7 @@ def test_groups_may_be_a_list_and_must_be_one_for_each_example() -> None:
     assert [part.x.tolist() for part in parts] == [[[1.0]], [[0.0], [2.0]]]  # a, b
     with pytest.raises(DataError, match="x has 3 examples and groups has 2"):
         Dataset(np.zeros((3, 1)), np.zeros(3), groups=np.arange(2))
-    with pytest.raises(DataError, match=r"mine\.groups: 2 dimensions"):
+    with pytest.raises(DataError, match=r"mine\.groups: .*2 dimensions"):
         Dataset(np.zeros((3, 1)), np.zeros(3), "mine", groups=np.zeros((3, 2)))
 
 

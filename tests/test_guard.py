@@ -16,7 +16,7 @@ from baffle.journal import Record
 from baffle.method import replay
 from baffle.train import Progress
 from baffle.wire import decode_row
-from helpers import METHOD, digits_engine, initial_weights, invoke
+from helpers import METHOD, copy_run, digits_engine, initial_weights, invoke
 
 TRAIN, TEST = bf.load("digits")
 WILD = msgspec.structs.replace(
@@ -233,3 +233,47 @@ def test_after_a_return_every_client_needs_the_state(wild: bf.Run) -> None:
     assert after is not None
     assert before is not None
     assert before < 3 * state_bytes <= after
+
+
+def test_a_repair_of_metrics_does_not_blind_the_guard(wild: bf.Run, tmp_path: Path) -> None:
+    def interrupt(record: Record) -> None:
+        if record.round == 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", progress=interrupt)
+    lines = (tmp_path / "run/metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "run/metrics.jsonl").write_bytes(b"".join([lines[0], b"x" + lines[1], *lines[2:]]))
+    again = bf.resume(tmp_path / "run", digits_engine(), test=TEST, repair=True)
+    assert again.weights_sha256 == wild.weights_sha256
+    assert [r.seconds is None for r in again.records[:20]] == [i == 1 for i in range(20)]
+
+
+def test_a_line_that_was_put_in_costs_no_other(wild: bf.Run, tmp_path: Path) -> None:
+    assert wild.path is not None
+    path = copy_run(wild.path, tmp_path / "run")
+    lines = (path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (path / "metrics.jsonl").write_bytes(b"".join([*lines[:5], b"{}\n", *lines[5:]]))
+    journal = bf.Journal.open(path)
+    assert journal.damage is not None
+    assert "line 6 is not of round 5" in journal.damage
+    assert tuple(journal.records) == wild.records
+
+
+def test_a_run_that_was_stopped_stays_stopped(tmp_path: Path) -> None:
+    with pytest.raises(DivergedError) as first:
+        run(tmp_path / "run", msgspec.structs.replace(WILD, guard=Guard(rollbacks=1)))
+    before = (tmp_path / "run/rows.bin").read_bytes()
+    for rounds in (None, 90):
+        with pytest.raises(DivergedError) as again:
+            bf.resume(tmp_path / "run", digits_engine(), test=TEST, rounds=rounds)
+        assert str(again.value) == str(first.value)
+    assert (tmp_path / "run/rows.bin").read_bytes() == before
+    assert (tmp_path / "run/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("rounds", [3, 5, 7])
+def test_a_total_between_evaluations_changes_nothing_later(wild: bf.Run, tmp_path: Path, rounds: int) -> None:
+    run(tmp_path / "run", rounds=rounds)
+    again = bf.resume(tmp_path / "run", digits_engine(), test=TEST, rounds=40)
+    assert again.weights_sha256 == wild.weights_sha256

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from baffle.client import finite_differences
-from baffle.data import Dataset
+from baffle.data import Dataset, load
 from baffle.directions import Directions
 from baffle.errors import ModelError
 from baffle.models import MODELS, build
@@ -321,3 +321,50 @@ def test_load_into_gives_the_weights_back() -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     with pytest.raises(ModelError, match="expected"):
         load_into(linear(), runtime.table, runtime.initial_weights())
+
+
+class Strided(nn.Module):
+    """Reads a convolution's output as it lies in memory; ``how`` says in which way."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.conv, self.head = how, nn.Conv2d(1, 4, 3), nn.Linear(144, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        if self.how == "as_strided":
+            flat = torch.as_strided(y, (len(y), 144), (144, 1))
+        elif self.how == "permute":
+            flat = y.view(len(y), -1) if y.is_contiguous() else y.permute(0, 2, 3, 1).reshape(len(y), -1)
+        else:
+            assert y.is_contiguous()
+            flat = y.reshape(len(y), -1)
+        out: torch.Tensor = self.head(flat)
+        return out
+
+
+@pytest.mark.parametrize("how", ["as_strided", "permute", "assert"])
+def test_a_model_that_reads_memory_as_it_lies_keeps_the_usual_layout(how: str) -> None:
+    model = Strided(how)
+    runtime = TorchRuntime(model, F.cross_entropy)
+    train, _ = load("digits")
+    found = runtime.evaluate(runtime.initial_weights(), train).losses
+    with torch.inference_mode():
+        expected = F.cross_entropy(
+            model(torch.tensor(train.x.tolist())), torch.tensor(train.y.tolist()), reduction="none"
+        )
+    assert np.allclose(found, expected.numpy(), atol=1e-5)
+
+
+def test_whatever_a_model_raises_is_told() -> None:
+    class Failing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise KeyError("no such thing")
+
+    runtime = TorchRuntime(Failing(), F.cross_entropy)
+    with pytest.raises(ModelError, match="no such thing"):
+        runtime.evaluate(runtime.initial_weights(), load("digits")[1])

@@ -39,11 +39,17 @@ def splits(options: TrainConfig) -> tuple[Dataset, Dataset | None, Dataset]:
     for data in (train, test):
         if not np.issubdtype(data.y.dtype, np.integer) or data.y.ndim != 1:
             raise DataError(f"{data.name}.y: {data.y.dtype}{list(data.y.shape)}: expected one integer label an example")
+        if data.x.size == 0:
+            raise DataError(f"{data.name}.x: shape {list(data.x.shape)}: expected examples with numbers in them")
     train.check_labels(_MOST_CLASSES)
     test.check_labels(_classes(train))
     if options.holdout is None:
         return train, None, test
     rest, held = hold_out(train, options.holdout, options.seed)
+    if options.partition == "column" and train.groups is not None and rest.groups is not None:
+        lost = np.setdiff1d(train.groups, rest.groups)
+        if len(lost):
+            raise DataError(f"holdout = {options.holdout}: it takes all examples of group {lost[0]}: expected fewer")
     return rest, held, test
 
 
@@ -66,10 +72,21 @@ def assemble(options: TrainConfig) -> Setup:
         options.seed,
         activation=options.activation,
         norm=options.norm,
-        vocabulary=1 + max(int(d.x.max()) for d in (train, test)) if train.is_tokens else None,
+        vocabulary=_vocabulary(train, validation, test),
     )
     runtime = TorchRuntime(model, cross_entropy, options.threads)
     return Setup(clients, validation, test, model, LocalEngine(runtime, clients), runtime.initial_weights())
+
+
+def _vocabulary(*parts: Dataset | None) -> int | None:
+    """The number of tokens, if examples are tokens."""
+    known = [data for data in parts if data is not None]
+    if not known[0].is_tokens:
+        return None
+    for data in known:
+        if data.x.min() < 0:
+            raise DataError(f"{data.name}.x: a token {data.x.min()}: expected integers >= 0")
+    return 1 + max(int(data.x.max()) for data in known)
 
 
 def _classes(train: Dataset) -> int:

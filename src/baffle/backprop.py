@@ -18,13 +18,14 @@ from typing import Literal
 import numpy as np
 
 from baffle import optim
+from baffle.checks import require_count
 from baffle.data import Dataset
 from baffle.engines.local import LocalEngine
-from baffle.errors import DivergedError, MissingExtraError, PlanError
+from baffle.errors import DivergedError, MissingExtraError, ModelError, PlanError
 from baffle.files import append
 from baffle.journal import Record, RunConfig, create_folder, encode_record, write_file
 from baffle.method import Method, State, weights_sha256
-from baffle.runtimes.pytorch import load_into, per_example, runs, to_tensors, trainable_parameters
+from baffle.runtimes.pytorch import load_into, per_example, takes_channels_last, to_tensors, trainable_parameters
 from baffle.snapshots import encode_weights
 from baffle.train import Progress, Run, evaluate, finish, require_key
 from baffle.types import Cohort, Task, Weights
@@ -73,6 +74,8 @@ def train_backprop(
     if (kind == "fedavg") != (method.local_steps > 1):
         expected = "> 1" if kind == "fedavg" else "1; fedavg takes local steps"
         raise PlanError(f"local_steps = {method.local_steps} with {kind}: expected {expected}")
+    require_count("rounds", rounds)
+    require_count("evaluate_every", evaluate_every)
     gradients = _Gradients(model, loss, engine)
     config = RunConfig(
         method=method,
@@ -87,6 +90,11 @@ def train_backprop(
         command=command,
     )
     state = method.init(gradients.initial())
+    # refuse what cannot work before anything is written
+    task, cohort = method.plan(state, engine.table, engine.sizes, config.key, None)
+    gradients(state.weights, engine.batch(task, next(iter(cohort)), 0))
+    if test is not None:
+        engine.evaluate(state.weights, test.take(np.arange(1)))
     path = None if out is None else Path(out)
     if path is not None:
         create_folder(path, config, state.weights, ("metrics.jsonl",))
@@ -96,11 +104,13 @@ def train_backprop(
     for index in range(rounds + 1):
         started = time.perf_counter()
         task, cohort = method.plan(state, engine.table, engine.sizes, config.key, None)
-        state = _round(method, engine, gradients, task, cohort, state) if index else replace(state, round=1)
+        state, factor = (
+            _round(method, engine, gradients, task, cohort, state) if index else (replace(state, round=1), 1.0)
+        )
         due = index % evaluate_every == 0 or index == rounds
         lr = method.optimizer.coefficients(max(1, state.step))["lr"]
         measured = evaluate(engine, state.average, watched) if due else (None, None)
-        records.append(_record(task, cohort, state, engine, measured, lr, time.perf_counter() - started))
+        records.append(_record(task, cohort, state, engine, measured, lr, factor, time.perf_counter() - started))
         if path is not None:
             _append(path / "metrics.jsonl", encode_record(records[-1]))
         if progress is not None:
@@ -116,6 +126,7 @@ class _Gradients:
     def __init__(self, model: nn.Module, loss: Callable[..., Tensor], engine: LocalEngine) -> None:
         self._model, self._loss, self._table = copy.deepcopy(model), per_example(loss), engine.table
         self._parameters = [p for _, p in trainable_parameters(self._model)]
+        self._channels_last: bool | None = None
 
     def initial(self) -> Weights:
         return self._flat([p.detach() for p in self._parameters])
@@ -123,10 +134,19 @@ class _Gradients:
     def __call__(self, weights: Weights, batch: Dataset) -> Weights:
         load_into(self._model, self._table, weights)
         x, y = to_tensors(batch, self._parameters[0].device)
-        if x.ndim == 4:
-            faster = x.contiguous(memory_format=torch.channels_last)
-            x = faster if runs(self._model, faster[:2]) else x
-        return self._flat(torch.autograd.grad(self._loss(self._model(x), y).mean(), self._parameters))
+        if x.ndim == 4 and x.is_floating_point():
+            if self._channels_last is None:
+                self._channels_last = takes_channels_last(lambda x, _: self._model(x), x.shape[1:], x.device)
+            if self._channels_last:
+                x = x.contiguous(memory_format=torch.channels_last)
+        try:
+            loss = self._loss(self._model(x), y).mean()
+            found: tuple[Tensor | None, ...] = torch.autograd.grad(loss, self._parameters, allow_unused=True)
+        except Exception as error:  # of the user's own code
+            raise ModelError(f"the model cannot be differentiated on inputs {tuple(x.shape)}: {error}") from error
+        return self._flat(
+            [torch.zeros_like(p) if g is None else g for p, g in zip(self._parameters, found, strict=True)]
+        )
 
     @staticmethod
     def _flat(tensors: list[Tensor] | tuple[Tensor, ...]) -> Weights:
@@ -136,8 +156,8 @@ class _Gradients:
 
 def _round(
     method: Method, engine: LocalEngine, gradients: _Gradients, task: Task, cohort: Cohort, state: State
-) -> State:
-    """One round: every participant's gradient, weighted; the optimizer's step; the average."""
+) -> tuple[State, float]:
+    """One round: every participant's gradient, weighted; the optimizer's step; the average. And the clip factor."""
     total = np.zeros(state.weights.size, np.float64)
     for client, weight in cohort.items():
         weights = state.weights
@@ -146,16 +166,20 @@ def _round(
             total += float(weight) * gradient
             weights = weights - np.float32(task.local_lr) * gradient
     mean = (total / (sum(cohort.values()) * task.local_steps)).astype(np.float32)
-    factor = np.float32(min((clip.factor(mean) for clip in method.server), default=1.0))
+    factor = min((clip.factor(mean) for clip in method.server), default=1.0)
     step = state.step + 1
     with np.errstate(over="ignore", invalid="ignore"):
         weights, slots = optim.update(
-            method.optimizer.name, state.weights, state.slots, factor * mean, method.optimizer.coefficients(step)
+            method.optimizer.name,
+            state.weights,
+            state.slots,
+            np.float32(factor) * mean,
+            method.optimizer.coefficients(step),
         )
     if not np.isfinite(weights).all():
         raise DivergedError(f"round {task.round}: NaN or infinity in the weights. Use a smaller lr")
     average = optim.average(state.average, weights, optim.average_decay(method.ema, step))
-    return State(task.round + 1, step, weights, slots, average)
+    return State(task.round + 1, step, weights, slots, average), factor
 
 
 def _record(
@@ -165,6 +189,7 @@ def _record(
     engine: LocalEngine,
     measured: tuple[float | None, float | None],
     lr: float,
+    factor: float,
     seconds: float,
 ) -> Record:
     trained = task.round > 0
@@ -179,7 +204,7 @@ def _record(
         lr=lr,
         sigma=0.0,
         exponent=0,
-        clip_factor=1.0,
+        clip_factor=factor,
         scalar_rms=0.0,
         participants=len(cohort) if trained else 0,
         clipped=0,

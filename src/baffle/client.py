@@ -110,7 +110,8 @@ def local_update(
     directions = Directions(table, task.family, (task.key, task.round), 0, step)
     factor = directions.unit * 2.0**task.exponent / task.num_directions
     gradient = (combine(directions, encoded.integers, execution) * factor).astype(np.float32)
-    return weights - np.float32(task.local_lr) * gradient
+    with np.errstate(over="ignore", invalid="ignore"):  # losses that are not finite follow, and are counted
+        return weights - np.float32(task.local_lr) * gradient
 
 
 def respond(

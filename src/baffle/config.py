@@ -73,6 +73,8 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         require_choice("guard", self.guard, ["rollback", "stop", "off"])
         require_count("rounds", self.rounds)
         require_count("seed", self.seed, 0, 2**64 - 1)
+        if self.backprop and self.clip_scalars is not None:
+            raise OptionError("clip_scalars", self.clip_scalars, f"none with backprop {self.backprop}, which has none")
         for field, only in (("alpha", "dirichlet"), ("shards", "shards")):
             value = getattr(self, field)
             if value is not None:

@@ -118,8 +118,8 @@ class Journal:
     def open(cls, path: str | Path, *, write: bool = False, repair: bool = False) -> Journal:
         """Read a run folder and check it.
 
-        ``damage`` says what is wrong, if anything; ``rows`` and ``records`` hold the valid prefixes; ``lost`` is the
-        number of rows that metrics tell of and a shortened ``rows.bin`` has no more. With
+        ``damage`` says what is wrong, if anything; ``rows`` holds the valid prefix, ``records`` one each; ``lost`` is
+        the number of rows that metrics tell of and a shortened ``rows.bin`` has no more. With
         ``write`` the folder is locked and a round that a kill cut short is dropped, and other damage raises
         CorruptRunError, unless ``repair``: then the damaged files are kept aside as ``*.damaged``, what follows the
         last good row is dropped, and lines of metrics that are not right are rebuilt from the rows.
@@ -249,30 +249,29 @@ class Journal:
             yield state
 
     def _read(self) -> bool:
-        """Fill rows and records with the valid prefix; True if a kill left an unfinished tail to drop."""
+        """Fill rows with the valid prefix, and records; True if a kill left an unfinished tail to drop.
+
+        A record whose line is lost is rebuilt from its row.
+        """
         try:
-            log = rowlog.scan((self.path / "rows.bin").read_bytes(), self._chain)
-            lines = (self.path / "metrics.jsonl").read_bytes().split(b"\n")
+            data, lines = (self.path / "rows.bin").read_bytes(), (self.path / "metrics.jsonl").read_bytes().split(b"\n")
         except OSError as error:
             raise CorruptRunError(f"{error.filename}: cannot be read: {error.strerror}") from error
+        log = rowlog.scan(data, self._chain)
         self.rows = list(log.rows)
         self._chain = log.chain[-1] if log.chain else self._chain
         if log.edited:
             what = "the row" if self.rows else "config.json or initial.safetensors, or the row,"
             self.damage = f"{self.path / 'rows.bin'}: round {len(self.rows)} fails its checksum: {what} was edited"
-        for index, row in enumerate(self.rows):
-            problem = "it was edited"
-            try:
-                record = msgspec.json.decode(lines[index] if index < len(lines) else b"", type=Record)
-                if record.round == index and record.weights_sha256 == decode_row(row).weights_sha256.hex():
-                    self.records.append(record)
-                    continue
-            except msgspec.DecodeError as error:
-                problem = str(error)
-            self.damage = (
-                self.damage or f"{self.path / 'metrics.jsonl'}: line {index + 1} is not of round {index}: {problem}"
-            )
-            break
+        told = _records(lines)
+        for index, row in enumerate(map(decode_row, self.rows)):
+            record = told.get((index, row.weights_sha256.hex()))
+            self.records.append(record[1] if record else record_of(row))
+            if record is None or record[0] != index:
+                self.damage = (
+                    self.damage
+                    or f"{self.path / 'metrics.jsonl'}: line {index + 1} is not of round {index}: it was edited"
+                )
         surplus = len([line for line in lines if line]) - len(self.rows)
         self.lost = 0 if surplus <= 1 or self.damage else surplus  # a kill leaves one line without its row at most
         return log.unfinished or surplus > 0
@@ -285,7 +284,6 @@ class Journal:
             raise JournalError(f"{self.path}: cannot drop an unfinished round: {error.strerror}") from error
 
     def _cut_files(self, keep_aside: bool) -> None:
-        self.records += [record_of(decode_row(row)) for row in self.rows[len(self.records) :]]
         lines = b"".join(map(encode_record, self.records))
         if keep_aside:
             for name in ("rows.bin", "metrics.jsonl"):
@@ -351,6 +349,18 @@ def write_file(file: Path, data: bytes) -> None:
         write_atomic(file, data)
     except OSError as error:
         raise JournalError(f"{file}: cannot write: {error.strerror}") from error
+
+
+def _records(lines: Sequence[bytes]) -> dict[tuple[int, str], tuple[int, Record]]:
+    """Records by round and hash, with the numbers of their lines; what is none is left out."""
+    found: dict[tuple[int, str], tuple[int, Record]] = {}
+    for number, line in enumerate(lines):
+        try:
+            record = msgspec.json.decode(line, type=Record)
+        except msgspec.DecodeError:
+            continue
+        found.setdefault((record.round, record.weights_sha256), (number, record))
+    return found
 
 
 def record_of(row: Row) -> Record:

@@ -28,7 +28,7 @@ class Lookout:
         for record in records:
             if record.restores is not None:
                 watch = watch.restored()
-            elif record.round % evaluate_every == 0:
+            elif record.round % evaluate_every == 0 and record.seconds is not None:  # else its line was lost
                 watch = watch.see(record.round, record.loss)
         if journal is None or watch.good < 0:
             return cls(watch)

@@ -219,7 +219,8 @@ def _loop(
     watched = test if validation is None else validation
     loss, accuracy, evaluated = None, None, False
     lookout = Lookout.start(method.guard, config.evaluate_every, records, journal)
-    for index in range(state.round, config.rounds + 1):
+    stopped = last is not None and lookout.exhausted(last)
+    for index in range(state.round, state.round if stopped else config.rounds + 1):
         started = time.perf_counter()
         task, cohort = method.plan(state, table, engine.sizes, config.key, last)
         exchange = engine.exchange(task, tuple(cohort), state, rows)
@@ -227,8 +228,8 @@ def _loop(
         due = index % config.evaluate_every == 0
         evaluated = last.restores is None and (due or index == config.rounds)
         loss, accuracy = evaluate(engine, state.average, watched) if evaluated else (None, None)
-        judged = due or loss == math.inf  # not an evaluation that another total of rounds would not have made
-        last, state, lookout = lookout.judge(method, last, state, loss, evaluated=evaluated and judged)
+        # the last round's own evaluation is not judged: another total of rounds would not have made it
+        last, state, lookout = lookout.judge(method, last, state, loss, evaluated=evaluated and due)
         record = _record(last, exchange, loss, accuracy, time.perf_counter() - started)
         if journal is None:
             rows.append(encode_message(last))
@@ -240,12 +241,14 @@ def _loop(
         if progress is not None:
             progress(record)
         if lookout.exhausted(last):
-            raise DivergedError(
-                f"round {index}: the run diverged (number {last.rollbacks}) and stops with the weights it had after "
-                f"round {last.restores}. Use a smaller lr than {method.optimizer.lr:g}, or clip_update"
-            )
+            break
     if journal is not None:
         journal.finish(state)
+    if last is not None and lookout.exhausted(last):
+        raise DivergedError(
+            f"round {last.round}: the run diverged (number {last.rollbacks}) and stops with the weights it had after "
+            f"round {last.restores}. Use a smaller lr than {method.optimizer.lr:g}, or clip_update"
+        )
     path = None if journal is None else journal.path
     if not evaluated or (last is not None and last.restores is not None):  # nothing was left to do, or it went back
         loss, accuracy = evaluate(engine, state.average, watched)

@@ -59,8 +59,6 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
-    if code == _INTERRUPTED:
-        errors.print("stopped; the rounds so far are saved: continue with 'baffle resume RUN'", highlight=False)
     sys.exit(code)
 
 

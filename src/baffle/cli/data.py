@@ -89,6 +89,10 @@ def data_command(
 ) -> None:
     """What data sets are found and whether their files are as published; or one of them, client by client."""
     if dataset is None:
+        others = {"clients": clients, "partition": partition, "alpha": alpha, "shards": shards}
+        for name, value in {**others, "holdout": holdout, "seed": seed, "plot": plot and str(plot)}.items():
+            if value is not None:
+                raise OptionError("dataset", None, f"the name of a data set, with {name} = {value}")
         _list(data, json_output)
         return
     given = {"alpha": alpha, "shards": shards, "clients": clients, "partition": partition, "holdout": holdout}
@@ -130,6 +134,8 @@ def _list(data: Path | None, json_output: bool) -> None:
 
 def _show(options: TrainConfig, plot: Path | None, json_output: bool) -> None:
     """One data set, and the classes of each client's examples."""
+    if plot is not None and plot.suffix.lower() != ".png":
+        raise OptionError("plot", str(plot), "a file name that ends in .png")
     train, held, test = splits(options)
     parts = options.split(train)
     classes = int(train.y.max()) + 1
@@ -164,6 +170,8 @@ def _show(options: TrainConfig, plot: Path | None, json_output: bool) -> None:
     console.print(table)
     if len(counts) > _LONGEST:
         console.print(f"and {len(counts) - _LONGEST:,} clients more (--json lists all)")
+    if plot is not None:
+        console.print(f"picture: {plot}", soft_wrap=True)
 
 
 def _counts(part: Dataset, classes: int) -> list[int]:
@@ -174,8 +182,6 @@ def _plot(parts: tuple[Dataset, ...], classes: int, file: Path) -> None:
     from baffle.report.charts import draw  # matplotlib is an extra
     from baffle.report.figures import partition_chart
 
-    if file.suffix.lower() != ".png":
-        raise OptionError("plot", str(file), "a file name that ends in .png")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(file, draw(partition_chart(parts, classes)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -68,7 +68,7 @@ def train_command(
     local_steps: Annotated[int | None, option("SGD steps on a client in a round.", _LEARN, _D.local_steps)] = None,
     local_lr: Annotated[float | None, option("Their learning rate; plain sgd: lr / local_steps.", _LEARN)] = None,
     backprop: Annotated[
-        str | None, option("Baseline with true gradients: fedsgd, or fedavg (with --local-steps).", _RUN)
+        str | None, option("Baseline with true gradients, without guard: fedsgd, or fedavg (with --local-steps).", _RUN)
     ] = None,
     seed: Annotated[int | None, option("Seed of everything random.", _RUN, _D.seed)] = None,
     threads: Annotated[
@@ -90,7 +90,7 @@ def train_command(
     setup = assemble(options)
     path = out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{options.model.replace(':', '.')}"
     command = msgspec.to_builtins(options) | {"data": options.data and str(Path(options.data).resolve())}
-    with _progress(options.rounds, 0) as progress:
+    with _progress(options.rounds, []) as progress, _can_go_on(path):
         run = _run(options, method, setup, path, command, progress)
     _print_run(run, json_output)
 
@@ -109,7 +109,7 @@ def resume_command(
     schedule = journal.config.method.optimizer.schedule
     if rounds is not None and isinstance(schedule, Cosine) and rounds > schedule.rounds:
         errors.print(f"note: the cosine schedule ended with round {schedule.rounds}; lr stays {schedule.final:g} x lr")
-    with _progress(rounds or journal.config.rounds, len(journal.rows)) as progress:
+    with _progress(rounds or journal.config.rounds, journal.records) as progress, _can_go_on(run):
         done = resume(
             run,
             setup.engine,
@@ -168,9 +168,22 @@ def _run(
 
 
 @contextmanager
-def _progress(total: int, done: int) -> Iterator[Callable[[Record], None]]:
+def _can_go_on(path: Path) -> Iterator[None]:
+    """After Ctrl-C, say that nothing is lost where that is so."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if (path / "rows.bin").exists():
+            told = f"stopped; the rounds so far are saved: continue with 'baffle resume {path}'"
+            errors.print(told, highlight=False, markup=False, soft_wrap=True)
+        raise
+
+
+@contextmanager
+def _progress(total: int, done: Sequence[Record]) -> Iterator[Callable[[Record], None]]:
     """A progress bar on a terminal's stderr; elsewhere a line every tenth of the way."""
-    passes, sent, shown = 0, 0, ""
+    passes, sent = (sum(getattr(r, name) or 0 for r in done) for name in ("forward_passes", "bytes_up"))
+    shown = ""
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -181,7 +194,7 @@ def _progress(total: int, done: int) -> Iterator[Callable[[Record], None]]:
         disable=not errors.is_terminal,
     )
     with bar:
-        line = bar.add_task("train", total=total, completed=done, info="")
+        line = bar.add_task("train", total=total, completed=len(done), info="")
 
         def advance(record: Record) -> None:
             nonlocal passes, sent, shown
@@ -194,7 +207,7 @@ def _progress(total: int, done: int) -> Iterator[Callable[[Record], None]]:
                 seen = "its weights came near overflow" if record.loss is None else f"loss {record.loss:.3g}"
                 errors.print(
                     f"note: round {record.round}: training diverged ({seen}): back to the weights after round "
-                    f"{record.restores}, with a smaller lr",
+                    f"{record.restores}",
                     soft_wrap=True,
                     highlight=False,
                 )

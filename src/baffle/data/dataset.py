@@ -65,8 +65,11 @@ class Dataset:
         object.__setattr__(self, "y", _clean(f"{self.name}.y", self.y))
         if self.groups is not None:
             object.__setattr__(self, "groups", np.asarray(self.groups))
-            if self.groups.ndim != 1:
-                raise DataError(f"{self.name}.groups: {self.groups.ndim} dimensions: expected one entry an example")
+            if self.groups.ndim != 1 or self.groups.dtype.kind not in "iubUS":
+                raise DataError(
+                    f"{self.name}.groups: {self.groups.dtype}, {self.groups.ndim} dimensions: expected an integer or a "
+                    "text an example"
+                )
         for field, values in (("y", self.y), ("groups", self.groups)):
             if values is not None and len(values) != len(self.x):
                 raise DataError(
@@ -142,6 +145,10 @@ def from_torch(examples: Iterable[object] | Indexed, name: str = "data") -> Data
         >>> from_torch(TensorDataset(torch.zeros(6, 1, 8, 8), torch.arange(6))).x.shape
         (6, 1, 8, 8)
     """
+    if hasattr(examples, "collate_fn"):
+        raise DataError(f"{name}: a DataLoader gives batches: expected its data set (loader.dataset)")
+    if not isinstance(examples, Iterable) and not hasattr(examples, "__getitem__"):
+        raise DataError(f"{name}: {type(examples).__name__}: expected a data set, or pairs (input, target)")
     pairs = examples if isinstance(examples, Iterable) else (examples[i] for i in range(len(examples)))
     inputs: list[Array] = []
     targets: list[Array] = []

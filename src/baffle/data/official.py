@@ -167,7 +167,10 @@ def _parse_idx(data: bytes) -> Pixels:
 
 
 def _file(folder: Path, name: str) -> Path | None:
-    return next((f for f in (folder / name, folder / f"{name}.gz") if f.is_file()), None)
+    try:
+        return next((f for f in (folder / name, folder / f"{name}.gz") if f.is_file()), None)
+    except OSError:  # a name that is too long, a folder that may not be read
+        return None
 
 
 def _contents(folder: Path, name: str, digest: str) -> bytes:

@@ -73,7 +73,8 @@ def _arrays(path: Path) -> tuple[Dataset, Dataset]:
     except DataError as error:
         raise DataError(f"{path}: {error}" if not str(error).startswith(str(path)) else str(error)) from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        reason = "no such file" if not path.exists() else "not an .npz file of numpy arrays"
+        told = (error.strerror or "").lower() if isinstance(error, OSError) else "not one"
+        reason = f"{told.replace('file or directory', 'file')}: expected an .npz file of numpy arrays"
         raise DataError(f"{path}: {reason}") from error
     if len(train) == 0 or len(test) == 0:
         raise DataError(f"{path}: {len(train)} training and {len(test)} test examples: expected at least one each")

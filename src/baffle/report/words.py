@@ -73,12 +73,17 @@ def describe(log: RunLog) -> str:
 
 def notes(log: RunLog) -> list[str]:
     """What a reader of the curves has to know, in sentences."""
+    guard = log.config.method.guard
     told = [
         (not log.records, "No round is done yet."),
         (log.damage is not None, f"The run is damaged; what is before the damage is shown. {log.damage}."),
         (
             0 < len(log.records) <= log.config.rounds,
             f"The run is not finished: {len(log.records) - 1} of {log.config.rounds} rounds are done.",
+        ),
+        (
+            bool(log.rows) and log.rows[-1].rollbacks > (guard.rollbacks if guard else math.inf),
+            "It diverged too often and was stopped, with the best weights it had had.",
         ),
         (
             bool(log.records) and not log.evaluated,
