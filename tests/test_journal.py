@@ -312,7 +312,8 @@ def test_a_metrics_line_of_another_round_or_hash_is_damage(run: Path) -> None:
         assert "metrics.jsonl" in journal.damage
         assert "line 5" in journal.damage
         assert logged(journal.records) == before
-        assert [r.seconds is None for r in journal.records] == [i == 4 for i in range(len(before))]
+        lost = [i for i, r in enumerate(journal.records) if r.seconds is None]
+        assert lost == [4] or (lost == [4, 5] and position == len(lines[4]) - 1)  # the end of the line
 
 
 @pytest.mark.parametrize(
