@@ -30,7 +30,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    assert "baffle/py.typed" in names
+    assert {"baffle/py.typed", "baffle/report/report.css"} <= set(names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"baffle"}
 
 

@@ -47,6 +47,8 @@ class Lookout:
             return row, state, Lookout(watch.restored(), self.good)
         return row, state, Lookout(watch, (lambda: (row, state)) if watch.good == row.round else self.good)
 
-    def exhausted(self, row: Row) -> bool:
-        """Whether the run went back once too often and has to stop."""
-        return self.watch is not None and row.restores is not None and row.rollbacks > self.watch.guard.rollbacks
+    def exhausted(self, row: Row | None) -> bool:
+        """Whether the run, whose last row this is, went back once too often and has to stop."""
+        if self.watch is None or row is None:
+            return False
+        return row.restores is not None and row.rollbacks > self.watch.guard.rollbacks

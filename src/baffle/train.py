@@ -219,8 +219,8 @@ def _loop(
     watched = test if validation is None else validation
     loss, accuracy, evaluated = None, None, False
     lookout = Lookout.start(method.guard, config.evaluate_every, records, journal)
-    stopped = last is not None and lookout.exhausted(last)
-    for index in range(state.round, state.round if stopped else config.rounds + 1):
+    while state.round <= config.rounds and not lookout.exhausted(last):
+        index = state.round
         started = time.perf_counter()
         task, cohort = method.plan(state, table, engine.sizes, config.key, last)
         exchange = engine.exchange(task, tuple(cohort), state, rows)
@@ -240,8 +240,6 @@ def _loop(
                 journal.snapshot(state)
         if progress is not None:
             progress(record)
-        if lookout.exhausted(last):
-            break
     if journal is not None:
         journal.finish(state)
     if last is not None and lookout.exhausted(last):
