@@ -21,10 +21,10 @@ from baffle import optim
 from baffle.checks import require_count
 from baffle.data import Dataset
 from baffle.engines.local import LocalEngine
-from baffle.errors import DivergedError, MissingExtraError, ModelError, PlanError
+from baffle.errors import MissingExtraError, ModelError, PlanError
 from baffle.files import append
 from baffle.journal import Record, RunConfig, create_folder, encode_record, write_file
-from baffle.method import Method, State, weights_sha256
+from baffle.method import Method, State, descend, weights_sha256
 from baffle.runtimes.pytorch import load_into, per_example, takes_channels_last, to_tensors, trainable_parameters
 from baffle.snapshots import encode_weights
 from baffle.train import Progress, Run, evaluate, finish, require_key
@@ -168,18 +168,16 @@ def _round(
     mean = (total / (sum(cohort.values()) * task.local_steps)).astype(np.float32)
     factor = min((clip.factor(mean) for clip in method.server), default=1.0)
     step = state.step + 1
-    with np.errstate(over="ignore", invalid="ignore"):
-        weights, slots = optim.update(
-            method.optimizer.name,
-            state.weights,
-            state.slots,
-            np.float32(factor) * mean,
-            method.optimizer.coefficients(step),
-        )
-    if not np.isfinite(weights).all():
-        raise DivergedError(f"round {task.round}: NaN or infinity in the weights. Use a smaller lr")
-    average = optim.average(state.average, weights, optim.average_decay(method.ema, step))
-    return State(task.round + 1, step, weights, slots, average), factor
+    after = descend(
+        state,
+        mean,
+        round=task.round,
+        rule=method.optimizer.name,
+        coefficients=method.optimizer.coefficients(step),
+        clip_factor=factor,
+        ema=optim.average_decay(method.ema, step),
+    )
+    return after, factor
 
 
 def _record(

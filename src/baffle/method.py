@@ -283,19 +283,46 @@ def state_sha256(state: State) -> bytes:
     return digest.digest()
 
 
+def descend(
+    state: State,
+    gradient: Weights,
+    *,
+    round: int,
+    rule: str,
+    coefficients: optim.Coefficients,
+    clip_factor: float,
+    ema: float,
+    largest: float = math.inf,
+) -> State:
+    """The state after a round's update by a gradient: clip, optimizer step, average; all element-wise float32.
+
+    Raises DivergedError if a weight would be above ``largest``, or anything NaN or infinite.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        clipped = np.float32(clip_factor) * gradient
+        weights, slots = optim.update(rule, state.weights, state.slots, clipped, coefficients)
+        average = optim.average(state.average, weights, ema)
+    if not all(np.isfinite(a).all() for a in (weights, average, *slots.values())) or np.abs(weights).max() > largest:
+        raise DivergedError(
+            f"round {round}: the update (lr = {coefficients['lr']:.3g}) would bring the weights near overflow or to "
+            "NaN; it was not applied. Use a smaller lr, or clip_update"
+        )
+    return State(round + 1, state.step + 1, weights, slots, average)
+
+
 def _step(state: State, row: Row, gradient: Weights, largest: float = math.inf) -> State:
     if not row.applied:
         return replace(state, round=row.round + 1)
-    with np.errstate(over="ignore", invalid="ignore"):
-        clipped = np.float32(row.clip_factor) * gradient
-        weights, slots = optim.update(row.optimizer, state.weights, state.slots, clipped, row.coefficients)
-        average = optim.average(state.average, weights, row.ema)
-    if not all(np.isfinite(a).all() for a in (weights, average, *slots.values())) or np.abs(weights).max() > largest:
-        raise DivergedError(
-            f"round {row.round}: the update (lr = {row.coefficients['lr']:.3g}) would bring the weights near overflow "
-            "or to NaN; it was not applied. Use a smaller lr, or clip_update"
-        )
-    return State(row.round + 1, state.step + 1, weights, slots, average)
+    return descend(
+        state,
+        gradient,
+        round=row.round,
+        rule=row.optimizer,
+        coefficients=row.coefficients,
+        clip_factor=row.clip_factor,
+        ema=row.ema,
+        largest=largest,
+    )
 
 
 def _is_plain(optimizer: Optimizer) -> bool:
