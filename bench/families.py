@@ -15,6 +15,7 @@ from typing import get_args
 
 import numpy as np
 import torch.nn.functional as F
+from rich.console import Console
 from rich.progress import track
 
 import baffle as bf
@@ -52,7 +53,7 @@ def main() -> None:
     options = parser.parse_args()
     cells = list(itertools.product(get_args(Family), get_args(Difference), get_args(Sharing)))
     results = []
-    for family, difference, sharing in track(cells, "training"):
+    for family, difference, sharing in track(cells, "training", console=Console(stderr=True)):
         runs = [train(family, difference, sharing, options.rounds, seed).summary() for seed in range(options.seeds)]
         results.append(
             {

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
 from rich.progress import track
 
 GRADIENTS = ("shared", "per-client", "fedsgd")
@@ -75,7 +76,7 @@ def main() -> None:
     folders = {"mnist": options.mnist, "cifar10": options.cifar10}
     todo = [(cell, folder) for name, folder in folders.items() if folder is not None for cell in cells(name)]
     found = []
-    for cell, folder in track(todo, "training"):
+    for cell, folder in track(todo, "training", console=Console(stderr=True)):
         file = options.out / f"{cell.name}.json"
         if not file.exists():
             command = [sys.executable, "-m", "baffle", *cell.command(folder, options.out)]
