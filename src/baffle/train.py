@@ -96,11 +96,11 @@ class Run:
                 for name in ("num_directions", "family", "sharing", "difference", "sigma")
             }
             | {
-                "forward_passes": _total(r.forward_passes for r in records),
-                "samples_forwarded": _total(r.samples_forwarded for r in records),
-                "bytes_up": _total(r.bytes_up for r in records),
-                "bytes_down": _total(r.bytes_down for r in records),
-                "seconds": _total(r.seconds for r in records),
+                "forward_passes": total(r.forward_passes for r in records),
+                "samples_forwarded": total(r.samples_forwarded for r in records),
+                "bytes_up": total(r.bytes_up for r in records),
+                "bytes_down": total(r.bytes_down for r in records),
+                "seconds": total(r.seconds for r in records),
                 "peak_rss_mb": round(peak_rss_mb(), 1),
                 "parameters": table_size(self.config.table),
                 "weights_sha256": self.weights_sha256,
@@ -312,7 +312,7 @@ def _finite(loss: float | None) -> float | None:
     return loss if loss is not None and math.isfinite(loss) else None
 
 
-def _total(values: Iterable[int | float | None]) -> int | float | None:
+def total(values: Iterable[int | float | None]) -> int | float | None:
     """The sum, or None if a part of it is unknown."""
     known = list(values)
     return None if None in known else round(sum(v for v in known if v is not None), 3)

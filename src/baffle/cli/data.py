@@ -88,17 +88,15 @@ def data_command(
     json_output: Json = False,
 ) -> None:
     """What data sets are found and whether their files are as published; or one of them, client by client."""
+    given = {"clients": clients, "partition": partition, "alpha": alpha, "shards": shards, "holdout": holdout}
+    given["seed"] = seed
     if dataset is None:
-        others = {"clients": clients, "partition": partition, "alpha": alpha, "shards": shards}
-        for name, value in {**others, "holdout": holdout, "seed": seed, "plot": plot and str(plot)}.items():
+        for name, value in {**given, "plot": plot and str(plot)}.items():
             if value is not None:
                 raise OptionError("dataset", None, f"the name of a data set, with {name} = {value}")
         _list(data, json_output)
         return
-    given = {"alpha": alpha, "shards": shards, "clients": clients, "partition": partition, "holdout": holdout}
-    options = train_config(
-        None, {**given, "dataset": dataset, "data": None if data is None else str(data), "seed": seed}
-    )
+    options = train_config(None, {**given, "dataset": dataset, "data": None if data is None else str(data)})
     _show(options, plot, json_output)
 
 

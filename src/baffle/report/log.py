@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from baffle.errors import JournalError
-from baffle.journal import Journal, Record, RunConfig, read_config, record_of
+from baffle.journal import Journal, Record, RunConfig, read_config
+from baffle.train import total
 from baffle.types import Row, table_size
 from baffle.wire import decode_row
 
@@ -65,9 +66,8 @@ def read_run(path: str | Path) -> RunLog:
         return replace(log, records=records, damage=damage)
     journal = Journal.open(path)
     rows = tuple(decode_row(row) for row in journal.rows)
-    rebuilt = [record_of(row) for row in rows[len(journal.records) :]]
     damage = journal.damage or (f"{journal.lost} rows that the metrics tell of are lost" if journal.lost else None)
-    return RunLog(name, path, journal.config, (*journal.records, *rebuilt), rows, damage)
+    return RunLog(name, path, journal.config, tuple(journal.records), rows, damage)
 
 
 def unique_names(paths: Sequence[Path]) -> list[str]:
@@ -110,7 +110,7 @@ def totals(log: RunLog) -> dict[str, Value]:
         "rounds": max(0, len(log.records) - 1),
         "updates": steps[-1],
         "rollbacks": sum(r.restores is not None for r in log.records),
-        **{name: _sum(getattr(record, name) for record in log.records) for name in costs},
+        **{name: total(getattr(record, name) for record in log.records) for name in costs},
         "parameters": table_size(log.config.table),
         "weights_sha256": log.records[-1].weights_sha256 if log.records else None,
     }
@@ -171,8 +171,3 @@ def _read_records(file: Path) -> tuple[tuple[Record, ...], str | None]:
         except msgspec.DecodeError as error:
             return tuple(records), f"{file}: line {number + 1}: {error}"
     return tuple(records), None
-
-
-def _sum(values: Iterable[float | None]) -> float | None:
-    known = list(values)
-    return None if None in known else round(sum(value for value in known if value is not None), 3)
