@@ -35,6 +35,7 @@ TASK = Task(
     difference="forward",
     num_directions=2,
     sigma=0.5,
+    lattice=0,
     exponent=-4,
     clip=None,
     batch_size=None,

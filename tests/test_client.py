@@ -39,6 +39,7 @@ def row(values: list[int], *, clients: int = 1, weight: int = 1, clipped: int = 
         num_directions=len(values),
         difference="forward",
         sigma=0.5,
+        lattice=0,
         exponent=-4,
         local_steps=1,
         participants=tuple(range(clients)),

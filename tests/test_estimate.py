@@ -89,6 +89,7 @@ def make_row(
         num_directions=values.shape[2],
         difference="forward",
         sigma=0.001,
+        lattice=0,
         exponent=exponent,
         local_steps=values.shape[1],
         participants=participants,

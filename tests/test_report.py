@@ -246,6 +246,7 @@ def make_rows(gradients: Sequence[Vector], family: Family, sharing: Sharing, rou
                 num_directions=count,
                 difference="central",
                 sigma=1.0,
+                lattice=0,
                 exponent=exponent,
                 local_steps=1,
                 participants=(0, 1, 2),

@@ -29,19 +29,26 @@ from baffle.optim import Constant as constant
 from baffle.optim import Cosine as cosine
 from baffle.optim import Decay as decay
 from baffle.optim import Sgd as sgd
+from baffle.runtimes.bundle import Bundle
 from baffle.train import Run, resume, train
 
 if TYPE_CHECKING:
+    from baffle.exporter import export
+    from baffle.runtimes.openvino import OpenVinoRuntime
+    from baffle.runtimes.ort import OrtRuntime
     from baffle.runtimes.pytorch import TorchRuntime
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BaffleError",
+    "Bundle",
     "Dataset",
     "Journal",
     "LocalEngine",
     "Method",
+    "OpenVinoRuntime",
+    "OrtRuntime",
     "Run",
     "TorchRuntime",
     "adam",
@@ -51,6 +58,7 @@ __all__ = [
     "constant",
     "cosine",
     "decay",
+    "export",
     "fit",
     "from_torch",
     "guard",
@@ -63,7 +71,12 @@ __all__ = [
     "weighted_sum",
 ]
 
-_LAZY = {"TorchRuntime": "baffle.runtimes.pytorch"}
+_LAZY = {
+    "OpenVinoRuntime": "baffle.runtimes.openvino",
+    "OrtRuntime": "baffle.runtimes.ort",
+    "TorchRuntime": "baffle.runtimes.pytorch",
+    "export": "baffle.exporter",
+}
 
 
 def __getattr__(name: str) -> object:

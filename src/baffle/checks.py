@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TypeGuard
+from typing import TypeGuard, get_args
 
 import msgspec
 
@@ -14,7 +14,8 @@ def keep_floats(options: msgspec.Struct) -> None:
     """Turn integers given for fields of numbers into floats, so that ``lr=1`` and ``lr=1.0`` encode alike."""
     for field in msgspec.structs.fields(options):
         value = getattr(options, field.name)
-        if field.type in (float, float | None) and isinstance(value, int) and not isinstance(value, bool):
+        kinds = {field.type, *get_args(field.type)}
+        if float in kinds and int not in kinds and isinstance(value, int) and not isinstance(value, bool):
             msgspec.structs.force_setattr(options, field.name, float(value))
 
 

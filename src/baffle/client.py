@@ -47,8 +47,10 @@ def perturbations(task: Task, table: Table, client: int, step: int = 0) -> Pertu
     owner = 0 if task.sharing == "shared" else client + 1
     directions = Directions(table, task.family, (task.key, task.round), owner, step)
     if task.difference == "forward":
-        return Perturbations(directions, task.num_directions, (task.sigma,), baseline=True)
-    return Perturbations(directions, task.num_directions, (task.sigma, -task.sigma), baseline=False)
+        return Perturbations(directions, task.num_directions, (task.sigma,), baseline=True, lattice=task.lattice)
+    return Perturbations(
+        directions, task.num_directions, (task.sigma, -task.sigma), baseline=False, lattice=task.lattice
+    )
 
 
 def finite_differences(task: Task, losses: Losses) -> npt.NDArray[np.float64]:

@@ -42,7 +42,8 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     family: Family = "rank1"
     sharing: Sharing = "shared"
     difference: Difference = "forward"
-    sigma: float = 1e-3
+    sigma: float | Literal["auto"] = "auto"
+    lattice: int = 0
     optimizer: str = "adam"
     lr: float = 0.01
     schedule: str = "cosine"
@@ -105,6 +106,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             sharing=self.sharing,
             difference=self.difference,
             sigma=self.sigma,
+            lattice=self.lattice,
             batch_size=self.batch_size,
             participation=self.participation,
             local_steps=self.local_steps,

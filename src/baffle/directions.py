@@ -14,8 +14,9 @@ purpose/client/step (see ``philox.word3``); key: run key and round.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -95,8 +96,13 @@ class Directions:
     def entries(self, tensor: int, ks: slice, start: int = 0, stop: int | None = None) -> Entries:
         """Entries ``start:stop`` of a tensor's directions, of any family: int16[K, stop - start], in units.
 
-        Rank-1 products are written out: this is the obvious form that the fast ones are tested against.
+        Pruned ones are 0. Rank-1 products are written out: this is the obvious form that the fast ones are tested
+        against.
         """
+        mask = self.table[tensor].mask
+        if mask is not None:
+            whole = replace(self, table=tuple(msgspec.structs.replace(spec, kept=b"") for spec in self.table))
+            return whole.entries(tensor, ks, start, stop) * mask[start:stop]
         size = self.table[tensor].size
         stop = size if stop is None else stop
         if not 0 <= start <= stop <= size:

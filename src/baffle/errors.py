@@ -5,6 +5,7 @@
     ├── DataError            (ValueError)       a data set or a partition cannot be used
     ├── ModelError           (ValueError)       a model cannot be trained by forward passes
     ├── PlanError            (ValueError)       options that contradict each other or break exactness
+    ├── BundleError          (ValueError)       a client bundle is damaged or of another kind
     ├── ReplyError           (ValueError)       a client's reply is malformed or does not fit its task
     ├── DivergedError        (ArithmeticError)  weights would become NaN or infinite
     ├── JournalError         (OSError)          a run folder cannot be read or written
@@ -53,6 +54,10 @@ class ModelError(BaffleError, ValueError):
 
 class PlanError(BaffleError, ValueError):
     """Options contradict each other, or exact arithmetic cannot be guaranteed."""
+
+
+class BundleError(BaffleError, ValueError):
+    """A client bundle is damaged, incomplete, or not one."""
 
 
 class ReplyError(BaffleError, ValueError):

@@ -62,6 +62,8 @@ def combine(directions: Directions, scalars: Integers, execution: Execution = FA
                 jobs = _dense_jobs(directions, i, part, scalars, execution.block)
             for _ in (job() for job in jobs) if execution.threads == 1 else pool.map(lambda job: job(), jobs):
                 pass
+            if spec.mask is not None:
+                part[~spec.mask] = 0
     return out
 
 

@@ -37,7 +37,7 @@ from baffle.snapshots import decode_weights, encode_state, encode_weights, load_
 from baffle.types import Row, Table, UInt64, Weights
 from baffle.wire import decode_row
 
-_FORMAT = 2
+_FORMAT = 3
 _KEEP_SNAPSHOTS = 2
 
 

@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import msgspec
 import numpy as np
@@ -26,6 +26,7 @@ from baffle.estimate import FAST, Execution, check_exact, estimate
 from baffle.guard import Guard
 from baffle.optim import Adam, ClipUpdate, Optimizer, Sgd, Slots
 from baffle.philox import Purpose, generator
+from baffle.quantize import MOST_CODES, unscale
 from baffle.types import (
     MAX_WEIGHT,
     MAX_WEIGHT_SUM,
@@ -40,6 +41,9 @@ from baffle.types import (
     Weights,
     pack_int32,
 )
+
+FIRST_SIGMA = 1e-3
+"""Sigma where none was given or measured."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +68,9 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
     * ``family``: ``rank1``, ``rademacher`` or ``gaussian`` directions.
     * ``sharing``: all clients share K directions (their scalars can be summed), or each has its own.
     * ``difference``: ``forward`` (K + 1 passes) or ``central`` (2 K passes).
-    * ``sigma``: step of the finite difference.
+    * ``sigma``: step of the finite difference; ``auto``: what clients measure to be best before round 0.
+    * ``lattice``: perturb matrices on the int8 lattice by so many codes, 1 to 8 (central differences of signs);
+      0: in float, by sigma.
     * ``batch_size``: examples of a client's mini-batch; None: all it has.
     * ``participation``: share of the clients that take part in a round.
     * ``local_steps``, ``local_lr``: SGD steps on the client before it replies, and their learning rate; with
@@ -83,7 +89,8 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
     family: Family = "rank1"
     sharing: Sharing = "shared"
     difference: Difference = "forward"
-    sigma: float = 1e-3
+    sigma: float | Literal["auto"] = "auto"
+    lattice: int = 0
     batch_size: int | None = 32
     participation: float = 1.0
     local_steps: int = 1
@@ -101,7 +108,9 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
         require_choice("family", self.family, ["rank1", "rademacher", "gaussian"])
         require_choice("sharing", self.sharing, ["shared", "per-client"])
         require_choice("difference", self.difference, ["forward", "central"])
-        require_positive("sigma", self.sigma)
+        if self.sigma != "auto":
+            require_positive("sigma", self.sigma)
+        require_count("lattice", self.lattice, 0, MOST_CODES)
         if self.batch_size is not None:
             require_count("batch_size", self.batch_size)
         require_between("participation", self.participation, 0, 1)
@@ -115,6 +124,11 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
             msgspec.structs.force_setattr(self, field, tuple(getattr(self, field)))
         if self.local_steps > 1 and self.sharing == "per-client":
             raise PlanError("local_steps > 1 with sharing = 'per-client': local steps need directions shared by step")
+        if self.lattice and (self.family == "gaussian" or self.difference == "forward" or self.local_steps > 1):
+            raise PlanError(
+                f"lattice = {self.lattice} with family {self.family!r}, difference {self.difference!r}, local_steps = "
+                f"{self.local_steps}: expected rank1 or rademacher, central, 1: codes move by whole steps, both ways"
+            )
         if self.local_steps > 1 and self.local_lr is None and not _is_plain(self.optimizer):
             raise PlanError(
                 f"local_steps = {self.local_steps} with optimizer {self.optimizer.name!r}: expected local_lr, the "
@@ -129,7 +143,11 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
         return State(0, 0, start, self.optimizer.init(start.size), start)
 
     def plan(self, state: State, table: Table, sizes: Sequence[int], key: int, last: Row | None) -> tuple[Task, Cohort]:
-        """The next round's task, and its participants with their weights, for clients with ``sizes`` examples."""
+        """The next round's task, and its participants with their weights, for clients with ``sizes`` examples.
+
+        With sigma "auto" it is the last row's; the first task is to be given one that was measured.
+        """
+        measured = FIRST_SIGMA if last is None else last.sigma
         count = max(1, round(self.participation * len(sizes)))
         rng = generator((key, state.round), Purpose.PARTICIPANTS)
         quantum = quantum_for(max(sizes), count)
@@ -146,7 +164,8 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
             sharing=self.sharing,
             difference=self.difference,
             num_directions=self.num_directions,
-            sigma=self.sigma,
+            sigma=measured if self.sigma == "auto" else self.sigma,
+            lattice=self.lattice,
             exponent=next_exponent(last, clip),
             clip=clip,
             batch_size=self.batch_size,
@@ -187,6 +206,7 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
             num_directions=task.num_directions,
             difference=task.difference,
             sigma=task.sigma,
+            lattice=task.lattice,
             exponent=task.exponent,
             local_steps=task.local_steps,
             participants=total.participants,
@@ -201,7 +221,7 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
             weights_sha256=b"",
             state_sha256=b"",
         )
-        gradient = estimate(table, row, execution)
+        gradient = _gradient(table, row, state, execution)
         factor = min((clip.factor(gradient) for clip in self.server), default=1.0)
         row = msgspec.structs.replace(row, clip_factor=factor)
         try:
@@ -248,7 +268,7 @@ def replay(
         if earlier is None:
             raise PlanError(f"round {row.round} returns to round {row.restores}: expected the state after that")
         return replace(earlier(row.restores), round=row.round + 1)
-    return _step(state, row, estimate(table, row, execution) if row.applied else state.weights)
+    return _step(state, row, _gradient(table, row, state, execution) if row.applied else state.weights)
 
 
 def quantum_for(largest: int, participants: int) -> int:
@@ -308,6 +328,11 @@ def descend(
             "NaN; it was not applied. Use a smaller lr, or clip_update"
         )
     return State(round + 1, state.step + 1, weights, slots, average)
+
+
+def _gradient(table: Table, row: Row, state: State, execution: Execution) -> Weights:
+    found = estimate(table, row, execution)
+    return unscale(table, found, state.weights, row.sigma, row.lattice) if row.lattice else found
 
 
 def _step(state: State, row: Row, gradient: Weights, largest: float = math.inf) -> State:

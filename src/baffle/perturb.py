@@ -8,18 +8,20 @@ bounded whatever their number.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from baffle.directions import Bytes, Directions, Entries
+from baffle.quantize import lattice_steps, on_lattice
 from baffle.types import Weights
 
 _BUDGET = 16 * 2**20  # bytes of directions drawn at once
 
 Float32 = npt.NDArray[np.float32]
+Factors = Mapping[int, tuple[Float32, Float32]]
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Perturbations:
     baseline: bool
     first: int = 0
     """Number of the first direction."""
+    lattice: int = 0
+    """m > 0: matrices are rounded to their int8 lattice and perturbed by m codes instead of sigma."""
 
     def split(self, parts: int) -> list[Perturbations]:
         """The same passes in the same order, in at most ``parts`` portions for as many workers."""
@@ -58,18 +62,30 @@ class Perturbations:
         """Number of passes."""
         return self.baseline + self.num_directions * len(self.steps)
 
-    def weights(self, weights: Weights, scratch: Weights) -> Iterator[Weights]:
-        """Write each evaluation's weights into ``scratch`` (float32[n]) and yield it; never change ``weights``."""
+    def weights(self, weights: Weights, scratch: Weights, branches: Factors | None = None) -> Iterator[Weights]:
+        """Write each evaluation's weights into ``scratch`` (float32[n]) and yield it; never change ``weights``.
+
+        Tensors in ``branches`` stay as they are, and the factors (step * a, b) of their rank-1 perturbation are
+        written there.
+        """
+        branches, table = branches or {}, self.directions.table
+        relative: dict[int, Float32] = {}
+        if self.lattice and self.steps:
+            relative = lattice_steps(table, weights, max(self.steps), self.lattice)
+        if self.lattice:
+            weights = on_lattice(table, weights)
+        scratch[:] = weights
+        for left, right in branches.values():
+            left[:], right[:] = 0, 1
         if self.baseline:
-            scratch[:] = weights
             yield scratch
         per_block = _directions_per_block(self.directions)
         end = self.first + self.num_directions
         for start in range(self.first, end, per_block):
-            block = _Block(self.directions, slice(start, min(start + per_block, end)))
+            block = _Block(self.directions, slice(start, min(start + per_block, end)), relative)
             for k in range(block.size):
                 for step in self.steps:
-                    block.perturb(k, np.float32(step), weights, scratch)
+                    block.perturb(k, np.float32(step), weights, scratch, branches)
                     yield scratch
 
 
@@ -87,11 +103,15 @@ def _directions_per_block(directions: Directions) -> int:
 class _Block:
     """Some directions, drawn: factors for rank-1 tensors, packed bits or grid integers for the rest."""
 
-    def __init__(self, directions: Directions, ks: slice) -> None:
-        self.directions, self.size = directions, ks.stop - ks.start
+    def __init__(self, directions: Directions, ks: slice, relative: Mapping[int, Float32]) -> None:
+        self.directions, self.size, self.relative = directions, ks.stop - ks.start, relative
+        self.masks = {i: mask for i, spec in enumerate(directions.table) if (mask := spec.mask) is not None}
         self.factors: dict[int, tuple[Float32, Float32]] = {
             i: (a.astype(np.float32), b.astype(np.float32)) for i, (a, b) in directions.factors(ks).items()
         }
+        for i, rows in relative.items():
+            if i in self.factors:
+                self.factors[i] = (self.factors[i][0] * rows, self.factors[i][1])
         self.bits: dict[int, Bytes] = {}
         self.grid: dict[int, Entries] = {}
         for i, spec in enumerate(directions.table):
@@ -100,10 +120,15 @@ class _Block:
             elif i not in self.factors:
                 self.bits[i] = directions.sign_bits(i, ks, 0, -(-spec.size // 256))
 
-    def perturb(self, k: int, step: np.float32, weights: Weights, out: Weights) -> None:
+    def perturb(self, k: int, step: np.float32, weights: Weights, out: Weights, branches: Factors) -> None:
         """out = weights + step * direction k. Sign entries are rounded once, in the sum."""
         for i, spec in enumerate(self.directions.table):
             w, o = weights[spec.slice], out[spec.slice]
+            if i in branches:
+                left, right = branches[i]
+                np.multiply(self.factors[i][0][k], step, out=left)
+                right[:] = self.factors[i][1][k]
+                continue
             if i in self.factors:
                 a, b = self.factors[i][0][k], self.factors[i][1][k]
                 matrix = o.reshape(len(a), len(b))
@@ -112,6 +137,10 @@ class _Block:
                 bits = np.unpackbits(self.bits[i][k], count=spec.size, bitorder="little")
                 np.multiply(bits, 2 * step, out=o, casting="unsafe")
                 np.subtract(o, step, out=o)
+                if i in self.relative:
+                    o.reshape(spec.matrix or (0, 0))[:] *= self.relative[i][:, None]
             else:
                 np.multiply(self.grid[i][k], step * np.float32(self.directions.unit), out=o)
+            if i in self.masks:
+                np.multiply(o, self.masks[i], out=o)
             np.add(w, o, out=o)

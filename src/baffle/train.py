@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,8 +93,9 @@ class Run:
             }
             | {
                 name: None if self.config.backprop else getattr(method, name)
-                for name in ("num_directions", "family", "sharing", "difference", "sigma")
+                for name in ("num_directions", "family", "sharing", "difference", "lattice")
             }
+            | {"sigma": None if self.config.backprop else records[-1].sigma if records else method.sigma}
             | {
                 "forward_passes": total(r.forward_passes for r in records),
                 "samples_forwarded": total(r.samples_forwarded for r in records),
@@ -223,7 +224,17 @@ def _loop(
         index = state.round
         started = time.perf_counter()
         task, cohort = method.plan(state, table, engine.sizes, config.key, last)
+        calibration = None
+        if last is None and method.sigma == "auto":
+            calibration = engine.calibrate(task, tuple(cohort), state.weights)
+            task = msgspec.structs.replace(task, sigma=calibration.sigma)
         exchange = engine.exchange(task, tuple(cohort), state, rows)
+        if calibration is not None:
+            exchange = replace(
+                exchange,
+                forward_passes=exchange.forward_passes + calibration.forward_passes,
+                samples_forwarded=exchange.samples_forwarded + calibration.samples_forwarded,
+            )
         last, state = method.absorb(state, table, task, cohort, exchange.replies, last, good=lookout.good)
         due = index % config.evaluate_every == 0
         evaluated = last.restores is None and (due or index == config.rounds)

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from baffle.errors import ReplyError
+from baffle.errors import ModelError, ReplyError
 
 Weights: TypeAlias = npt.NDArray[np.float32]
 """All trainable parameters, flat, in table order: float32[n]."""
@@ -48,6 +48,9 @@ class ParamSpec(msgspec.Struct, frozen=True):
     name: str
     shape: tuple[int, ...]
     offset: int
+    kept: bytes = b""
+    """Of a pruned tensor: a bit an entry, lowest first, 1 where it was kept. Only these are perturbed and trained,
+    the others are 0. Empty: all."""
 
     @property
     def size(self) -> int:
@@ -62,6 +65,14 @@ class ParamSpec(msgspec.Struct, frozen=True):
         return self.shape[0], self.size // self.shape[0]
 
     @property
+    def mask(self) -> npt.NDArray[np.bool_] | None:
+        """Where entries were kept, bool[size]; None if the tensor is not pruned."""
+        if not self.kept:
+            return None
+        bits = np.frombuffer(self.kept, np.uint8)
+        return np.unpackbits(bits, count=self.size, bitorder="little").view(np.bool_)
+
+    @property
     def slice(self) -> slice:
         """Where the tensor lies in the flat weights."""
         return slice(self.offset, self.offset + self.size)
@@ -71,17 +82,27 @@ Table: TypeAlias = tuple[ParamSpec, ...]
 """Every trainable tensor, in the order of the flat weights."""
 
 
-def make_table(shapes: dict[str, tuple[int, ...]]) -> Table:
-    """Lay tensors out one after another.
+Masks: TypeAlias = Mapping[str, npt.NDArray[np.bool_]]
+"""Of pruned tensors, by name: where entries were kept."""
+
+
+def make_table(shapes: dict[str, tuple[int, ...]], masks: Masks | None = None) -> Table:
+    """Lay tensors out one after another; those with a mask are pruned. ModelError if a mask fits none.
 
     Examples:
         >>> [(p.name, p.offset) for p in make_table({"w": (3, 2), "b": (3,)})]
         [('w', 0), ('b', 6)]
     """
+    masks = masks or {}
     specs: list[ParamSpec] = []
     offset = 0
+    for name, mask in masks.items():
+        if name not in shapes or mask.shape != tuple(shapes[name]) or mask.dtype != np.bool_:
+            expected = f"bool{list(shapes[name])}" if name in shapes else f"one of {', '.join(shapes)}"
+            raise ModelError(f"mask of {name}: {mask.dtype}{list(mask.shape)}: expected {expected}")
     for name, shape in shapes.items():
-        specs.append(ParamSpec(name, tuple(int(d) for d in shape), offset))
+        kept = np.packbits(masks[name].reshape(-1), bitorder="little").tobytes() if name in masks else b""
+        specs.append(ParamSpec(name, tuple(int(d) for d in shape), offset, kept))
         offset += specs[-1].size
     return tuple(specs)
 
@@ -106,6 +127,8 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     difference: Difference
     num_directions: int
     sigma: float
+    lattice: int
+    """0: every tensor is perturbed by sigma; m: matrices on the int8 lattice, by m codes."""
     exponent: int
     """Scalars travel as integers in units of 2**exponent."""
     clip: float | None
@@ -147,6 +170,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     num_directions: int
     difference: Difference
     sigma: float
+    lattice: int
     exponent: int
     local_steps: int
     participants: tuple[int, ...]

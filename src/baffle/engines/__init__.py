@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from baffle.calibrate import Calibration
 from baffle.data import Dataset
 from baffle.method import State
 from baffle.runtimes import Evaluation
@@ -47,6 +48,10 @@ class Engine(Protocol):
     @property
     def plan(self) -> dict[str, str | int]:
         """How passes are evaluated: recorded with a run."""
+        ...
+
+    def calibrate(self, task: Task, participants: Sequence[int], weights: Weights) -> Calibration:
+        """Let clients measure which sigma to use for tasks like this one."""
         ...
 
     def exchange(self, task: Task, participants: Sequence[int], state: State, rows: Sequence[bytes]) -> Exchange:

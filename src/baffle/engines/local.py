@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from baffle.calibrate import Calibration, calibrate
 from baffle.client import encode, finite_differences, perturbations, reply, respond, weight_of
 from baffle.data import Dataset, concatenate, sample
 from baffle.engines import Exchange
@@ -21,6 +22,8 @@ from baffle.philox import Purpose, generator
 from baffle.runtimes import Evaluation, Runtime
 from baffle.types import Reply, Table, Task, Weights
 from baffle.wire import decode_row, encode_message
+
+_CALIBRATED_ON = 64  # examples
 
 
 class LocalEngine:
@@ -75,6 +78,16 @@ class LocalEngine:
     def evaluate(self, weights: Weights, data: Dataset) -> Evaluation:
         """Evaluate on the server's own test data."""
         return self._runtime.evaluate(weights, data)
+
+    def calibrate(self, task: Task, participants: Sequence[int], weights: Weights) -> Calibration:
+        """Measure on the first batches of as many participants as make up 64 examples."""
+        batches: list[Dataset] = []
+        for client in participants:
+            batches.append(self.batch(task, client, 0))
+            if sum(map(len, batches)) >= _CALIBRATED_ON:
+                break
+        data = concatenate(batches)
+        return calibrate(task, self._runtime, weights, data.take(np.arange(min(len(data), _CALIBRATED_ON))))
 
     def exchange(self, task: Task, participants: Sequence[int], state: State, rows: Sequence[bytes]) -> Exchange:
         """Let each participant answer the task."""

@@ -17,8 +17,6 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-import os
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -32,7 +30,9 @@ from baffle.data import Dataset
 from baffle.errors import MissingExtraError, ModelError
 from baffle.perturb import Perturbations
 from baffle.runtimes import Evaluation
-from baffle.types import Losses, Table, Weights, make_table, table_size
+from baffle.runtimes.bundle import require_precision
+from baffle.runtimes.cores import cores
+from baffle.types import Losses, Masks, Table, Weights, make_table, table_size
 
 try:
     import torch
@@ -44,6 +44,7 @@ except ImportError as error:
     raise MissingExtraError("PyTorch is not installed: pip install 'baffle[torch]'") from error
 
 _CHUNK_INPUTS = 2**15  # numbers in the inputs of one forward pass, so that activations stay in the cache
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Chunk: TypeAlias = tuple[Tensor, Tensor]
 Hits: TypeAlias = npt.NDArray[np.bool_]
@@ -54,9 +55,10 @@ class TorchRuntime:
     """Losses of a PyTorch model under perturbed weights.
 
     ``loss(output, target)`` must give one number an example; the losses of ``torch.nn.functional`` and
-    ``torch.nn`` are switched to ``reduction="none"``. ``threads`` is the number of passes evaluated side by side
-    on a CPU, by default one a core. Raises ModelError for BatchNorm or dropout in training mode, for trainable
-    parameters that are not float32, and if there are none.
+    ``torch.nn`` are switched to ``reduction="none"``. ``precision`` is that in which the model computes, fp32, bf16
+    or fp16; the loss is taken in float32. ``masks`` say where entries of pruned tensors were kept. ``threads`` is the
+    number of passes evaluated side by side on a CPU, by default one a core. Raises ModelError for BatchNorm or
+    dropout in training mode, for trainable parameters that are not float32, and if there are none.
 
     Examples:
         >>> import torch.nn.functional as F
@@ -67,7 +69,16 @@ class TorchRuntime:
         (['1.weight', '1.bias'], (1438,))
     """
 
-    def __init__(self, model: nn.Module, loss: Callable[..., Tensor], threads: int | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[..., Tensor],
+        threads: int | None = None,
+        *,
+        precision: str = "fp32",
+        masks: Masks | None = None,
+    ) -> None:
+        require_precision(precision, "torch", tuple(_DTYPES))
         _check_modules(model)
         if threads is not None:
             require_count("threads", threads, 1, 1024)
@@ -78,12 +89,18 @@ class TorchRuntime:
         if not trainable:
             raise ModelError("the model has no trainable parameter: expected at least one with requires_grad=True")
         self._loss = per_example(loss)
-        self._table = make_table({name: tuple(p.shape) for name, p in trainable.items()})
+        self._table = make_table({name: tuple(p.shape) for name, p in trainable.items()}, masks)
         flat = [p.detach().to("cpu").reshape(-1) for p in trainable.values()]
         self._initial: Weights = torch.cat(flat).numpy().copy()
+        for spec in self._table:
+            if spec.mask is not None:
+                self._initial[spec.slice][~spec.mask] = 0
+        self._precision = precision
         self._device = next(iter(trainable.values())).device
-        count = (threads or _cores()) if self._device.type == "cpu" else 1
-        self._replicas = [_Replica(model, self._table, self._loss, self._device) for _ in range(count)]
+        count = (threads or cores()) if self._device.type == "cpu" else 1
+        self._replicas = [
+            _Replica(model, self._table, self._loss, self._device, _DTYPES[precision]) for _ in range(count)
+        ]
         self._channels_last: bool | None = None  # known from the first images on
 
     @property
@@ -98,7 +115,7 @@ class TorchRuntime:
             "runtime": "torch",
             "torch": str(torch.__version__),
             "device": str(self._device),
-            "precision": "float32",
+            "precision": self._precision,
             "chunk_inputs": _CHUNK_INPUTS,
             "threads": len(self._replicas),
         }
@@ -163,14 +180,24 @@ class TorchRuntime:
 class _Replica:
     """A copy of the model on a scratch buffer of its own."""
 
-    def __init__(self, model: nn.Module, table: Table, loss: Callable[..., Tensor], device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        table: Table,
+        loss: Callable[..., Tensor],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
         # torch aligns its memory, so the kernels see the same addresses modulo a cache line in every process
         self._host = torch.empty(table_size(table), dtype=torch.float32)
         self._scratch: Weights = self._host.numpy()
         self._flat = self._host if device.type == "cpu" else self._host.to(device)
         self._loss = loss
         frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
+        self._dtype = dtype
         self._model = copy.deepcopy(model, frozen)
+        if dtype is not torch.float32:
+            self._model = copy.deepcopy(self._model).to(dtype)  # frozen tensors too
         self._parameters = [p.requires_grad_(False) for _, p in trainable_parameters(self._model)]
         self._views = [self._flat[spec.slice].view(spec.shape) for spec in table]
         self._copies: list[tuple[Tensor, Tensor]] = []
@@ -181,8 +208,10 @@ class _Replica:
         self._copies = []
         for p, view in zip(self._parameters, self._views, strict=True):
             p.data = view
-            if view.ndim == 4 and layout is not torch.contiguous_format:
-                p.data = torch.empty_like(view, memory_format=layout)
+            channels_last = view.ndim == 4 and layout is not torch.contiguous_format
+            if channels_last or self._dtype is not torch.float32:
+                kept = layout if channels_last else torch.contiguous_format
+                p.data = torch.empty_like(view, dtype=self._dtype, memory_format=kept)
                 self._copies.append((p, view))
 
     def outputs(self, weights: Weights, x: Tensor, layout: torch.memory_format) -> object:
@@ -190,7 +219,7 @@ class _Replica:
         self.lay_out(layout)
         np.copyto(self._scratch, weights)
         self._upload()
-        return self._model(x)
+        return self._model(x.to(self._dtype))
 
     def losses(self, weights: Weights, perturbations: Perturbations, chunks: list[Chunk]) -> Losses:
         examples = sum(len(x) for x, _ in chunks)
@@ -220,7 +249,8 @@ class _Replica:
 
     def _forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         try:
-            output = self._model(x)
+            output = self._model(x.to(self._dtype) if x.is_floating_point() else x)
+            output = output if self._dtype is torch.float32 else output.float()
         except Exception as error:  # of the user's own code
             raise ModelError(f"the model failed on inputs {tuple(x.shape)} of {x.dtype}: {error}") from error
         try:
@@ -267,10 +297,6 @@ def takes_channels_last(
             return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.allclose(a, b, 1e-3, 1e-4, equal_nan=True)
     except Exception:  # a model may raise anything; what is wrong in any layout is told when it trains
         return False
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

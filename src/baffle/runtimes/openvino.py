@@ -1,0 +1,106 @@
+"""Forward passes by OpenVINO: in bfloat16 the fast way on CPUs that have it (AMX, AVX512-BF16).
+
+The model is compiled once for each batch size; every thread has an infer request of its own, its inputs bound to
+buffers. OpenVINO's telemetry package is kept out before the import. Its own default precision may be lower than
+float32, so one is always asked for.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from baffle.errors import MissingExtraError, OptionError, PlanError
+from baffle.runtimes.bundle import Bundle, require_precision
+from baffle.runtimes.cores import cores
+from baffle.runtimes.graph import Buffers, GraphRuntime, explained
+from baffle.types import Array
+
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None makes its import fail
+try:
+    import openvino
+except ImportError as error:
+    raise MissingExtraError("OpenVINO is not installed: pip install 'baffle[openvino]'") from error
+
+PRECISIONS = ("fp32", "bf16", "fp16", "int8-weights", "int8")
+_HINTS = {"bf16": ("bf16", "BF16"), "fp16": ("f16", "FP16")}
+
+
+class OpenVinoRuntime(GraphRuntime):
+    """Losses of a client bundle by OpenVINO on the CPU.
+
+    ``precision``: that of the bundle, or for a bundle of fp32 also ``bf16`` and ``fp16``, where the processor has
+    them: OptionError if not, since OpenVINO would silently compute in another. Int8 graphs run, but with weights as
+    inputs OpenVINO has no int8 kernels for them: they are slow.
+
+    Examples:
+        >>> import torch.nn.functional as F
+        >>> from torch import nn
+        >>> import baffle as bf
+        >>> train, _ = bf.load("digits")
+        >>> bundle = bf.export(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), F.cross_entropy, train)
+        >>> runtime = OpenVinoRuntime(bundle)
+        >>> runtime.evaluate(runtime.initial_weights(), train).losses.shape
+        (1438,)
+    """
+
+    def __init__(self, bundle: Bundle, threads: int | None = None, precision: str | None = None) -> None:
+        own = bundle.manifest.precision
+        precision = precision or own
+        require_precision(precision, "openvino", PRECISIONS)
+        if precision != own and (own != "fp32" or precision not in _HINTS):
+            raise OptionError("precision", precision, f"{own}, which the bundle was exported for")
+        core = openvino.Core()
+        hint = "f32"
+        if own == "fp32" and precision in _HINTS:
+            hint, capability = _HINTS[precision]
+            has = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+            if capability not in has:
+                raise OptionError("precision", precision, f"one that this processor has: {', '.join(sorted(has))}")
+            if bundle.manifest.loss == "graph":
+                raise PlanError(
+                    f"precision {precision} with a loss in the graph: its rounding hides the differences; expected "
+                    "cross_entropy or mse_loss, which are taken outside in float64"
+                )
+        count = threads or cores()  # a stream a worker, each on one thread
+        compiled: dict[tuple[str, int], Any] = {}
+
+        def load(file: str, buffers: Buffers) -> _Program:
+            size = len(buffers["x"])
+            if (file, size) not in compiled:
+                with explained(f"OpenVINO: compiling {file}"):
+                    model = core.read_model(bundle.files[file])
+                    shapes = {i.any_name: list(buffers[i.any_name].shape) for i in model.inputs}
+                    model.reshape(shapes)
+                    settings = {
+                        "INFERENCE_PRECISION_HINT": hint,
+                        "INFERENCE_NUM_THREADS": count,
+                        "NUM_STREAMS": count,
+                    }
+                    compiled[file, size] = core.compile_model(model, "CPU", settings)
+            return _Program(compiled[file, size], buffers)
+
+        plan: dict[str, str | int] = {
+            "runtime": "openvino",
+            "openvino": str(openvino.__version__),
+            "device": "cpu",
+            "precision": precision,
+        }
+        super().__init__(bundle, load, plan, count)
+
+
+class _Program:
+    """An infer request with its inputs bound to buffers."""
+
+    def __init__(self, compiled: Any, buffers: Buffers) -> None:
+        self._request = compiled.create_infer_request()
+        self._buffers = {i.any_name: buffers[i.any_name] for i in compiled.inputs}
+        for name, array in self._buffers.items():
+            self._request.set_tensor(name, openvino.Tensor(array, shared_memory=True))
+        self._outputs = {output.any_name: self._request.get_tensor(output.any_name).data for output in compiled.outputs}
+
+    def run(self) -> Mapping[str, Array]:
+        with explained("OpenVINO: the model"):
+            self._request.infer()
+        return self._outputs
