@@ -16,6 +16,7 @@ from torch import nn
 
 import baffle as bf
 from baffle.backprop import Kind, train_backprop
+from baffle.calibrate import DIRECTIONS, LADDER
 from baffle.errors import DivergedError, JournalError, ModelError, OptionError, PlanError, RunExistsError
 from baffle.report import read_run
 from helpers import digits_engine, initial_weights, invoke, linear
@@ -170,7 +171,9 @@ def test_the_command_prints_the_same_names(tmp_path: Path) -> None:
     assert list(found[0]) == list(found[1]) == list(found[2])
     assert [f["backprop"] for f in found] == [None, "fedsgd", "fedavg"]
     assert found[1]["sharing"] is None
-    assert [f["forward_passes"] for f in found] == [2 * 3 * 3, 2 * 2, 2 * 2 * 2]
+    assert [(f["lattice"], f["sigma"] is None) for f in found] == [(0, False), (None, True), (None, True)]
+    measured = len(LADDER) * (DIRECTIONS + 1)  # sigma, before round 0
+    assert [f["forward_passes"] for f in found] == [measured + 2 * 3 * 3, 2 * 2, 2 * 2 * 2]
     wrong = invoke(tmp_path, *options, "--backprop", "fedavgs")
     assert wrong.code == 2
     assert "did you mean fedavg?" in wrong.err

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import baffle as bf
+from baffle.calibrate import DIRECTIONS, LADDER
 from helpers import Outcome, copy_run, flip, invoke, places, spawn, tree
 
 SMALL = (
@@ -25,6 +26,7 @@ SUMMARY = {
     "rounds",
     "clients",
     "num_directions",
+    "lattice",
     "sigma",
     "forward_passes",
     "samples_forwarded",
@@ -89,10 +91,13 @@ def test_train_prints_its_summary_as_the_last_line(trained: tuple[Path, Outcome]
     assert summary["rounds"] == 4
     assert summary["clients"] == 3
     assert summary["num_directions"] == 4
-    assert summary["sigma"] == 1e-3
+    assert summary["lattice"] == 0
+    assert summary["sigma"] in LADDER
+    assert {m["sigma"] for m in metrics(path)} == {summary["sigma"]}
     assert summary["parameters"] == 26514
-    assert summary["forward_passes"] == 5 * 3 * (4 + 1)
-    assert summary["samples_forwarded"] == 5 * 3 * (4 + 1) * 8
+    measured = len(LADDER) * (DIRECTIONS + 1)  # passes over the three batches, for sigma
+    assert summary["forward_passes"] == 5 * 3 * (4 + 1) + measured
+    assert summary["samples_forwarded"] == (5 * 3 * (4 + 1) + 3 * measured) * 8
     for name in ("forward_passes", "samples_forwarded", "bytes_up", "bytes_down"):
         assert summary[name] == total(path, name)
     assert summary["seconds"] == pytest.approx(total(path, "seconds"), abs=1e-3)

@@ -1,11 +1,12 @@
 """docs/protocol.md: every number in it is recomputed here, so that the document cannot drift."""
 
 import hashlib
+import io
 import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
@@ -13,7 +14,7 @@ import numpy.typing as npt
 import pytest
 from msgspec import inspect as schema
 
-from baffle import gaussian, optim
+from baffle import gaussian, optim, pipes
 from baffle.aggregate import FIRST_EXPONENT, calibrates, next_exponent
 from baffle.client import Encoded, encode, finite_differences, local_update, perturbations, weight_of
 from baffle.directions import Directions
@@ -22,6 +23,8 @@ from baffle.estimate import FAST, estimate
 from baffle.journal import Journal, Record, RunConfig
 from baffle.method import Method, State, quantum_for, replay, state_sha256, weights_sha256
 from baffle.philox import Purpose, philox, word3
+from baffle.quantize import MOST_CODES, lattice_steps, row_scales, unscale
+from baffle.quantize import encode as encode_rows
 from baffle.types import (
     LIMIT,
     MAX_WEIGHT,
@@ -76,16 +79,18 @@ def words(texts: list[str]) -> list[int]:
 
 
 def signs(values: npt.NDArray[np.integer[Any]]) -> str:
-    return "".join("+" if value > 0 else "-" for value in values)
+    return "".join("-0+"[int(np.sign(value)) + 1] for value in values)
 
 
-def table_of(shapes: Sequence[Sequence[int]]) -> Table:
-    return make_table({f"t{i}": tuple(shape) for i, shape in enumerate(shapes)})
+def table_of(shapes: Sequence[Sequence[int]], kept: Sequence[str] = ()) -> Table:
+    table = make_table({f"t{i}": tuple(shape) for i, shape in enumerate(shapes)})
+    bits = [bytes.fromhex(text) for text in kept] or [b""] * len(table)
+    return tuple(msgspec.structs.replace(spec, kept=k) for spec, k in zip(table, bits, strict=True))
 
 
 def directions_of(v: Vector, family: Family) -> Directions:
     """Directions of a tensor with the number ``v["tensor"]``."""
-    table = table_of([[]] * v["tensor"] + [v["shape"]])
+    table = table_of([[]] * v["tensor"] + [v["shape"]], [""] * v["tensor"] + [v.get("kept", "")])
     return Directions(table, family, (v["key"], v["round"]), v["client"], v["step"])
 
 
@@ -116,7 +121,13 @@ def check_constants(v: Vector) -> None:
 
 
 def check_table(v: Vector) -> None:
-    table = make_table({t["name"]: tuple(t["shape"]) for t in v["tensors"]})
+    masks = {t["name"]: np.array([bit == "1" for bit in t["mask"]]) for t in v["tensors"] if t["mask"]}
+    shapes = {t["name"]: tuple(t["shape"]) for t in v["tensors"]}
+    table = make_table(shapes, {name: mask.reshape(shapes[name]) for name, mask in masks.items()})
+    assert [t["kept"] for t in v["tensors"]] == [spec.kept.hex() for spec in table]
+    assert [t["mask"] and masks[t["name"]].tolist() for t in v["tensors"]] == [
+        None if spec.mask is None else spec.mask.tolist() for spec in table
+    ]
     assert [t["offset"] for t in v["tensors"]] == [spec.offset for spec in table]
     assert [t["matrix"] for t in v["tensors"]] == [spec.matrix and list(spec.matrix) for spec in table]
     assert v["size"] == table_size(table)
@@ -162,6 +173,17 @@ def check_gaussian(v: Vector) -> None:
     assert words(v["block"]) == block([v["key"], v["round"]], [0, k, v["tensor"], last])
 
 
+def check_pruned(v: Vector) -> None:
+    k = slice(v["direction"], v["direction"] + 1)
+    assert v["kept"] == VECTORS["table"]["tensors"][0]["kept"]
+    mask = VECTORS["table"]["tensors"][0]["mask"]
+    for case in v["cases"]:
+        assert case["whole"] == signs(directions_of({**v, "kept": ""}, case["family"]).entries(v["tensor"], k)[0])
+        assert case["entries"] == signs(directions_of(v, case["family"]).entries(v["tensor"], k)[0])
+        pairs = zip(case["whole"], mask, strict=True)
+        assert case["entries"] == "".join(sign if bit == "1" else "0" for sign, bit in pairs)
+
+
 def check_perturbed(v: Vector) -> None:
     table, weights = table_of(v["shapes"]), from_bits(v["weights"])
     for case in v["cases"]:
@@ -171,6 +193,73 @@ def check_perturbed(v: Vector) -> None:
         assert case["entries"] == np.concatenate(entries).tolist()
         passes = made.weights(weights, np.empty_like(weights))
         assert case["passes"] == [to_bits(w) for w in passes]
+
+
+def lattice_task(family: Family) -> Task:
+    v = VECTORS["lattice"]
+    numbers = {name: v[name] for name in ("key", "round", "sigma", "lattice")}
+    return make_task(family=family, num_directions=1, difference="central", **numbers)
+
+
+def check_lattice(v: Vector) -> None:
+    table, weights = table_of(v["shapes"], v["kept"]), from_bits(v["weights"])
+    matrix, m = table[0], v["lattice"]
+    scales, shape = row_scales(matrix, weights), matrix.matrix or (0, 0)
+    assert 1 <= m <= MOST_CODES
+
+    def codes(flat: Weights) -> list[int]:
+        found = np.zeros(shape, np.int8)
+        encode_rows(flat[matrix.slice].reshape(shape), scales, found)
+        return [int(code) for code in found.reshape(-1)]
+
+    assert v["scales"] == to_bits(scales)
+    assert v["stretches"] == to_bits(lattice_steps(table, weights, v["sigma"], m)[0])
+    assert v["codes"] == codes(weights)
+    for case in v["cases"]:
+        made = perturbations(lattice_task(case["family"]), table, 0)
+        entries = [made.directions.entries(i, slice(0, 1))[0] for i in range(len(table))]
+        assert case["entries"] == np.concatenate(entries).tolist()
+        passes = [w.copy() for w in made.weights(weights, np.empty_like(weights))]
+        assert case["passes"] == [to_bits(w) for w in passes]
+        assert case["codes"] == [codes(w) for w in passes]
+        for sign, moved in zip((1, -1), case["codes"], strict=True):
+            assert moved == [c + sign * m * e for c, e in zip(v["codes"], case["entries"], strict=False)]
+        assert case["passes"] == [to_bits(w) for w in slow_lattice(v, case["entries"])]
+
+
+def slow_lattice(v: Vector, entries: list[int]) -> list[Weights]:
+    """The passes, one float32 operation after another, as the document puts them."""
+    one, sigma, columns = np.float32, np.float32(v["sigma"]), v["shapes"][0][1]
+    passes = []
+    for s in (sigma, -sigma):
+        moved = from_bits(v["weights"])
+        for i, code in enumerate(v["codes"]):
+            scale, stretch = (from_bits(v[name])[i // columns] for name in ("scales", "stretches"))
+            moved[i] = one(code) * scale + (stretch * s) * one(entries[i])
+        moved[-1] = moved[-1] + s * one(entries[-1])
+        passes.append(moved)
+    return passes
+
+
+def check_lattice_estimate(v: Vector) -> None:
+    lattice = VECTORS["lattice"]
+    table, weights = table_of(lattice["shapes"], lattice["kept"]), from_bits(lattice["weights"])
+    names = ("key", "round", "sigma", "lattice")
+    row = make_row(
+        v["integers"],
+        difference="central",
+        optimizer="sgd",
+        coefficients={"lr": 1.0, "weight_decay": 0.0},
+        **{name: v[name] for name in ("family", "exponent", "participants", "weight_sum")},
+        **{name: lattice[name] for name in names},
+    )
+    rounded = estimate(table, row)
+    assert v["rounded"] == to_bits(rounded)
+    assert v["estimate"] == to_bits(unscale(table, rounded, weights, row.sigma, row.lattice))
+    stretches = np.append(np.repeat(from_bits(lattice["stretches"]), lattice["shapes"][0][1]), np.float32(1))
+    assert v["estimate"] == to_bits(rounded / stretches)
+    assert v["weights"] == to_bits(replay(State(1, 0, weights, {}, weights), table, row).weights)
+    assert v["weights"] == to_bits(weights - from_bits(v["estimate"]))
 
 
 def check_scalars(v: Vector) -> None:
@@ -231,6 +320,22 @@ def check_average(v: Vector) -> None:
     assert v["after"] == to_bits(after)
     for case in v["decays"]:
         assert number(case["ema"]) == optim.average_decay(case["decay"], case["update"])
+
+
+def check_pipe(v: Vector) -> None:
+    assert v["mark"] == pipes.MARK.hex()
+    assert {m.__struct_config__.tag for m in get_args(pipes.Message)} >= {f["type"] for f in v["frames"]}
+    for frame in v["frames"]:
+        data = bytes.fromhex(frame["bytes"])
+        received = pipes.receive(io.BytesIO(data), len(data))
+        assert received is not None
+        assert received[1] == len(data)
+        assert msgspec.json.decode(msgspec.json.encode(received[0])) == {
+            k: value for k, value in frame.items() if k != "bytes"
+        }
+        sent = io.BytesIO()
+        assert pipes.send(sent, received[0]) == len(data)
+        assert sent.getvalue() == data
 
 
 def check_hashes(v: Vector) -> None:
@@ -301,7 +406,9 @@ def test_every_block_is_checked() -> None:
 def test_vector_journal(tmp_path: Path) -> None:
     v = VECTORS["journal"]
     method = msgspec.convert(v["method"], Method)
-    table, initial = make_table({name: tuple(shape) for name, shape in v["shapes"].items()}), from_bits(v["initial"])
+    shapes, initial = {name: tuple(shape) for name, shape in v["shapes"].items()}, from_bits(v["initial"])
+    kept = {name: bytes.fromhex(text) for name, text in v["kept"].items()}
+    table = tuple(msgspec.structs.replace(spec, kept=kept[spec.name]) for spec in make_table(shapes))
     config = RunConfig(
         method=method, key=v["key"], rounds=1, evaluate_every=1, snapshot_every=1, table=table, plan={}, clients=(1,)
     )
@@ -314,8 +421,8 @@ def test_vector_journal(tmp_path: Path) -> None:
     # the same, as the document puts it
     listed = json.loads((tmp_path / "run" / "config.json").read_text())["method"]
     assert (listed, list(listed)) == (v["method"], list(v["method"]))
-    tensors = [{"name": spec.name, "shape": list(spec.shape), "offset": spec.offset} for spec in table]
-    assert v["settings"] == msgspec.msgpack.encode([2, v["method"], v["key"], tensors]).hex()
+    tensors = [{"name": s.name, "shape": list(s.shape), "offset": s.offset, "kept": kept[s.name]} for s in table]
+    assert v["settings"] == msgspec.msgpack.encode([3, v["method"], v["key"], tensors]).hex()
     settings = bytes.fromhex(v["settings"])
     checksum = hashlib.sha256(b"baffle journal\x0a" + settings + weights_sha256(initial)).digest()
     assert v["start"] == checksum.hex()

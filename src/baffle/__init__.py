@@ -34,6 +34,7 @@ from baffle.train import Run, resume, train
 
 if TYPE_CHECKING:
     from baffle.exporter import export
+    from baffle.pruning import masks_of, prune, shrink
     from baffle.runtimes.openvino import OpenVinoRuntime
     from baffle.runtimes.ort import OrtRuntime
     from baffle.runtimes.pytorch import TorchRuntime
@@ -64,9 +65,12 @@ __all__ = [
     "guard",
     "hold_out",
     "load",
+    "masks_of",
     "partition",
+    "prune",
     "resume",
     "sgd",
+    "shrink",
     "train",
     "weighted_sum",
 ]
@@ -76,6 +80,9 @@ _LAZY = {
     "OrtRuntime": "baffle.runtimes.ort",
     "TorchRuntime": "baffle.runtimes.pytorch",
     "export": "baffle.exporter",
+    "masks_of": "baffle.pruning",
+    "prune": "baffle.pruning",
+    "shrink": "baffle.pruning",
 }
 
 

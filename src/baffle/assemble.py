@@ -7,17 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
+from safetensors import SafetensorError
 
 from baffle.config import TrainConfig
 from baffle.data import Dataset, hold_out, load
 from baffle.engines.local import LocalEngine
-from baffle.errors import DataError
-from baffle.types import Weights
+from baffle.errors import CorruptRunError, DataError, ModelError, OptionError, PlanError
+from baffle.journal import Journal
+from baffle.runtimes import Runtime
+from baffle.runtimes.bundle import Bundle, Precision
+from baffle.types import Masks, Weights
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
+_SCORED_ON = 128  # examples
 _MOST_CLASSES = 2**20  # a larger label is a mistake, not a reason to build such a model
 
 
@@ -57,14 +63,23 @@ def assemble(options: TrainConfig) -> Setup:
     """Read the data, split it, build the model and the engine."""
     train, validation, test = splits(options)
     clients = options.split(train)
+    model, masks = model_of(options, train, vocabulary_of(train, validation, test), clients[0])
+    runtime = runtime_of(options, model, train, masks)
+    return Setup(clients, validation, test, model, LocalEngine(runtime, clients), runtime.initial_weights())
+
+
+def model_of(
+    options: TrainConfig, train: Dataset, vocabulary: int | None, sample: Dataset
+) -> tuple[nn.Module, Masks | None]:
+    """The model, with its start, frozen where it is not trained, and pruned; the masks of that.
+
+    A forward-only score for pruning sees the first examples of ``sample``.
+    """
+    # PyTorch is imported here, so that --help and replay do not wait for it
+    from baffle.models import build
+
     if ":" in options.model and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # where a user's own model is likely to be
-    # PyTorch is imported here, so that --help and replay do not wait for it
-    from torch.nn.functional import cross_entropy
-
-    from baffle.models import build
-    from baffle.runtimes.pytorch import TorchRuntime
-
     model = build(
         options.model,
         train.x.shape[1:],
@@ -72,13 +87,141 @@ def assemble(options: TrainConfig) -> Setup:
         options.seed,
         activation=options.activation,
         norm=options.norm,
-        vocabulary=_vocabulary(train, validation, test),
+        vocabulary=vocabulary,
     )
-    runtime = TorchRuntime(model, cross_entropy, options.threads)
-    return Setup(clients, validation, test, model, LocalEngine(runtime, clients), runtime.initial_weights())
+    if options.start is not None:
+        load_start(model, Path(options.start))
+    return narrowed(options, model, sample)
 
 
-def _vocabulary(*parts: Dataset | None) -> int | None:
+def narrowed(options: TrainConfig, model: nn.Module, sample: Dataset) -> tuple[nn.Module, Masks | None]:
+    """The model pruned, and frozen where it is not to be trained; the masks of what is."""
+    from baffle.models import train_only
+
+    masks: Masks | None = None
+    if options.prune:
+        from baffle.pruning import prune, shrink
+
+        few = sample.take(np.arange(min(len(sample), _SCORED_ON)))
+        try:
+            if options.prune_by == "channels":
+                model = shrink(model, options.prune, few)
+            else:
+                masks = prune(model, options.prune, options.prune_by, few)
+        except OptionError as error:
+            raise OptionError("prune", options.prune, error.expected) from error
+    train_only(model, options.trainable)
+    if masks is not None:  # of what is trained; frozen weights are pruned for good
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        masks = {name: mask for name, mask in masks.items() if name in trained}
+    return model, masks
+
+
+def command_of(journal: Journal) -> TrainConfig:
+    """The options that a run was started with."""
+    if journal.config.command is None:
+        raise OptionError("run", str(journal.path), "a run of 'baffle train'; one from Python continues with bf.resume")
+    try:
+        return msgspec.convert(journal.config.command, TrainConfig)
+    except msgspec.ValidationError as error:
+        raise CorruptRunError(f"{journal.path / 'config.json'}: command: {error}") from error
+
+
+def model_of_run(journal: Journal, options: TrainConfig) -> tuple[nn.Module, Masks | None]:
+    """The model that a run trained, with its averaged weights, and its masks; ``options`` are the run's.
+
+    Raises PlanError if they make another model, as with a start that has changed.
+    """
+    from torch.nn.functional import cross_entropy
+
+    from baffle.runtimes.pytorch import TorchRuntime, load_into
+
+    train, validation, test = splits(options)
+    model, masks = model_of(options, train, vocabulary_of(train, validation, test), options.split(train)[0])
+    runtime = TorchRuntime(model, cross_entropy, threads=1, masks=masks)
+    told = (runtime.table, runtime.plan.get("frozen"))
+    if told != (journal.config.table, journal.config.plan.get("frozen")):
+        raise PlanError(f"{journal.path}: the run trained another model than its options make now")
+    load_into(model, runtime.table, journal.state().average)
+    return model, masks
+
+
+def runtime_of(options: TrainConfig, model: nn.Module, data: Dataset, masks: Masks | None) -> Runtime:
+    """The runtime that the options name, for a model of class labels; exported if it is not PyTorch's."""
+    from torch.nn.functional import cross_entropy
+
+    if options.runtime == "torch":
+        from baffle.runtimes.pytorch import TorchRuntime
+
+        return TorchRuntime(model, cross_entropy, options.threads, precision=options.precision, masks=masks)
+    bundle = bundle_of(options, model, data, masks)
+    if options.runtime == "openvino":
+        from baffle.runtimes.openvino import OpenVinoRuntime
+
+        return OpenVinoRuntime(bundle, options.threads, options.precision)
+    from baffle.runtimes.ort import OrtRuntime
+
+    return OrtRuntime(bundle, options.threads)
+
+
+def bundle_of(options: TrainConfig, model: nn.Module, data: Dataset, masks: Masks | None) -> Bundle:
+    """The client bundle of a model; one for bf16 computes in float32 where the engine is not told otherwise."""
+    from torch.nn.functional import cross_entropy
+
+    from baffle.exporter import export
+
+    own = options.runtime == "openvino" and options.precision in ("bf16", "fp16")  # a setting of the engine
+    precision = msgspec.convert("fp32" if own else options.precision, Precision)
+    return export(model, cross_entropy, data, precision=precision, branches=options.branches, masks=masks)
+
+
+def load_start(model: nn.Module, path: Path) -> None:
+    """Copy weights into a model by name: the average of a run folder, or the tensors of a .safetensors file.
+
+    The last layer may be missing there, or have another number of classes; it then stays as it is. Raises ModelError
+    if any other tensor is missing, has another shape or is not finite. Buffers are copied where the file has them.
+    """
+    import torch
+
+    found = _tensors(path)
+    parameters = dict(model.named_parameters())
+    last = next(reversed(parameters), "").rpartition(".")[0]
+    if not found.keys() & parameters.keys():
+        raise ModelError(f"{path}: no tensor of the model: expected {', '.join(list(parameters)[:4])}, ...")
+    with torch.no_grad():
+        for name, kept in [*parameters.items(), *model.named_buffers()]:
+            given = found.get(name)
+            if given is not None and given.shape == kept.shape:
+                if not torch.isfinite(given.float()).all():
+                    raise ModelError(f"{path}: {name}: found NaN or infinity: expected finite numbers")
+                kept.copy_(given)
+                continue
+            other = name in parameters and name.rpartition(".")[0] == last
+            if given is None and (other or name not in parameters):
+                continue
+            if given is None or not other or given.shape[1:] != kept.shape[1:]:
+                told = "no such tensor" if given is None else f"shape {list(given.shape)}"
+                raise ModelError(f"{path}: {name}: {told}: expected {list(kept.shape)}, as the model has it")
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    import torch
+    from safetensors.torch import load_file
+
+    if not path.is_dir():
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{path}: expected a run folder or a .safetensors file ({error})") from error
+    journal = Journal.open(path)
+    if journal.config.plan.get("frozen") and journal.config.command is not None:  # its rows tell of a part
+        model, _ = model_of_run(journal, command_of(journal))
+        return {name: tensor.detach() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    average = journal.state().average
+    return {spec.name: torch.from_numpy(average[spec.slice].reshape(spec.shape)) for spec in journal.config.table}
+
+
+def vocabulary_of(*parts: Dataset | None) -> int | None:
     """The number of tokens, if examples are tokens."""
     known = [data for data in parts if data is not None]
     if not known[0].is_tokens:

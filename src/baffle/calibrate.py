@@ -11,6 +11,7 @@ After More and Wild, Estimating derivatives of noisy simulations, ACM TOMS 38 (2
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import msgspec
@@ -50,7 +51,8 @@ class Agreement:
     """How scalars of one sigma compare with derivatives: ``scalars = slope * derivatives + noise``.
 
     ``correlation`` is the cosine between them, ``error`` the norm of their difference and ``noise`` that of what the
-    slope leaves, both relative to the derivatives' norm.
+    slope leaves, both relative to the derivatives' norm. Scalars that are not all finite agree with nothing, and
+    with derivatives of 0 nothing agrees: correlation and slope are 0, the other two infinite.
     """
 
     sigma: float
@@ -122,6 +124,9 @@ def compare(calibration: Calibration, derivatives: Float64) -> tuple[Agreement, 
     size = float(np.linalg.norm(derivatives))
     found = []
     for sigma, scalars in zip(calibration.sigmas, calibration.scalars, strict=True):
+        if not 0 < size < math.inf or not np.isfinite(scalars).all():
+            found.append(Agreement(sigma, 0.0, 0.0, math.inf, math.inf))
+            continue
         slope = float(scalars @ derivatives) / size**2
         norm = float(np.linalg.norm(scalars))
         found.append(

@@ -15,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from baffle.checks import keep_floats, require_positive
-from baffle.data import Dataset
+from baffle.data import Dataset, sample
 from baffle.directions import Directions
 from baffle.estimate import FAST, Execution, combine
 from baffle.perturb import Perturbations
+from baffle.philox import Purpose, generator
 from baffle.runtimes import Runtime
 from baffle.types import LIMIT, MAX_WEIGHT, Integers, Losses, Reply, Table, Task, Weights, pack_int32
 
@@ -114,6 +115,12 @@ def local_update(
     gradient = (combine(directions, encoded.integers, execution) * factor).astype(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):  # losses that are not finite follow, and are counted
         return weights - np.float32(task.local_lr) * gradient
+
+
+def draw(task: Task, data: Dataset, client: int, step: int) -> Dataset:
+    """The mini-batch that a simulated client draws from its data for a local step of a task."""
+    rng = generator((task.key, task.round), Purpose.BATCH, client + 1, step)
+    return sample(data, task.batch_size, rng)
 
 
 def respond(

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 import msgspec
 
-from baffle.checks import keep_floats, require_count, require_positive
+from baffle.checks import keep_floats, require_between, require_count, require_positive
 from baffle.client import ClipScalars
 from baffle.data import Dataset, partition
 from baffle.errors import JournalError, OptionError, require_choice
@@ -17,6 +17,13 @@ from baffle.optim import Adam, AdamW, ClipUpdate, Constant, Cosine, Optimizer, S
 from baffle.types import Difference, Family, Sharing
 
 PARTITIONS = ("iid", "dirichlet", "shards", "column")
+RUNTIMES = {
+    "torch": ("fp32", "bf16", "fp16"),
+    "ort": ("fp32", "fp16", "int8-weights", "int8"),
+    "openvino": ("fp32", "bf16", "fp16", "int8-weights", "int8"),
+}
+"""Runtimes and their precisions."""
+PRUNE_BY = ("magnitude", "inputs", "channels")
 DEFAULT_CLIENTS = 10
 DEFAULT_ALPHA = 0.5
 DEFAULT_SHARDS = 2
@@ -32,6 +39,13 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     model: str = "lenet-small"
     activation: str | None = None
     norm: str | None = None
+    start: str | None = None
+    trainable: str = "all"
+    prune: float = 0.0
+    prune_by: str = "magnitude"
+    runtime: str = "torch"
+    precision: str = "fp32"
+    branches: bool = False
     clients: int | None = None
     partition: str = "iid"
     alpha: float | None = None
@@ -41,7 +55,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     num_directions: int = 100
     family: Family = "rank1"
     sharing: Sharing = "shared"
-    difference: Difference = "forward"
+    difference: Difference | None = None
     sigma: float | Literal["auto"] = "auto"
     lattice: int = 0
     optimizer: str = "adam"
@@ -65,6 +79,18 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def __post_init__(self) -> None:
         keep_floats(self)
         require_choice("partition", self.partition, PARTITIONS)
+        require_choice("runtime", self.runtime, RUNTIMES)
+        require_choice("precision", self.precision, RUNTIMES[self.runtime])
+        require_choice("prune_by", self.prune_by, PRUNE_BY)
+        require_between("prune", self.prune, 0, 1, open_high=True)
+        if self.prune_by != _DEFAULTS["prune_by"] and not self.prune:
+            raise OptionError("prune_by", self.prune_by, "prune > 0 with it")
+        if self.branches and self.runtime == "torch":
+            raise OptionError("branches", self.branches, "runtime ort or openvino: torch perturbs weights in float")
+        if self.branches and self.precision == "fp16":
+            raise OptionError("branches", self.branches, "another precision than fp16, which would round them away")
+        if self.branches and self.family != "rank1":
+            raise OptionError("branches", self.branches, f"family rank1, not {self.family}")
         require_choice("optimizer", self.optimizer, ["sgd", "adam", "adamw"])
         require_choice("schedule", self.schedule, ["constant", "cosine"])
         if self.clients is not None:
@@ -74,8 +100,8 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         require_choice("guard", self.guard, ["rollback", "stop", "off"])
         require_count("rounds", self.rounds)
         require_count("seed", self.seed, 0, 2**64 - 1)
-        if self.backprop and self.clip_scalars is not None:
-            raise OptionError("clip_scalars", self.clip_scalars, f"none with backprop {self.backprop}, which has none")
+        if self.backprop:
+            self._check_backprop(self.backprop)
         for field, only in (("alpha", "dirichlet"), ("shards", "shards")):
             value = getattr(self, field)
             if value is not None:
@@ -86,6 +112,18 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             require_count("threads", self.threads, 1, 1024)
         if self.momentum and self.optimizer != "sgd":
             raise OptionError("momentum", self.momentum, f"optimizer sgd, not {self.optimizer}")
+
+    def _check_backprop(self, kind: str) -> None:
+        for field in ("clip_scalars", "lattice", "runtime", "precision", "prune"):
+            value = getattr(self, field)
+            if value != _DEFAULTS[field] and not (field == "prune" and self.prune_by == "channels"):
+                raise OptionError(field, value, f"none with backprop {kind}, which is dense and in float32, by PyTorch")
+
+    @property
+    def differences(self) -> Difference:
+        """Forward in float32, else central: where a forward pass rounds, sigma must be large."""
+        usual: Difference = "forward" if self.precision == "fp32" and not self.lattice else "central"
+        return self.difference or usual
 
     def split(self, train: Dataset) -> tuple[Dataset, ...]:
         """The clients' examples."""
@@ -104,7 +142,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             num_directions=self.num_directions,
             family=self.family,
             sharing=self.sharing,
-            difference=self.difference,
+            difference=self.differences,
             sigma=self.sigma,
             lattice=self.lattice,
             batch_size=self.batch_size,
@@ -126,6 +164,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         return rule(lr=self.lr, weight_decay=self.weight_decay, schedule=schedule)
 
 
+_DEFAULTS = {field.name: field.default for field in msgspec.structs.fields(TrainConfig)}
 _CHOICES = {
     "backprop": ("fedsgd", "fedavg"),
     "family": get_args(Family),
@@ -160,4 +199,6 @@ def train_config(file: Path | None, flags: dict[str, object]) -> TrainConfig:
         name = field.rstrip("`")
         if name in _CHOICES:
             require_choice(name, str(values[name]), _CHOICES[name])
+        if name == "sigma":
+            raise OptionError(name, values[name], "a number > 0, or auto") from None
         raise OptionError(name or "option", values.get(name), reason.lower().removeprefix("expected ")) from None

@@ -69,7 +69,7 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
     * ``sharing``: all clients share K directions (their scalars can be summed), or each has its own.
     * ``difference``: ``forward`` (K + 1 passes) or ``central`` (2 K passes).
     * ``sigma``: step of the finite difference; ``auto``: what clients measure to be best before round 0.
-    * ``lattice``: perturb matrices on the int8 lattice by so many codes, 1 to 8 (central differences of signs);
+    * ``lattice``: perturb matrices on the int8 lattice by so many codes, 1 to 8 (signs only);
       0: in float, by sigma.
     * ``batch_size``: examples of a client's mini-batch; None: all it has.
     * ``participation``: share of the clients that take part in a round.
@@ -124,10 +124,10 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
             msgspec.structs.force_setattr(self, field, tuple(getattr(self, field)))
         if self.local_steps > 1 and self.sharing == "per-client":
             raise PlanError("local_steps > 1 with sharing = 'per-client': local steps need directions shared by step")
-        if self.lattice and (self.family == "gaussian" or self.difference == "forward" or self.local_steps > 1):
+        if self.lattice and (self.family == "gaussian" or self.local_steps > 1):
             raise PlanError(
-                f"lattice = {self.lattice} with family {self.family!r}, difference {self.difference!r}, local_steps = "
-                f"{self.local_steps}: expected rank1 or rademacher, central, 1: codes move by whole steps, both ways"
+                f"lattice = {self.lattice} with family {self.family!r}, local_steps = {self.local_steps}: expected "
+                "rank1 or rademacher, and 1: codes move by whole steps"
             )
         if self.local_steps > 1 and self.local_lr is None and not _is_plain(self.optimizer):
             raise PlanError(

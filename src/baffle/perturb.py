@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from baffle.directions import Bytes, Directions, Entries
+from baffle.errors import PlanError
 from baffle.quantize import lattice_steps, on_lattice
 from baffle.types import Weights
 
@@ -66,9 +67,12 @@ class Perturbations:
         """Write each evaluation's weights into ``scratch`` (float32[n]) and yield it; never change ``weights``.
 
         Tensors in ``branches`` stay as they are, and the factors (step * a, b) of their rank-1 perturbation are
-        written there.
+        written there. Raises PlanError if one of them is pruned: a product cannot leave entries out.
         """
         branches, table = branches or {}, self.directions.table
+        for i in branches:
+            if table[i].kept:
+                raise PlanError(f"{table[i].name}: pruned, with a rank-1 branch: expected one or the other")
         relative: dict[int, Float32] = {}
         if self.lattice and self.steps:
             relative = lattice_steps(table, weights, max(self.steps), self.lattice)

@@ -155,6 +155,9 @@ def train(
     )
     if initial.shape != (table_size(engine.table),):
         raise ModelError(f"initial weights of shape {initial.shape}: expected ({table_size(engine.table)},)")
+    for spec in engine.table:
+        if spec.mask is not None and initial[spec.slice][~spec.mask].any():
+            raise ModelError(f"initial weights of {spec.name}: a number where it is pruned: expected 0")
     state = method.init(initial)
     # refuse what cannot work before anything is written
     method.plan(state, engine.table, engine.sizes, config.key, None)
@@ -197,6 +200,8 @@ def resume(
             raise PlanError(f"{path}: the run has other clients than this engine: expected the same partition")
         if engine.plan.get("data") != journal.config.plan.get("data"):
             raise PlanError(f"{path}: the clients' data differ from those of the run: expected the same partition")
+        if engine.plan.get("frozen") != journal.config.plan.get("frozen"):
+            raise PlanError(f"{path}: the frozen parameters differ from those of the run: expected the same model")
         if rounds is not None:
             journal.extend(_count("rounds", rounds))
         return _loop(journal.config, engine, journal.state(), journal, test, validation, progress)

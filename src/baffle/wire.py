@@ -46,5 +46,5 @@ def decode_reply(data: bytes) -> Reply:
 def _decode(decoder: msgspec.msgpack.Decoder[Message], data: bytes, what: str) -> Message:
     try:
         return decoder.decode(data)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise ReplyError(f"malformed {what}: {error}") from error

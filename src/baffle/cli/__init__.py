@@ -15,8 +15,10 @@ try:
 except ImportError as error:
     raise MissingExtraError("the command line needs typer and rich: pip install 'baffle[cli]'") from error
 
+from baffle.cli.calibrate import calibrate_command
 from baffle.cli.common import errors
 from baffle.cli.data import data_command, models_command
+from baffle.cli.export import export_command
 from baffle.cli.report import compare_command, report_command
 from baffle.cli.runs import evaluate_command, replay_command
 from baffle.cli.train import resume_command, train_command
@@ -34,6 +36,8 @@ app.command("replay")(replay_command)
 app.command("evaluate")(evaluate_command)
 app.command("report")(report_command)
 app.command("compare")(compare_command)
+app.command("export")(export_command)
+app.command("calibrate")(calibrate_command)
 app.command("models")(models_command)
 app.command("data")(data_command)
 

@@ -9,7 +9,7 @@ import msgspec
 import typer
 from rich.console import Console
 
-from baffle.config import TrainConfig
+from baffle.assemble import command_of as command_of
 from baffle.errors import CorruptRunError, OptionError
 from baffle.journal import Journal
 
@@ -24,6 +24,16 @@ def option(help: str, panel: str, default: object = None) -> typer.models.Option
     shown = f"{help} [dim]\\[default: {default}][/dim]" if default is not None else help
     info: typer.models.OptionInfo = typer.Option(help=shown, rich_help_panel=panel, show_default=False)
     return info
+
+
+def number_or_auto(field: str, text: str | None) -> float | str | None:
+    """The value of an option that is a number or "auto"."""
+    if text is None or text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise OptionError(field, text, "a number > 0, or auto") from None
 
 
 def print_json(value: object) -> None:
@@ -50,13 +60,3 @@ def require_rounds(journal: Journal, *, whole: bool) -> None:
         raise OptionError("run", str(journal.path), "a run with at least one round")
     if whole:
         warn_of_lost(journal)
-
-
-def command_of(journal: Journal) -> TrainConfig:
-    """The options that the run was started with."""
-    if journal.config.command is None:
-        raise OptionError("run", str(journal.path), "a run of 'baffle train'; one from Python continues with bf.resume")
-    try:
-        return msgspec.convert(journal.config.command, TrainConfig)
-    except msgspec.ValidationError as error:
-        raise CorruptRunError(f"{journal.path / 'config.json'}: command: {error}") from error

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from baffle.assemble import Setup, assemble
-from baffle.cli.common import Json, RunPath, command_of, errors, option, print_json, warn_of_lost
+from baffle.cli.common import Json, RunPath, command_of, errors, number_or_auto, option, print_json, warn_of_lost
 from baffle.config import DEFAULT_ALPHA, DEFAULT_CLIENTS, DEFAULT_SHARDS, TrainConfig, train_config
 from baffle.journal import Journal, Record
 from baffle.method import Method
@@ -38,6 +38,24 @@ def train_command(
     model: Annotated[str | None, option("One of 'baffle models', or package.module:builder.", _DATA, _D.model)] = None,
     activation: Annotated[str | None, option("hardswish, relu, selu or gelu.", _DATA, "hardswish")] = None,
     norm: Annotated[str | None, option("group or none; by default the model's own.", _DATA)] = None,
+    start: Annotated[
+        str | None, option("Weights to start from: a run folder (its average), or FILE.safetensors.", _DATA)
+    ] = None,
+    trainable: Annotated[
+        str | None, option("What is trained: all, head, scales, or a pattern of names.", _DATA, _D.trainable)
+    ] = None,
+    prune: Annotated[float | None, option("Share of the weights to prune before training.", _DATA, _D.prune)] = None,
+    prune_by: Annotated[
+        str | None,
+        option("magnitude, inputs (a forward-only score), or channels (a smaller model).", _DATA, _D.prune_by),
+    ] = None,
+    runtime: Annotated[str | None, option("torch, ort or openvino.", _DATA, _D.runtime)] = None,
+    precision: Annotated[
+        str | None, option("fp32, bf16, fp16, int8 or int8-weights, where the runtime has it.", _DATA, _D.precision)
+    ] = None,
+    branches: Annotated[
+        bool | None, option("Rank-1 perturbations beside the weights, in float (ort, openvino).", _DATA, "no")
+    ] = None,
     clients: Annotated[int | None, option("Number of clients.", _DATA, DEFAULT_CLIENTS)] = None,
     partition: Annotated[str | None, option("iid, dirichlet, shards, or column.", _DATA, _D.partition)] = None,
     alpha: Annotated[float | None, option("Dirichlet parameter; smaller is less alike.", _DATA, DEFAULT_ALPHA)] = None,
@@ -51,8 +69,15 @@ def train_command(
     sharing: Annotated[
         str | None, option("shared directions (scalars can be summed), or per-client.", _LEARN, _D.sharing)
     ] = None,
-    difference: Annotated[str | None, option("forward (K+1 passes) or central (2K).", _LEARN, _D.difference)] = None,
-    sigma: Annotated[float | None, option("Step of the finite difference.", _LEARN, _D.sigma)] = None,
+    difference: Annotated[
+        str | None, option("forward (K+1 passes) or central (2K); by default forward in fp32, else central.", _LEARN)
+    ] = None,
+    sigma: Annotated[
+        str | None, option("Step of the finite difference; auto: clients measure it.", _LEARN, _D.sigma)
+    ] = None,
+    lattice: Annotated[
+        int | None, option("Perturb matrices on the int8 lattice by so many codes, 1 to 8; 0: by sigma.", _LEARN, 0)
+    ] = None,
     optimizer: Annotated[str | None, option("sgd, adam or adamw, on the server.", _LEARN, _D.optimizer)] = None,
     lr: Annotated[float | None, option("Learning rate.", _LEARN, _D.lr)] = None,
     schedule: Annotated[str | None, option("constant, or cosine over the rounds.", _LEARN, _D.schedule)] = None,
@@ -68,7 +93,7 @@ def train_command(
     local_steps: Annotated[int | None, option("SGD steps on a client in a round.", _LEARN, _D.local_steps)] = None,
     local_lr: Annotated[float | None, option("Their learning rate; plain sgd: lr / local_steps.", _LEARN)] = None,
     backprop: Annotated[
-        str | None, option("Baseline with true gradients, without guard: fedsgd, or fedavg (with --local-steps).", _RUN)
+        str | None, option("Baseline with true gradients, without guard: fedsgd, or fedavg (with local steps).", _RUN)
     ] = None,
     seed: Annotated[int | None, option("Seed of everything random.", _RUN, _D.seed)] = None,
     threads: Annotated[
@@ -84,12 +109,16 @@ def train_command(
     Simulates the clients in this process and writes a run folder that can be resumed and replayed. With
     --backprop it trains the same by true gradients, for comparison; that run can only be reported and compared.
     """
-    flags = {k: v for k, v in locals().items() if k in TrainConfig.__struct_fields__}
+    flags: dict[str, object] = {k: v for k, v in locals().items() if k in TrainConfig.__struct_fields__}
+    flags["sigma"] = number_or_auto("sigma", sigma)
     options = train_config(config, flags)
     method = options.method()
     setup = assemble(options)
     path = out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{options.model.replace(':', '.')}"
-    command = msgspec.to_builtins(options) | {"data": options.data and str(Path(options.data).resolve())}
+    places = {
+        name: value and str(Path(value).resolve()) for name, value in (("data", options.data), ("start", options.start))
+    }
+    command = msgspec.to_builtins(options) | places
     with _progress(options.rounds, []) as progress, _can_go_on(path):
         run = _run(options, method, setup, path, command, progress)
     _print_run(run, json_output)

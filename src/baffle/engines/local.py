@@ -12,13 +12,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from baffle.calibrate import Calibration, calibrate
-from baffle.client import encode, finite_differences, perturbations, reply, respond, weight_of
-from baffle.data import Dataset, concatenate, sample
+from baffle.client import draw, encode, finite_differences, perturbations, reply, respond, weight_of
+from baffle.data import Dataset, concatenate
 from baffle.engines import Exchange
 from baffle.errors import DataError
 from baffle.estimate import FAST, Execution
 from baffle.method import State
-from baffle.philox import Purpose, generator
 from baffle.runtimes import Evaluation, Runtime
 from baffle.types import Reply, Table, Task, Weights
 from baffle.wire import decode_row, encode_message
@@ -109,8 +108,7 @@ class LocalEngine:
 
     def batch(self, task: Task, client: int, step: int) -> Dataset:
         """The mini-batch that a client draws for a local step of a task."""
-        rng = generator((task.key, task.round), Purpose.BATCH, client + 1, step)
-        return sample(self._clients[client], task.batch_size, rng)
+        return draw(task, self._clients[client], client, step)
 
     def _answer(self, task: Task, client: int, weights: Weights) -> Reply:
         return respond(

@@ -8,9 +8,12 @@ import msgspec
 import numpy as np
 
 from baffle.data import Dataset
+from baffle.directions import Directions
 from baffle.errors import MissingExtraError, ModelError, OptionError, PlanError
+from baffle.perturb import Perturbations
+from baffle.runtimes import Runtime
 from baffle.runtimes.bundle import Bundle, Example, Feed, Manifest, Pixels, Precision, make_bundle, require_precision
-from baffle.types import Masks
+from baffle.types import Losses, Masks
 
 try:
     import onnx
@@ -26,6 +29,7 @@ except ImportError as error:
 __all__ = ["export"]
 
 _CHECKED = 8  # examples on which the exported graph is compared with the model
+_SIGMA = 0.01  # of the perturbed passes on them
 _TOLERANCE = 1e-4  # of losses, absolute and relative
 
 
@@ -43,10 +47,12 @@ def export(
     ``data`` says what examples look like (and gives a few to compare on). With ``precision`` "int8" or
     "int8-weights" every weight of a convolution or a linear layer becomes int8; if some parameters are frozen, only
     their layers do, and the trained ones stay in float beside them. ``branches`` adds the rank-1 perturbation of
-    linear layers and convolutions in float to their outputs, so that the weights themselves are never perturbed.
+    linear layers and convolutions in float to their outputs, so that the weights themselves are never perturbed; not
+    with fp16, whose outputs would round it away, and not of pruned layers, which it would fill.
 
     ``cross_entropy`` and ``mse_loss`` are taken outside the graph in float64; any other loss becomes part of it.
-    Raises ModelError if the model cannot be exported, or the graph does not agree with it.
+    Raises ModelError if the model cannot be exported, or the graph does not agree with it (under perturbed weights
+    too, and for each example alone), PlanError for int8 with nothing to quantise and for fp16 with branches.
 
     Examples:
         >>> import torch.nn.functional as F
@@ -59,31 +65,37 @@ def export(
     require_precision(precision, "ort", PRECISIONS)
     if len(data) == 0:
         raise OptionError("data", data.name, "at least one example")
+    if branches and precision == "fp16":
+        raise PlanError("branches with precision fp16: expected fp32, int8-weights or int8")
     runtime = TorchRuntime(model, loss, threads=1, masks=masks)
     sample = data.take(np.arange(min(len(data), _CHECKED)))
-    reference = runtime.evaluate(runtime.initial_weights(), sample).losses
+    reference = _few_losses(runtime, sample)
     table, feeds, graph = trace(model, loss, runtime.table, sample, branches=branches, half=precision == "fp16")
     manifest = Manifest(
         table=table,
         feeds=feeds,
         precision=precision,
-        loss=host_loss(loss) or "graph",
+        loss=host_loss(loss, sample.y) or "graph",
         x=_example(data.inputs().dtype if data.scaling is None else np.dtype(np.float32), data.x.shape[1:]),
         y=_example(data.y.dtype, data.y.shape[1:]),
         pixels=None if data.scaling is None else Pixels(data.scaling.mean, data.scaling.std),
         activations=(),
+        frozen=str(runtime.plan.get("frozen", "")),
         files={},
     )
     files = {"model.onnx": graph.SerializeToString()}
     bundle = make_bundle(manifest, files, runtime.initial_weights())
-    found = OrtRuntime(bundle, threads=1).evaluate(bundle.initial, sample).losses
+    ort = OrtRuntime(bundle, threads=1)
+    found = _few_losses(ort, sample)
+    alone = np.concatenate([_few_losses(ort, sample.take(np.arange(i, i + 1))) for i in range(len(sample))], axis=1)
     tolerance = 0.05 if precision == "fp16" else _TOLERANCE
-    if not np.allclose(found, reference, rtol=tolerance, atol=tolerance):
-        worst = int(np.abs(found - reference).argmax())
-        raise ModelError(
-            f"the exported graph gives a loss of {found[worst]:.6g} where the model gives {reference[worst]:.6g}: "
-            "expected the same; does the model depend on the batch, or on anything random?"
-        )
+    for what, losses in (("", found), (" for an example alone", alone)):
+        if not np.allclose(losses, reference, rtol=tolerance, atol=tolerance):
+            worst = np.unravel_index(np.abs(losses - reference).argmax(), losses.shape)
+            raise ModelError(
+                f"the exported graph gives a loss of {losses[worst]:.6g}{what} where the model gives "
+                f"{reference[worst]:.6g}: expected the same; does the model depend on the batch, or on anything random?"
+            )
     if precision in ("fp32", "fp16"):
         return bundle
     return _quantized(bundle, graph, model, weights_only=precision == "int8-weights")
@@ -108,6 +120,12 @@ def _quantized(bundle: Bundle, graph: onnx.ModelProto, model: nn.Module, *, weig
     made = make_bundle(manifest, files, bundle.initial)
     OrtRuntime(made, threads=1)  # a graph that does not load is told now, not on the client
     return made
+
+
+def _few_losses(runtime: Runtime, sample: Dataset) -> Losses:
+    """Losses under the initial weights and some around them: float32[passes, examples]."""
+    around = Perturbations(Directions(runtime.table, "rank1", (0, 0)), 2, (_SIGMA,), baseline=True)
+    return runtime.losses(runtime.initial_weights(), around, sample)
 
 
 def _example(dtype: np.dtype[np.generic], shape: tuple[int, ...]) -> Example:

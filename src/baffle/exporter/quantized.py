@@ -70,26 +70,46 @@ class _Rewriter:
         self.ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in (*graph.value_info, *graph.input)}
         # a linear layer reads its weight through a transposition
         self.transposed = {
-            n.output[0]: n.input[0] for n in graph.node if n.op_type == "Transpose" and n.input[0] in self.trained
+            n.output[0]: n.input[0]
+            for n in graph.node
+            if n.op_type == "Transpose" and n.input[0] in self.trained and len(self.shapes[n.input[0]]) == 2
         }
+        self.chosen = tuple(set(self.chosen) - self._read_as_numbers())
         for node in graph.node:
             self._visit(node)
         self.result = self._assemble()
 
-    def _visit(self, node: onnx.NodeProto) -> None:
+    def _read_as_numbers(self) -> set[str]:
+        """Tensors that anything reads but a convolution or linear layer as its weight: they must stay numbers."""
+        graph = self.source.graph
+        found = {o.name for o in graph.output}
+        for node in graph.node:
+            if not (node.op_type == "Transpose" and node.output[0] in self.transposed):
+                weight = self._weight_of(node)
+                found |= {name for i, name in enumerate(node.input) if i != 1 or weight is None}
+        return found | {source for turned, source in self.transposed.items() if turned in found}
+
+    def _weight_of(self, node: onnx.NodeProto) -> str | None:
+        """The weight of a convolution or linear layer that can be quantised; None for any other node."""
         if node.op_type not in _OPERATORS:
-            self.nodes.append(node)
-            return
+            return None
+        attributes = _attributes(node)
         source = self.transposed.get(node.input[1], node.input[1])
-        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        plain = node.op_type != "Gemm" or (
-            attributes.get("alpha", 1.0) == 1.0 and attributes.get("beta", 1.0) == 1.0 and not attributes.get("transA")
-        )
-        constant = source in self.values and len(self.values[source].dims) >= 2
-        grouped = node.op_type == "Conv" and attributes.get("group", 1) != 1 and constant
-        if not plain or not (source in self.chosen or constant) or grouped:
+        constant = source in self.values
+        rank = len(self.values[source].dims if constant else self.shapes.get(source, []))
+        if node.op_type == "Conv":
+            return None if constant and attributes.get("group", 1) != 1 else source
+        plain = attributes.get("alpha", 1.0) == attributes.get("beta", 1.0) == 1.0 and not attributes.get("transA")
+        # a trained weight has a scale a row, so its rows must be the outputs
+        rows = constant or source != node.input[1] or bool(attributes.get("transB"))
+        return source if plain and rows and rank == 2 else None
+
+    def _visit(self, node: onnx.NodeProto) -> None:
+        source = self._weight_of(node)
+        if source is None or not (source in self.chosen or source in self.values):
             self.nodes.append(node)
             return
+        attributes = _attributes(node)
         bias = node.input[2] if len(node.input) > 2 else None
         if node.op_type == "Conv":
             self._convolution(node, source, bias, attributes)
@@ -196,6 +216,10 @@ class _Rewriter:
         model = helper.make_model(made, opset_imports=self.source.opset_import, ir_version=self.source.ir_version)
         onnx.checker.check_model(model)
         return model
+
+
+def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    return {a.name: helper.get_attribute_value(a) for a in node.attribute}
 
 
 def _encode_constant(

@@ -7,17 +7,21 @@ changed afterwards, since exporters transpose, fold and merge them (nine equal L
 from __future__ import annotations
 
 import copy
+import inspect
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Literal
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from baffle.data import Dataset
 from baffle.errors import ModelError
@@ -30,7 +34,10 @@ OPSET = 20
 
 
 class _WeightsIn(nn.Module):
-    """The model as a function of inputs, targets and weights. It hides the model, so that nothing is a parameter."""
+    """The model as a function of data (inputs and, for a loss, targets) and weights.
+
+    It hides the model, so that nothing is a parameter.
+    """
 
     def __init__(
         self, model: nn.Module, names: list[str], loss: Callable[[Tensor, Tensor], Tensor] | None, half: bool
@@ -38,22 +45,57 @@ class _WeightsIn(nn.Module):
         super().__init__()
         self.__dict__["hidden"] = (model.half() if half else model, names, loss, half)
 
-    def forward(self, x: Tensor, y: Tensor, weights: list[Tensor]) -> tuple[Tensor, ...]:
+    def forward(self, data: list[Tensor], weights: list[Tensor]) -> tuple[Tensor, ...]:
         model, names, loss, half = self.__dict__["hidden"]
+        x = data[0]
         if half and x.is_floating_point():
             x = x.half()
         outputs = torch.func.functional_call(model, dict(zip(names, weights, strict=True)), (x,)).float()
-        return (outputs,) if loss is None else (outputs, loss(outputs, y).float())
+        if loss is None:
+            return (outputs,)
+        with _SpelledOut():
+            return outputs, loss(outputs, data[1]).float()
 
 
-def host_loss(loss: Callable[..., Tensor]) -> Literal["cross-entropy", "mse"] | None:
+class _SpelledOut(TorchFunctionMode):
+    """Cross-entropy in elementary operations where the exporter would drop label smoothing, or fail."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.cross_entropy:
+            call = inspect.signature(F.cross_entropy).bind(*args, **(kwargs or {}))
+            call.apply_defaults()
+            options = call.arguments
+            unusual = options["label_smoothing"] or options["target"].is_floating_point()
+            if unusual and options["reduction"] == "none":
+                return _cross_entropy(
+                    *(options[name] for name in ("input", "target", "weight", "ignore_index", "label_smoothing"))
+                )
+        return func(*args, **(kwargs or {}))
+
+
+def _cross_entropy(x: Tensor, target: Tensor, weight: Tensor | None, ignored: int, smoothing: float) -> Tensor:
+    """``F.cross_entropy`` without reduction, targets being labels or probabilities: [n, classes, ...] -> [n, ...]."""
+    terms = -F.log_softmax(x, 1)
+    if weight is not None:
+        terms = terms * weight.view(-1, *[1] * (x.ndim - 2))
+    evenly = terms.mean(1)
+    if target.is_floating_point():
+        return (1 - smoothing) * (terms * target).sum(1) + smoothing * evenly
+    plain = F.cross_entropy(x, target, weight, ignore_index=ignored, reduction="none")
+    return (1 - smoothing) * plain + smoothing * evenly.masked_fill(target == ignored, 0)
+
+
+def host_loss(loss: Callable[..., Tensor], targets: npt.NDArray[np.generic]) -> Literal["cross-entropy", "mse"] | None:
     """The name of a loss that the client takes from the outputs itself; None for any other."""
     plain = nn.CrossEntropyLoss()
-    if loss is F.cross_entropy:
-        return "cross-entropy"
-    if isinstance(loss, nn.CrossEntropyLoss):
-        usual = loss.weight is None and loss.label_smoothing == 0 and loss.ignore_index == plain.ignore_index
-        return "cross-entropy" if usual else None
+    if loss is F.cross_entropy or isinstance(loss, nn.CrossEntropyLoss):
+        usual = not isinstance(loss, nn.CrossEntropyLoss) or (
+            loss.weight is None and loss.label_smoothing == 0 and loss.ignore_index == plain.ignore_index
+        )
+        labels = targets.ndim == 1 and targets.dtype.kind == "i"  # not a label a position, nor probabilities
+        return "cross-entropy" if usual and labels else None
     return "mse" if loss is F.mse_loss or isinstance(loss, nn.MSELoss) else None
 
 
@@ -64,12 +106,15 @@ def trace(
 
     Inputs: x, y (with a loss in the graph), the tensors of the table by name and, with ``branches``, their factors.
     """
-    model = copy.deepcopy(model)
+    model = copy.deepcopy(model).cpu()
     for p in model.parameters():
         p.requires_grad_(False)
-    branched = add_branches(model, {spec.name for spec in table}) if branches else frozenset[str]()
+    whole = {spec.name for spec in table if not spec.kept}  # a product cannot leave pruned entries out
+    branched = add_branches(model, whole) if branches else frozenset[str]()
     if branches and not branched:
-        raise ModelError("branches: no trainable linear layer or convolution (of one group): expected at least one")
+        raise ModelError(
+            "branches: no trainable linear layer or convolution (of one group, not pruned): expected at least one"
+        )
     dtype = torch.float16 if half else torch.float32
     shapes = {spec.name: spec.shape for spec in table}
     for spec in table:
@@ -77,44 +122,61 @@ def trace(
             out, rest = spec.matrix or (0, 0)
             owner = spec.name.removesuffix("weight")
             shapes |= {f"{owner}left": (out,), f"{owner}right": (rest,)}
-    weights = [torch.randn(shape).to(dtype) * 0.1 for shape in shapes.values()]
+    random = torch.Generator().manual_seed(0)
+    weights = [torch.randn(shape, generator=random).to(dtype) * 0.1 for shape in shapes.values()]
     # with one example, a batch of one would be taken for a constant
     x, y = to_tensors(sample.take(np.arange(2) % len(sample)), torch.device("cpu"))
-    in_graph = None if host_loss(loss) else per_example(loss)
+    in_graph = None if host_loss(loss, sample.y) else per_example(loss)
     wrapper = _WeightsIn(model, list(shapes), in_graph, half)
     batch = torch.export.Dim("batch", min=1, max=2**20)
     names = [_input_name(name, branched) for name in shapes]
-    outputs = ["outputs"] if in_graph is None else ["outputs", "losses"]
+    inputs, outputs = ["x"], ["outputs"]
+    if in_graph is not None:
+        inputs, outputs = ["x", "y"], ["outputs", "losses"]
     try:
         with _quietly():
             program = torch.onnx.export(
                 wrapper,
-                (x, y, weights),
+                ([x, y][: len(inputs)], weights),
                 dynamo=True,
                 opset_version=OPSET,
-                input_names=["x", "y", *names],
+                input_names=[*inputs, *names],
                 output_names=outputs,
-                dynamic_shapes={"x": {0: batch}, "y": {0: batch}, "weights": [None] * len(weights)},
+                dynamic_shapes={"data": [{0: batch}] * len(inputs), "weights": [None] * len(weights)},
                 verbose=False,
             )
     except Exception as error:  # the exporter raises kinds of its own, from deep within
-        cause = str(error).strip().splitlines()
-        raise ModelError(
-            f"the model cannot be exported to ONNX with a batch of any size: {cause[0] if cause else error!r}"
-        ) from error
+        cause = error.__cause__ or error  # of its own words the first are about itself
+        told = str(cause).strip().splitlines() or [type(cause).__name__]
+        raise ModelError(f"the model cannot be exported to ONNX with a batch of any size: {told[0]}") from error
     assert program is not None  # with dynamo=True and no file a program is returned
     graph = program.model_proto
-    if in_graph is None:  # the exporter keeps an input that nothing reads
-        kept = [i for i in graph.graph.input if i.name != "y"]
-        del graph.graph.input[:]
-        graph.graph.input.extend(kept)
-    _check_inputs(graph, dict(zip(names, shapes.values(), strict=True)))
+    _strip(graph)
+    _check_inputs(graph, dict(zip(names, shapes.values(), strict=True)), {spec.name for spec in table})
     kinds: list[Feed] = ["branch" if s.name in branched else "float16" if half else "float32" for s in table]
     return table, tuple(kinds), graph
 
 
-def _check_inputs(graph: onnx.ModelProto, expected: dict[str, tuple[int, ...]]) -> None:
-    """Every tensor must be an input of its own with its own shape, and must be read."""
+def _strip(graph: onnx.ModelProto) -> None:
+    """Remove what the exporter notes about where a graph comes from: source lines, and paths of this machine."""
+    stack: list[Any] = [graph]
+    while stack:
+        message = stack.pop()
+        for field, value in message.ListFields():
+            if field.name in ("metadata_props", "doc_string"):
+                message.ClearField(field.name)
+            elif field.message_type is not None:
+                stack += [value] if hasattr(value, "ListFields") else value
+
+
+def _check_inputs(graph: onnx.ModelProto, expected: dict[str, tuple[int, ...]], trained: set[str]) -> None:
+    """Every tensor must be an input of its own with its own shape, and be read; the batch must have any size."""
+    for i in graph.graph.input:
+        if i.name in ("x", "y") and not i.type.tensor_type.shape.dim[0].dim_param:
+            raise ModelError(
+                "the model cannot be exported to ONNX with a batch of any size: what it computes depends on how many "
+                "examples there are"
+            )
     found = {
         i.name: tuple(d.dim_value for d in i.type.tensor_type.shape.dim)
         for i in graph.graph.input
@@ -124,7 +186,7 @@ def _check_inputs(graph: onnx.ModelProto, expected: dict[str, tuple[int, ...]]) 
         names = sorted({n for n, _ in found.items() ^ expected.items()})
         raise ModelError(f"exported weight inputs differ from the model's parameters: {', '.join(names)}")
     read = {name for node in graph.graph.node for name in node.input} | {o.name for o in graph.graph.output}
-    unread = [name for name in expected if name not in read]
+    unread = [name for name in expected if name not in read and name in trained]
     if unread:
         raise ModelError(f"{', '.join(unread)}: the model does not use it: freeze it (requires_grad=False)")
 
@@ -138,13 +200,12 @@ def _input_name(name: str, branched: frozenset[str]) -> str:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without the exporter's remarks."""
-    logger = logging.getLogger("torch.onnx")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    """Without the exporter's remarks, which it logs, warns of and prints."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(before)
+        logging.disable(before)

@@ -20,6 +20,7 @@ except ImportError as error:
 from baffle.models.lenet import lenet, lenet_small
 from baffle.models.mlp import mlp
 from baffle.models.parts import ACTIVATIONS, NORMS
+from baffle.models.trainable import train_only as train_only
 from baffle.models.transformer import transformer
 from baffle.models.wrn import wrn_10_2
 

@@ -37,7 +37,8 @@ def settings(log: RunLog) -> dict[str, Value]:
         "family": method.family,
         "sharing": method.sharing,
         "difference": method.difference,
-        "sigma": method.sigma,
+        "sigma": f"{log.records[0].sigma:g} (measured)" if method.sigma == "auto" and log.records else method.sigma,
+        "lattice codes": method.lattice or None,
         "local steps": method.local_steps,
         "local learning rate": method.local_lr,
         "clients clip scalars to": min((c.limit for c in method.client), default=None),
@@ -51,7 +52,16 @@ def settings(log: RunLog) -> dict[str, Value]:
         "evaluated by": _pairs({name: value for name, value in config.plan.items() if name != "data"}),
     }
     if log.backprop:
-        unused = ("guard", "directions K", "family", "sharing", "difference", "sigma", "clients clip scalars to")
+        forward = (
+            "directions K",
+            "family",
+            "sharing",
+            "difference",
+            "sigma",
+            "lattice codes",
+            "clients clip scalars to",
+        )
+        unused = ("guard", *forward)
         chosen = {name: value for name, value in chosen.items() if name not in unused}
     return {name: value for name, value in chosen.items() if value is not None}
 

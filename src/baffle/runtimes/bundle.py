@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,11 @@ from typing import Annotated, Literal
 import msgspec
 import numpy as np
 import safetensors.numpy
-from safetensors import SafetensorError
 
 from baffle.data import Dataset, Scaling
 from baffle.errors import BundleError, DataError, require_choice
 from baffle.files import write_atomic
-from baffle.types import Table, Weights, table_size
+from baffle.types import Table, Weights
 
 FORMAT = 1
 Precision = Literal["fp32", "fp16", "int8", "int8-weights"]
@@ -65,8 +65,16 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     pixels: Pixels | None
     activations: tuple[str, ...]
     """Tensors whose scale and zero point are inputs (NAME.scale, NAME.zero), to be measured on the client's data."""
+    frozen: str = ""
+    """Hash of the parameters that are not trained, which are constants of the graph; empty if there are none."""
     files: dict[str, Annotated[str, msgspec.Meta(min_length=64, max_length=64)]]
     """SHA-256 of every other file."""
+
+
+class _AnyFormat(msgspec.Struct):
+    """What manifests of all formats have."""
+
+    format: int = FORMAT
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,11 +142,15 @@ class Bundle:
             raise BundleError(f"not a client bundle: expected a zip file of 'baffle export' ({error})") from error
         except Exception as error:  # zlib.error, where there is zlib
             raise BundleError(f"damaged: {error}") from error
+        if "manifest.json" not in files:
+            raise BundleError("no manifest.json: expected a client bundle of 'baffle export'")
+        text = files.pop("manifest.json")
         try:
-            manifest = msgspec.json.decode(files.pop("manifest.json"), type=Manifest)
-        except KeyError:
-            raise BundleError("no manifest.json: expected a client bundle of 'baffle export'") from None
-        except msgspec.DecodeError as error:
+            found = msgspec.json.decode(text, type=_AnyFormat).format
+            if found != FORMAT:
+                raise BundleError(f"manifest.json: format = {found}: expected {FORMAT}; export it again")
+            manifest = msgspec.json.decode(text, type=Manifest)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise BundleError(f"manifest.json: {error}") from error
         bundle = Bundle(manifest, files)
         _check(bundle)
@@ -170,27 +182,44 @@ def make_bundle(manifest: Manifest, files: dict[str, bytes], initial: Weights) -
 
 def _check(bundle: Bundle) -> None:
     manifest = bundle.manifest
-    if manifest.format != FORMAT:
-        raise BundleError(f"manifest.json: format = {manifest.format}: expected {FORMAT}; export it again")
     for name, expected in manifest.files.items():
         if name not in bundle.files:
             raise BundleError(f"{name} is missing: expected the files of the manifest")
         if hashlib.sha256(bundle.files[name]).hexdigest() != expected:
             raise BundleError(f"{name}: its SHA-256 differs from the manifest's: the file was damaged or edited")
     needed = {"model.onnx", "weights.safetensors"} | ({"ranges.onnx"} if manifest.activations else set())
-    if needed - manifest.files.keys() or bundle.files.keys() - manifest.files.keys():
+    if manifest.files.keys() != needed or bundle.files.keys() != needed:
         found = ", ".join(sorted(bundle.files))
         raise BundleError(f"files {found}: expected {', '.join(sorted(needed))}")
+    size = 0
+    for spec in manifest.table:
+        entries = math.prod(spec.shape)
+        if spec.offset != size or min(spec.shape, default=0) < 0 or len(spec.kept) not in (0, -(-entries // 8)):
+            raise BundleError(f"manifest.json: tensor {spec.name}: expected tensors one after another, from 0 on")
+        size += entries
+    if len({spec.name for spec in manifest.table}) != len(manifest.table):
+        raise BundleError("manifest.json: two tensors of one name: expected names that differ")
     if len(manifest.feeds) != len(manifest.table):
         raise BundleError(f"manifest.json: {len(manifest.feeds)} feeds: expected {len(manifest.table)}, one a tensor")
+    for spec, feed in zip(manifest.table, manifest.feeds, strict=True):
+        if feed not in ("float32", "float16") and spec.matrix is None:
+            raise BundleError(f"manifest.json: tensor {spec.name}: feed {feed}: expected that of a matrix only")
     try:
         initial = bundle.initial
-    except (SafetensorError, KeyError) as error:
+    except Exception as error:  # safetensors raises kinds of its own
         raise BundleError(f"weights.safetensors: {error}: expected the array 'weights'") from error
-    if initial.shape != (table_size(manifest.table),) or initial.dtype != np.float32 or not np.isfinite(initial).all():
+    if initial.shape != (size,) or initial.dtype != np.float32 or not np.isfinite(initial).all():
+        raise BundleError(f"weights.safetensors: {initial.dtype}{list(initial.shape)}: expected {size} finite float32")
+    for spec in manifest.table:
+        if spec.mask is not None and initial[spec.slice][~spec.mask].any():
+            raise BundleError(f"weights.safetensors: tensor {spec.name}: expected 0 where it is pruned")
+    try:
+        scaling = bundle.scaling
+    except DataError as error:
+        raise BundleError(f"manifest.json: pixels: {error}") from error
+    if scaling is not None and (len(manifest.x.shape) != 3 or manifest.x.shape[0] != len(scaling.mean)):
         raise BundleError(
-            f"weights.safetensors: {initial.dtype}{list(initial.shape)}: expected {table_size(manifest.table)} finite "
-            "float32"
+            f"manifest.json: pixels of {len(scaling.mean)} channels: expected x [channels, height, width]"
         )
 
 

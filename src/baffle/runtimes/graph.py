@@ -6,6 +6,9 @@ padded, so that no engine ever plans for a new shape within a call.
 
 Int8 scales come from the unperturbed weights, and activation ranges from an unperturbed pass over the same batch:
 both are fixed for all passes of a call, or their own jumps would drown the differences.
+
+Weights that are not all finite have losses of NaN, whatever an engine would make of them: int8 codes have no NaN, and
+kernels of maxima and activations may lose it.
 """
 
 from __future__ import annotations
@@ -82,11 +85,13 @@ class GraphRuntime:
     @property
     def plan(self) -> dict[str, str | int]:
         """How passes are evaluated."""
-        return self._engine | {
+        frozen = self._bundle.manifest.frozen
+        found = self._engine | {
             "bundle": self._bundle.sha256,
             "chunk_inputs": _CHUNK_INPUTS,
             "threads": len(self._workers),
         }
+        return found | ({"frozen": frozen} if frozen else {})
 
     def initial_weights(self) -> Weights:
         """The weights that the bundle came with: float32[n]."""
@@ -102,6 +107,8 @@ class GraphRuntime:
             )
         chunks = self._chunks(batch)
         ranges = self._ranges(weights, chunks)
+        if not _finite(weights, ranges):
+            return np.full((len(perturbations), len(batch)), np.nan, np.float32)
         parts = perturbations.split(len(self._workers))
         return np.concatenate(self._run(lambda worker, i: worker.losses(weights, parts[i], chunks, ranges), len(parts)))
 
@@ -116,6 +123,8 @@ class GraphRuntime:
         )
         hits = [h for _, h in found if h is not None]
         losses = np.concatenate([part for part, _ in found])
+        if not _finite(weights, ranges):
+            losses[:] = np.nan
         return Evaluation(losses, np.concatenate(hits) if len(hits) == len(found) else None)
 
     def _run(self, work: Callable[[_Worker, int], Result], parts: int) -> list[Result]:
@@ -204,7 +213,8 @@ class _Worker:
             outputs = self._outputs("ranges.onnx", chunk)
             for name in names:
                 low, high = found.get(name, (0.0, 0.0))
-                found[name] = min(low, float(outputs[f"{name}.min"])), max(high, float(outputs[f"{name}.max"]))
+                least, largest = outputs[f"{name}.min"], outputs[f"{name}.max"]
+                found[name] = float(np.minimum(low, least)), float(np.maximum(high, largest))  # NaN stays
         return found
 
     def classes(self, x: Array) -> int:
@@ -221,6 +231,10 @@ class _Worker:
 
     def _prepare(self, weights: Weights, ranges: Mapping[str, tuple[float, float]]) -> None:
         """Fix what all passes of a call share: scales, codes beside a branch, activation ranges."""
+        with _unchecked():
+            self._fix(weights, ranges)
+
+    def _fix(self, weights: Weights, ranges: Mapping[str, tuple[float, float]]) -> None:
         for spec, feed in zip(self.bundle.manifest.table, self.bundle.manifest.feeds, strict=True):
             if "codes" in feed:
                 scales = row_scales(spec, weights)
@@ -234,7 +248,7 @@ class _Worker:
 
     def _write(self, perturbed: Weights) -> None:
         """Bring perturbed weights from the scratch to the inputs that are not views of it."""
-        with np.errstate(over="ignore"):
+        with _unchecked():
             for spec, feed in zip(self.bundle.manifest.table, self.bundle.manifest.feeds, strict=True):
                 if feed == "float16":
                     np.copyto(self.buffers[spec.name], perturbed[spec.slice].reshape(spec.shape), casting="unsafe")
@@ -266,13 +280,24 @@ class _Worker:
         return program.run()
 
 
+def _unchecked() -> np.errstate:
+    """Weights that are not finite are fed as whatever they become."""
+    return np.errstate(over="ignore", invalid="ignore", divide="ignore")
+
+
+def _finite(weights: Weights, ranges: Mapping[str, tuple[float, float]]) -> bool:
+    return bool(np.isfinite(weights).all()) and bool(np.isfinite(list(ranges.values())).all())
+
+
 @contextmanager
 def explained(what: str) -> Iterator[None]:
     """Errors of an engine, whatever their kind, as ModelError."""
     try:
         yield
+    except ModelError:
+        raise
     except Exception as error:  # engines raise kinds of their own
-        raise ModelError(f"{what} failed: {error}") from error
+        raise ModelError(f"{what} failed: {' '.join(str(error).split())}") from error
 
 
 def _host_loss(loss: str, outputs: Array, y: Array) -> npt.NDArray[np.float64]:

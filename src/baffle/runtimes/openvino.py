@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from baffle.errors import MissingExtraError, OptionError, PlanError
+from baffle.errors import MissingExtraError, ModelError, OptionError, PlanError
 from baffle.runtimes.bundle import Bundle, require_precision
 from baffle.runtimes.cores import cores
 from baffle.runtimes.graph import Buffers, GraphRuntime, explained
@@ -63,7 +63,7 @@ class OpenVinoRuntime(GraphRuntime):
                     f"precision {precision} with a loss in the graph: its rounding hides the differences; expected "
                     "cross_entropy or mse_loss, which are taken outside in float64"
                 )
-        count = threads or cores()  # a stream a worker, each on one thread
+        count = cores() if threads is None else threads  # a stream a worker, each on one thread
         compiled: dict[tuple[str, int], Any] = {}
 
         def load(file: str, buffers: Buffers) -> _Program:
@@ -71,15 +71,15 @@ class OpenVinoRuntime(GraphRuntime):
             if (file, size) not in compiled:
                 with explained(f"OpenVINO: compiling {file}"):
                     model = core.read_model(bundle.files[file])
-                    shapes = {i.any_name: list(buffers[i.any_name].shape) for i in model.inputs}
-                    model.reshape(shapes)
+                    model.reshape({i: list(buffers[_name(i, buffers)].shape) for i in model.inputs})
                     settings = {
                         "INFERENCE_PRECISION_HINT": hint,
                         "INFERENCE_NUM_THREADS": count,
                         "NUM_STREAMS": count,
                     }
                     compiled[file, size] = core.compile_model(model, "CPU", settings)
-            return _Program(compiled[file, size], buffers)
+            with explained(f"OpenVINO: binding the inputs of {file}"):
+                return _Program(compiled[file, size], buffers)
 
         plan: dict[str, str | int] = {
             "runtime": "openvino",
@@ -95,12 +95,22 @@ class _Program:
 
     def __init__(self, compiled: Any, buffers: Buffers) -> None:
         self._request = compiled.create_infer_request()
-        self._buffers = {i.any_name: buffers[i.any_name] for i in compiled.inputs}
-        for name, array in self._buffers.items():
-            self._request.set_tensor(name, openvino.Tensor(array, shared_memory=True))
-        self._outputs = {output.any_name: self._request.get_tensor(output.any_name).data for output in compiled.outputs}
+        self._buffers = [buffers[_name(i, buffers)] for i in compiled.inputs]
+        for i, array in zip(compiled.inputs, self._buffers, strict=True):
+            self._request.set_tensor(i, openvino.Tensor(array, shared_memory=True))
+        self._outputs = {
+            name: self._request.get_tensor(output).data for output in compiled.outputs for name in output.names
+        }
 
     def run(self) -> Mapping[str, Array]:
         with explained("OpenVINO: the model"):
             self._request.infer()
         return self._outputs
+
+
+def _name(port: Any, buffers: Buffers) -> str:
+    """Which buffer an input reads: a port may have further names, of the tensors that became it."""
+    found: list[str] = sorted(name for name in port.names if name in buffers)
+    if not found:
+        raise ModelError(f"input {port.any_name}: expected one of {', '.join(buffers)}")
+    return found[0]

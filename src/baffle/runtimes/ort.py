@@ -44,15 +44,23 @@ class OrtRuntime(GraphRuntime):
         require_precision(precision, "ort", PRECISIONS)
         sessions: dict[str, onnxruntime.InferenceSession] = {}
 
-        def load(file: str, buffers: Buffers) -> _Program:
+        def session(file: str) -> onnxruntime.InferenceSession:
             if file not in sessions:
                 with explained(f"ONNX Runtime: loading {file}"):
                     sessions[file] = onnxruntime.InferenceSession(
-                        bundle.files[file], _options(), providers=["CPUExecutionProvider"]
+                        bundle.files[file],
+                        _options(),
+                        providers=["CPUExecutionProvider"],
+                        # it would make a float product of an int8 one with its bias, before that finds its kernel
+                        disabled_optimizers=["MatMulAddFusion"] if precision == "int8" else None,
                     )
-            return _Program(sessions[file], buffers)
+            return sessions[file]
 
-        load("model.onnx", {})  # a graph that cannot be loaded is told at once
+        def load(file: str, buffers: Buffers) -> _Program:
+            with explained(f"ONNX Runtime: binding the inputs of {file}"):
+                return _Program(session(file), buffers)
+
+        session("model.onnx")  # a graph that cannot be loaded is told at once
         plan: dict[str, str | int] = {
             "runtime": "ort",
             "onnxruntime": onnxruntime.__version__,
@@ -66,8 +74,7 @@ def _options() -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
-    options.enable_cpu_mem_arena = False  # an arena keeps the peak of every shape it has seen
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what goes wrong is raised
     return options
 
 
@@ -78,7 +85,7 @@ class _Program:
         self._session = session
         self._names = [output.name for output in session.get_outputs()]
         self._binding = session.io_binding()
-        self._buffers = {i.name: buffers[i.name] for i in session.get_inputs() if i.name in buffers}
+        self._buffers = {i.name: buffers[i.name] for i in session.get_inputs()}
         for name, array in self._buffers.items():  # on the CPU a value is a view of its array
             self._binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
         for name in self._names:

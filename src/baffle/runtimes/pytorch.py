@@ -15,6 +15,7 @@ the number of threads.
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
 import itertools
 from collections.abc import Callable, Sequence
@@ -95,7 +96,7 @@ class TorchRuntime:
         for spec in self._table:
             if spec.mask is not None:
                 self._initial[spec.slice][~spec.mask] = 0
-        self._precision = precision
+        self._precision, self._frozen = precision, _frozen_sha256(model)
         self._device = next(iter(trainable.values())).device
         count = (threads or cores()) if self._device.type == "cpu" else 1
         self._replicas = [
@@ -111,7 +112,8 @@ class TorchRuntime:
     @property
     def plan(self) -> dict[str, str | int]:
         """How passes are evaluated."""
-        return {
+        frozen: dict[str, str | int] = {"frozen": self._frozen} if self._frozen else {}
+        return frozen | {
             "runtime": "torch",
             "torch": str(torch.__version__),
             "device": str(self._device),
@@ -250,9 +252,11 @@ class _Replica:
     def _forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         try:
             output = self._model(x.to(self._dtype) if x.is_floating_point() else x)
-            output = output if self._dtype is torch.float32 else output.float()
         except Exception as error:  # of the user's own code
             raise ModelError(f"the model failed on inputs {tuple(x.shape)} of {x.dtype}: {error}") from error
+        if not isinstance(output, Tensor):
+            raise ModelError(f"the model gives a {type(output).__name__}: expected one tensor of outputs")
+        output = output if self._dtype is torch.float32 else output.float()
         try:
             loss = self._loss(output, y)
         except (IndexError, RuntimeError, TypeError) as error:
@@ -265,6 +269,15 @@ class _Replica:
                 "(reduction='none', averaged over any further dimension)"
             )
         return output, loss.to(torch.float32)
+
+
+def _frozen_sha256(model: nn.Module) -> str:
+    """Hash of what a model has besides trainable parameters; empty if nothing."""
+    digest = hashlib.sha256()
+    kept = [(n, p) for n, p in model.named_parameters() if not p.requires_grad] + list(model.named_buffers())
+    for name, tensor in kept:
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest() if kept else ""
 
 
 def load_into(model: nn.Module, table: Table, weights: Weights) -> None:

@@ -1,0 +1,199 @@
+"""``baffle calibrate``: which sigma gives a derivative, for a model, a runtime, a precision and a batch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from baffle.assemble import model_of, runtime_of, splits, vocabulary_of
+from baffle.calibrate import Agreement, Calibration, calibrate, compare
+from baffle.cli.common import Json, errors, option, print_json
+from baffle.client import perturbations
+from baffle.config import TrainConfig, train_config
+from baffle.errors import JournalError, OptionError
+from baffle.files import write_atomic
+from baffle.quantize import MOST_CODES
+from baffle.types import Task
+
+_D = TrainConfig()
+_WHAT, _HOW = "Model and data", "Measurement"
+
+
+def calibrate_command(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG.toml]", help="Options by name; flags win.")] = None,
+    dataset: Annotated[str | None, option("As in 'baffle train'.", _WHAT, _D.dataset)] = None,
+    data: Annotated[str | None, option("Folder of the official files, or FILE.npz.", _WHAT)] = None,
+    model: Annotated[str | None, option("As in 'baffle train'.", _WHAT, _D.model)] = None,
+    activation: Annotated[str | None, option("hardswish, relu, selu or gelu.", _WHAT, "hardswish")] = None,
+    norm: Annotated[str | None, option("group or none.", _WHAT)] = None,
+    start: Annotated[str | None, option("Weights: a run folder, or FILE.safetensors.", _WHAT)] = None,
+    trainable: Annotated[str | None, option("all, head, scales, or a pattern.", _WHAT, _D.trainable)] = None,
+    prune: Annotated[float | None, option("Share of the weights to prune.", _WHAT, _D.prune)] = None,
+    prune_by: Annotated[str | None, option("magnitude, inputs or channels.", _WHAT, _D.prune_by)] = None,
+    seed: Annotated[int | None, option("Seed of weights, batch and directions.", _WHAT, _D.seed)] = None,
+    runtime: Annotated[str | None, option("torch, ort or openvino.", _HOW, _D.runtime)] = None,
+    precision: Annotated[str | None, option("fp32, bf16, fp16, int8-weights or int8.", _HOW, _D.precision)] = None,
+    branches: Annotated[bool | None, option("Rank-1 perturbations beside the weights.", _HOW, "no")] = None,
+    lattice: Annotated[
+        int | None, option("On the int8 lattice, by 1, 2, 4, 8 codes: any number but 0.", _HOW, 0)
+    ] = None,
+    family: Annotated[str | None, option("rank1, rademacher or gaussian.", _HOW, _D.family)] = None,
+    difference: Annotated[str | None, option("forward or central; as in 'baffle train'.", _HOW)] = None,
+    batch_size: Annotated[int | None, option("Examples of the batch.", _HOW, 64)] = None,
+    num_directions: Annotated[int | None, option("Directions to measure along.", _HOW, 64)] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture: FILE.png.")] = None,
+    json_output: Json = False,
+) -> None:
+    """Correlation, slope and noise of finite differences, sigma by sigma, against float64; and the sigma to use.
+
+    The reference is PyTorch in float64: differences with a step of 1e-6, and gradients by backpropagation. The error
+    in the column "guess" is what a client finds without any reference: with --sigma auto it chooses by that.
+    """
+    flags: dict[str, object] = {k: v for k, v in locals().items() if k in TrainConfig.__struct_fields__}
+    given = {"batch_size": 64, "num_directions": 64} if config is None else {}
+    options = train_config(config, {**given, **{k: v for k, v in flags.items() if v is not None}})
+    options.method()  # what contradicts itself is refused
+    if plot is not None and plot.suffix.lower() != ".png":
+        raise OptionError("plot", str(plot), "a file name that ends in .png")
+    calibrations, agreements, autograd = _measure(options)
+    best = calibrations[0] if not options.lattice else max(zip(calibrations, agreements, strict=True), key=_cosine)[0]
+    told = {
+        "model": options.model,
+        "dataset": options.dataset,
+        "runtime": options.runtime,
+        "precision": options.precision,
+        "branches": options.branches,
+        "family": options.family,
+        "difference": options.differences,
+        "batch_size": options.batch_size,
+        "num_directions": options.num_directions,
+        "sigma": best.sigma,
+        "autograd_correlation": autograd,
+        "points": [
+            {**asdict(a), "lattice": m, "guess": float(guess) if np.isfinite(guess) else None}
+            for m, c, points in zip(_codes(options), calibrations, agreements, strict=True)
+            for a, guess in zip(points, c.errors, strict=True)
+        ],
+    }
+    if plot is not None:
+        _plot(plot, options, calibrations, agreements)
+        told["plot"] = str(plot)
+    if json_output:
+        print_json(told)
+        return
+    _print(options, calibrations, agreements, autograd)
+    if plot is not None:
+        Console().print(f"picture: {plot}", soft_wrap=True)
+
+
+def _codes(options: TrainConfig) -> list[int]:
+    return [1, 2, 4, MOST_CODES] if options.lattice else [0]
+
+
+def _cosine(pair: tuple[Calibration, tuple[Agreement, ...]]) -> float:
+    return pair[1][0].correlation
+
+
+def _measure(options: TrainConfig) -> tuple[list[Calibration], list[tuple[Agreement, ...]], float]:
+    """The ladder of sigmas, or on the lattice one step a number of codes; how they agree with the reference."""
+    from torch.nn.functional import cross_entropy
+
+    from baffle.runtimes.double import derivatives
+
+    train, _, test = splits(options)
+    model, masks = model_of(options, train, vocabulary_of(train, test), train)
+    runtime = runtime_of(options, model, train, masks)
+    rng = np.random.default_rng(options.seed)
+    batch = train.take(rng.permutation(len(train))[: options.batch_size])
+    weights = runtime.initial_weights()
+    calibrations, agreements, cosines = [], [], []
+    for codes in track(_codes(options), "measuring", console=errors, disable=not errors.is_terminal):
+        task = _task(options, codes)
+        calibration = calibrate(task, runtime, weights, batch, options.num_directions)
+        asked = perturbations(msgspec.structs.replace(task, sigma=calibration.sigma), runtime.table, 0)
+        differences, gradients = derivatives(model, cross_entropy, weights, asked, batch)
+        calibrations.append(calibration)
+        agreements.append(compare(calibration, differences))
+        norms = float(np.linalg.norm(differences) * np.linalg.norm(gradients))
+        cosines.append(float(differences @ gradients) / norms if norms else 0.0)
+    return calibrations, agreements, min(cosines)
+
+
+def _task(options: TrainConfig, codes: int) -> Task:
+    return Task(
+        round=0,
+        key=options.seed,
+        family=options.family,
+        sharing="shared",
+        difference=options.differences,
+        num_directions=options.num_directions,
+        sigma=1.0,
+        lattice=codes,
+        exponent=0,
+        clip=None,
+        batch_size=options.batch_size,
+        local_steps=1,
+        local_lr=0.0,
+        quantum=1,
+        state_sha256=b"",
+    )
+
+
+def _print(
+    options: TrainConfig, calibrations: list[Calibration], agreements: list[tuple[Agreement, ...]], autograd: float
+) -> None:
+    table = Table(
+        title=f"{options.model} on {options.dataset}: {options.runtime} {options.precision}, {options.differences}, "
+        f"{options.num_directions} directions, {options.batch_size} examples"
+    )
+    for head in (
+        *(["codes"] if options.lattice else []),
+        "sigma",
+        "correlation",
+        "slope",
+        "noise",
+        "error",
+        "guess",
+        "",
+    ):
+        table.add_column(head, justify="right")
+    for codes, calibration, points in zip(_codes(options), calibrations, agreements, strict=True):
+        for point, guess in zip(points, calibration.errors, strict=True):
+            chosen = point.sigma == calibration.sigma and not options.lattice
+            table.add_row(
+                *([str(codes)] if codes else []),
+                f"{point.sigma:.3g}",
+                *(f"{v:.3f}" for v in (point.correlation, point.slope, point.noise, point.error)),
+                f"{guess:.3f}" if np.isfinite(guess) else "",
+                "use this" if chosen else "",
+            )
+    console = Console()
+    console.print(table)
+    console.print(f"float64 differences against autograd: correlation {autograd:.6f}")
+
+
+def _plot(
+    file: Path, options: TrainConfig, calibrations: list[Calibration], agreements: list[tuple[Agreement, ...]]
+) -> None:
+    from baffle.report.charts import draw  # matplotlib is an extra
+    from baffle.report.sigma import calibration_chart
+
+    if options.lattice:
+        points = [a for group in agreements for a in group]
+        x, guess = [float(m) for m in _codes(options)], None
+    else:
+        points, x, guess = list(agreements[0]), list(calibrations[0].sigmas), calibrations[0].errors
+    title = f"{options.model}, {options.runtime} {options.precision}, {options.differences} differences"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, draw(calibration_chart(title, x, points, guess, codes=bool(options.lattice))))
+    except OSError as error:
+        raise JournalError(f"{file}: cannot write: {error.strerror}") from error

@@ -1,0 +1,115 @@
+"""``baffle export``: a model as a client bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from baffle.assemble import bundle_of, model_of, model_of_run, narrowed, splits, vocabulary_of
+from baffle.cli.common import Json, command_of, option, print_json
+from baffle.config import TrainConfig, train_config
+from baffle.errors import BundleError, OptionError, require_choice
+from baffle.journal import Journal
+from baffle.runtimes.bundle import Bundle
+from baffle.types import table_size
+
+_D = TrainConfig()
+_MODEL, _CLIENT = "Model", "Client"
+_RUNS_OWN = {"dataset", "activation", "norm", "start", "seed"}
+
+
+def export_command(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="One of 'baffle models', package.module:builder, or the folder of a run."),
+    ],
+    to: Annotated[str, typer.Option("--to", help="Kind of graph.")] = "onnx",
+    out: Annotated[Path, typer.Option(help="File to write.")] = Path("client.zip"),
+    dataset: Annotated[str | None, option("Whose examples it takes, as in 'baffle train'.", _MODEL, _D.dataset)] = None,
+    data: Annotated[str | None, option("Folder of the official files, or FILE.npz.", _MODEL)] = None,
+    activation: Annotated[str | None, option("hardswish, relu, selu or gelu.", _MODEL, "hardswish")] = None,
+    norm: Annotated[str | None, option("group or none.", _MODEL)] = None,
+    start: Annotated[str | None, option("Weights: a run folder, or FILE.safetensors.", _MODEL)] = None,
+    trainable: Annotated[str | None, option("all, head, scales, or a pattern of names.", _MODEL, _D.trainable)] = None,
+    prune: Annotated[float | None, option("Share of the weights to prune.", _MODEL, _D.prune)] = None,
+    prune_by: Annotated[str | None, option("magnitude, inputs or channels.", _MODEL, _D.prune_by)] = None,
+    seed: Annotated[int | None, option("Seed of the initial weights.", _MODEL, _D.seed)] = None,
+    precision: Annotated[
+        str | None, option("fp32 (OpenVINO also runs it in bf16), fp16, int8-weights or int8.", _CLIENT, "fp32")
+    ] = None,
+    branches: Annotated[
+        bool | None, option("Rank-1 perturbations beside the weights, in float.", _CLIENT, "no")
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """Write a client bundle: graph, tensors, preprocessing, weights and hashes, for clients without PyTorch.
+
+    Such a client runs 'python -m baffle.edge BUNDLE DATA.npz'. A run's bundle has its averaged weights.
+    """
+    require_choice("to", to, ["onnx"])
+    flags: dict[str, object] = {k: v for k, v in locals().items() if k in TrainConfig.__struct_fields__}
+    flags["runtime"] = "ort"
+    given = {name: value for name, value in flags.items() if value is not None}
+    from baffle.models import MODELS
+
+    if model not in MODELS and Path(model).is_dir():
+        bundle = _of_run(model, given)
+    else:
+        options = train_config(None, given)
+        train, _, test = splits(options)
+        built, masks = model_of(options, train, vocabulary_of(train, test), train)
+        bundle = bundle_of(options, built, train, masks)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BundleError(f"{out}: cannot be written: {error.strerror}") from error
+    bundle.save(out)
+    manifest = bundle.manifest
+    told = {
+        "bundle": str(out),
+        "sha256": bundle.sha256,
+        "bytes": out.stat().st_size,
+        "precision": manifest.precision,
+        "loss": manifest.loss,
+        "parameters": table_size(manifest.table),
+        "inputs": len(manifest.table),
+    }
+    if json_output:
+        print_json(told | {"tensors": {s.name: list(s.shape) for s in manifest.table}})
+        return
+    table = Table(
+        "tensor", "shape", "kept", "enters as", title=f"{out}: {manifest.precision}, {out.stat().st_size:,} bytes"
+    )
+    for spec, feed in zip(manifest.table, manifest.feeds, strict=True):
+        mask = spec.mask
+        table.add_row(spec.name, "x".join(map(str, spec.shape)), "" if mask is None else f"{mask.mean():.1%}", feed)
+    console = Console()
+    console.print(table)
+    console.print(f"sha256 {bundle.sha256}", soft_wrap=True, highlight=False)
+
+
+def _of_run(folder: str, given: dict[str, object]) -> Bundle:
+    """The bundle of a run's model with its averaged weights, pruned and frozen further if that is asked for."""
+    for name in sorted(_RUNS_OWN & given.keys()):
+        raise OptionError(name, given[name], "none with the folder of a run, which has its own")
+    journal = Journal.open(folder)
+    options = command_of(journal)
+    if "data" in given:
+        options = msgspec.structs.replace(options, data=str(given["data"]))
+    model, masks = model_of_run(journal, options)
+    train, _, _ = splits(options)
+    asked = train_config(None, {"model": options.model, **{k: given[k] for k in given.keys() - {"model", "data"}}})
+    if asked.prune_by == "channels" and masks:
+        raise OptionError("prune_by", "channels", "magnitude or inputs: the run's weights are pruned one by one")
+    if "trainable" in given and options.trainable != "all":
+        model.requires_grad_(True)
+    model, more = narrowed(asked, model, options.split(train)[0])
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    masks = {name: mask & (masks or {}).get(name, mask) for name, mask in {**(masks or {}), **(more or {})}.items()}
+    masks = {name: mask for name, mask in masks.items() if name in trained}
+    return bundle_of(asked, model, train, masks)

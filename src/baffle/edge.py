@@ -1,0 +1,168 @@
+"""A client on a device that can only infer: ``python -m baffle.edge BUNDLE DATA.npz``.
+
+It needs numpy, onnxruntime (or openvino), msgspec and safetensors: ``pip install 'baffle[ort]'``. Requests come on
+standard input and answers go to standard output (``baffle.pipes``), so that anything that carries bytes can be
+between it and a server: a pipe, ssh, a serial line. Its data never leaves it: what it sends is K integers a task.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import zipfile
+import zlib
+from pathlib import Path
+from typing import BinaryIO, NoReturn
+
+import msgspec
+import numpy as np
+
+from baffle.calibrate import calibrate
+from baffle.checks import require_count, require_positive
+from baffle.client import draw, respond
+from baffle.data import Dataset
+from baffle.errors import BaffleError, DataError, OptionError, ReplyError
+from baffle.pipes import BESIDES, MARK, Answer, Failed, Found, Hello, Message, Work, decode, receive_frame, send
+from baffle.runtimes import Runtime
+from baffle.runtimes.bundle import Bundle
+from baffle.types import Array, Task, Weights, table_size
+
+_CALIBRATED_ON = 64  # examples
+_REASON = 2000  # letters
+
+
+def serve(runtime: Runtime, bundle: Bundle, data: Dataset, requests: BinaryIO, answers: BinaryIO) -> None:
+    """Answer requests until they end. What cannot be answered is told to the server, and the next one awaited.
+
+    Raises ReplyError if what comes is no frame: where the next one begins is then unknown.
+    """
+    _check_labels(runtime, bundle, data)
+    answers.write(MARK)
+    send(answers, Hello(len(data), bundle.sha256, runtime.plan))
+    longest = 4 * table_size(runtime.table) + BESIDES
+    while (request := receive_frame(requests, longest)) is not None:
+        try:
+            answer = _answer(runtime, data, decode(request))
+        except BaffleError as error:
+            answer = Failed(str(error)[:_REASON])
+        except Exception as error:  # of numbers that no server asks for
+            answer = Failed(f"{type(error).__name__}: {error}"[:_REASON])
+        send(answers, answer)
+
+
+def load_examples(path: str | Path, bundle: Bundle) -> Dataset:
+    """A client's examples: the arrays x and y of an .npz file. Bytes of pixels are scaled as the bundle says."""
+    try:
+        names, x, y = _arrays(path)
+    except (OSError, ValueError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path}: expected an .npz file with the arrays x and y ({error})") from error
+    if x is None or y is None:
+        raise DataError(f"{path}: arrays {', '.join(names) or 'none'}: expected an .npz file with the arrays x and y")
+    scaling = bundle.scaling if x.dtype == np.uint8 else None
+    data = Dataset(x, y, Path(path).name, scaling)
+    if len(data) == 0:
+        raise DataError(f"{path}: no examples: expected at least one")
+    bundle.check_data(data)
+    return data
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point: errors are one line on stderr and exit code 2."""
+    parser = _Parser("python -m baffle.edge", description="A client that can only infer.")
+    parser.add_argument("bundle", metavar="BUNDLE", help="file of 'baffle export'")
+    parser.add_argument("data", metavar="DATA.npz", help="arrays x and y, as the bundle's model takes them")
+    parser.add_argument("--runtime", choices=["ort", "openvino"], default="ort")
+    parser.add_argument("--precision", help="openvino: bf16, or fp16, instead of the bundle's fp32")
+    parser.add_argument("--threads", type=int, default=1, help="passes side by side (default: 1)")
+    options = parser.parse_args(arguments)
+    if sys.stdin is None or sys.stdout is None:
+        parser.error("standard input or output is closed: expected pipes")
+    try:
+        with os.fdopen(os.dup(1), "wb") as answers:
+            os.dup2(2, 1)  # what a library prints must not get between the answers
+            bundle = Bundle.load(options.bundle)
+            data = load_examples(options.data, bundle)
+            runtime = _runtime(bundle, options.runtime, options.precision, options.threads)
+            serve(runtime, bundle, data, sys.stdin.buffer, answers)
+    except BaffleError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except (BrokenPipeError, KeyboardInterrupt):  # the server has gone
+        return 130
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+def _arrays(path: str | Path) -> tuple[list[str], Array | None, Array | None]:
+    """The names of a file's arrays, and x and y if both are there."""
+    file = np.load(path, allow_pickle=False)
+    if isinstance(file, np.ndarray):  # an .npy file
+        return [], None, None
+    with file:
+        names = sorted(file.files)
+        if not {"x", "y"} <= set(names):
+            return names, None, None
+        return names, np.asarray(file["x"]), np.asarray(file["y"])
+
+
+def _check_labels(runtime: Runtime, bundle: Bundle, data: Dataset) -> None:
+    """A label that the model has no output for is told now, not in the round that draws it."""
+    bundle.check_data(data)
+    if data.y.ndim == 1 and data.y.dtype.kind == "i":
+        for i in (data.y.argmin(), data.y.argmax()):
+            runtime.evaluate(bundle.initial, data.take(np.array([i]), f"{data.name}: example {i}"))
+
+
+def _check_task(task: Task) -> None:
+    """Refuse what no server asks for, and what would take for ever."""
+    require_count("num_directions", task.num_directions, 1, 2**20)
+    require_count("local_steps", task.local_steps, 1, 2**20)
+    require_positive("sigma", task.sigma)
+    if task.batch_size is not None:
+        require_count("batch_size", task.batch_size)
+
+
+def _runtime(bundle: Bundle, name: str, precision: str | None, threads: int) -> Runtime:
+    if name == "openvino":
+        from baffle.runtimes.openvino import OpenVinoRuntime
+
+        return OpenVinoRuntime(bundle, threads, precision)
+    if precision is not None and precision != bundle.manifest.precision:
+        raise OptionError("precision", precision, f"{bundle.manifest.precision}, which the bundle was exported for")
+    from baffle.runtimes.ort import OrtRuntime
+
+    return OrtRuntime(bundle, threads)
+
+
+def _answer(runtime: Runtime, data: Dataset, request: Message) -> Message:
+    if not isinstance(request, Work):
+        raise ReplyError(f"{type(request).__name__}: expected a task")
+    task, client = request.task, request.client
+    _check_task(task)
+    weights = _weights(request.weights, table_size(runtime.table))
+    if request.calibrate:
+        batch = draw(msgspec.structs.replace(task, batch_size=_CALIBRATED_ON), data, client, 0)
+        found = calibrate(task, runtime, weights, batch, client=client)
+        errors = tuple(float(e) for e in found.errors)
+        return Found(found.sigmas, errors, found.forward_passes, found.samples_forwarded)
+    return Answer(respond(task, runtime, weights, lambda step: draw(task, data, client, step), client, len(data)))
+
+
+def _weights(data: bytes, size: int) -> Weights:
+    if len(data) != 4 * size:
+        raise ReplyError(f"weights of {len(data)} bytes: expected {4 * size}, for the tensors of this bundle")
+    weights = np.frombuffer(data, "<f4").astype(np.float32)
+    if not np.isfinite(weights).all():
+        raise ReplyError("weights with NaN or infinity: expected finite numbers")
+    return weights
+
+
+if __name__ == "__main__":
+    sys.exit(main())

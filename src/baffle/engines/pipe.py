@@ -1,0 +1,260 @@
+"""Clients in processes of their own, at the other end of pipes: each runs ``python -m baffle.edge`` or its like.
+
+The weights travel with every task, so a client keeps nothing between rounds and can be replaced at any time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, BinaryIO, cast
+
+import numpy as np
+
+from baffle.calibrate import LADDER, Calibration, choose
+from baffle.client import perturbations
+from baffle.data import Dataset
+from baffle.engines import Exchange
+from baffle.errors import DataError, ModelError, OptionError, ReplyError
+from baffle.method import State
+from baffle.pipes import BESIDES, Answer, Failed, Found, Hello, Message, Work, receive, send, skip_to_mark
+from baffle.runtimes import Evaluation, Runtime
+from baffle.runtimes.bundle import Bundle
+from baffle.types import Reply, Table, Task, Weights
+
+_PATIENCE = 3.0  # seconds for clients to end by themselves
+_MOST_EXAMPLES = 2**40
+
+
+class PipeEngine:
+    """Start a process for each of ``commands`` and carry tasks to them; to be closed, or used in a ``with``.
+
+    ``runtime`` evaluates on the server's own data. Raises ReplyError if a client answers wrongly or ends.
+
+    Examples:
+        >>> import tempfile, torch.nn.functional as F
+        >>> from torch import nn
+        >>> import baffle as bf
+        >>> train, test = bf.load("digits")
+        >>> bundle = bf.export(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), F.cross_entropy, train)
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> commands = write_clients(bundle, bf.partition(train, clients=2), folder)
+        >>> with PipeEngine(bundle, commands, bf.OrtRuntime(bundle)) as engine:
+        ...     run = bf.train(bf.Method(num_directions=10), engine, bundle.initial, rounds=3, test=test)
+        >>> engine.sizes, run.summary()["rounds"]
+        ((719, 719), 3)
+    """
+
+    def __init__(self, bundle: Bundle, commands: Sequence[Sequence[str]], runtime: Runtime) -> None:
+        if not commands:
+            raise OptionError("commands", list(commands), "at least one client")
+        self._bundle, self._runtime = bundle, runtime
+        self._clients: list[_Client] = []
+        self._up = self._down = 0  # bytes of a calibration, until they are counted
+        try:
+            for number, command in enumerate(commands):
+                self._clients.append(_Client(number, command))
+            self._hellos = [client.hello() for client in self._clients]
+            for number, hello in enumerate(self._hellos):
+                if hello.bundle != bundle.sha256:
+                    raise ReplyError(
+                        f"client {number} has bundle {hello.bundle[:12]}...: expected {bundle.sha256[:12]}..."
+                    )
+                if not 1 <= hello.examples <= _MOST_EXAMPLES:
+                    raise ReplyError(f"client {number} has {hello.examples} examples: expected at least one")
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> PipeEngine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the clients' processes: at once if they wait, within seconds if they work."""
+        for client in self._clients:
+            client.hang_up()
+        deadline = time.monotonic() + _PATIENCE
+        for client in self._clients:
+            client.end(deadline - time.monotonic())
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """The clients' process numbers."""
+        return tuple(client.pid for client in self._clients)
+
+    @property
+    def table(self) -> Table:
+        """The trainable tensors."""
+        return self._bundle.manifest.table
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Examples of each client, as they say."""
+        return tuple(hello.examples for hello in self._hellos)
+
+    @property
+    def plan(self) -> dict[str, str | int]:
+        """How the first client evaluates passes."""
+        return self._hellos[0].plan | {"clients": "pipes"}
+
+    def evaluate(self, weights: Weights, data: Dataset) -> Evaluation:
+        """Evaluate on the server's own test data, in this process."""
+        return self._runtime.evaluate(weights, data)
+
+    def calibrate(self, task: Task, participants: Sequence[int], weights: Weights) -> Calibration:
+        """Let each participant measure; the sigma is chosen by the median of their errors."""
+        found: list[Found] = []
+        for client, (answer, received, sent) in self._ask(task, participants, weights, calibrate=True).items():
+            if not isinstance(answer, Found):
+                raise ReplyError(f"client {client} sent {type(answer).__name__}: expected errors by sigma")
+            _check_found(task, client, answer, found)
+            found.append(answer)
+            self._up, self._down = self._up + received, self._down + sent
+        errors = np.median([f.errors for f in found], axis=0)
+        return Calibration(
+            sigmas=found[0].sigmas,
+            scalars=np.empty((len(errors), 0)),
+            errors=errors,
+            sigma=found[0].sigmas[choose(errors)],
+            forward_passes=sum(f.forward_passes for f in found),
+            samples_forwarded=sum(f.samples_forwarded for f in found),
+        )
+
+    def exchange(self, task: Task, participants: Sequence[int], state: State, rows: Sequence[bytes]) -> Exchange:
+        """Send the task and the weights, wait for the replies. Bytes are those on the pipes.
+
+        Those of a calibration count for the round that follows it.
+        """
+        replies: list[Reply] = []
+        up, down, self._up, self._down = self._up, self._down, 0, 0
+        for client, (answer, received, sent) in self._ask(task, participants, state.weights, calibrate=False).items():
+            if not isinstance(answer, Answer) or answer.reply.client != client:
+                raise ReplyError(f"client {client} sent {type(answer).__name__}: expected its own reply")
+            replies.append(answer.reply)
+            up, down = up + received, down + sent
+        passes = task.local_steps * len(perturbations(task, self.table, 0))
+        examples = sum(min(task.batch_size or self.sizes[c], self.sizes[c]) for c in participants)
+        return Exchange(tuple(replies), passes * len(participants), passes * examples, up, down)
+
+    def _ask(
+        self, task: Task, participants: Sequence[int], weights: Weights, *, calibrate: bool
+    ) -> dict[int, tuple[Message, int, int]]:
+        """Ask all participants, then gather what they say: client -> message, bytes of it, bytes of the request.
+
+        All are listened to before one's failure is raised, so that no answer is left for the next question.
+        """
+        data = weights.astype("<f4", copy=False).tobytes()
+        longest = BESIDES if calibrate else BESIDES + 4 * task.local_steps * task.num_directions
+        sent: dict[int, int] = {}
+        found: dict[int, tuple[Message, int, int]] = {}
+        failures: list[ReplyError | ModelError] = []
+        for c in participants:
+            try:
+                sent[c] = self._clients[c].send(Work(c, task, data, calibrate))
+            except ReplyError as error:
+                failures.append(error)
+        for c, size in sent.items():
+            try:
+                found[c] = (*self._clients[c].receive(longest), size)
+            except (ReplyError, ModelError) as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
+        return found
+
+
+def _check_found(task: Task, client: int, found: Found, others: Sequence[Found]) -> None:
+    """Raise ReplyError unless a client measured what it was asked to, as the others did."""
+    expected = others[0].sigmas if others else found.sigmas if task.lattice else LADDER
+    usable = len(found.sigmas) == len(found.errors) and all(0 < s < math.inf for s in found.sigmas)
+    if found.sigmas != expected or len(expected) == 0 or not usable or not all(e >= 0 for e in found.errors):
+        raise ReplyError(f"client {client} measured errors {found.errors} for {found.sigmas}: expected a finite ladder")
+
+
+class _Client:
+    """One process."""
+
+    def __init__(self, number: int, command: Sequence[str]) -> None:
+        self.number = number
+        try:
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        except OSError as error:
+            raise OptionError("commands", " ".join(command), f"a program that can be started ({error})") from error
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._in: IO[bytes] = self._process.stdin
+        self._out: IO[bytes] = self._process.stdout
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def hello(self) -> Hello:
+        message, _ = self.receive(BESIDES, first=True)
+        if not isinstance(message, Hello):
+            raise ReplyError(f"client {self.number} began with {type(message).__name__}: expected its greeting")
+        return message
+
+    def send(self, message: Message) -> int:
+        try:
+            return send(cast(BinaryIO, self._in), message)
+        except (OSError, ValueError) as error:  # broken, or closed on this side
+            raise ReplyError(self._ended()) from error
+
+    def receive(self, longest: int, *, first: bool = False) -> tuple[Message, int]:
+        out = cast(BinaryIO, self._out)
+        try:
+            if first:
+                skip_to_mark(out)
+            found = receive(out, longest)
+        except ReplyError as error:
+            raise ReplyError(f"client {self.number}: {error}") from error
+        if found is None:
+            raise ReplyError(self._ended())
+        if isinstance(found[0], Failed):
+            reason = "".join(letter if letter.isprintable() else " " for letter in found[0].reason)
+            raise ModelError(f"client {self.number}: {' '.join(reason.split())}")
+        return found
+
+    def hang_up(self) -> None:
+        for stream in (self._in, self._out):
+            with contextlib.suppress(OSError):  # what was not sent is lost with its reader
+                stream.close()
+
+    def end(self, patience: float) -> int:
+        """Wait for the end, or bring it about; the exit code."""
+        try:
+            return self._process.wait(max(0.0, patience))
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+
+    def _ended(self) -> str:
+        code = self.end(_PATIENCE)
+        return f"client {self.number} ended with code {code}: expected an answer; what it said is above"
+
+
+def write_clients(bundle: Bundle, clients: Sequence[Dataset], folder: Path) -> list[list[str]]:
+    """Write the bundle and each client's data into a folder; the commands that start the clients with them."""
+    bundle.save(folder / "client.zip")
+    commands = []
+    for number, data in enumerate(clients):
+        if data.augmented:
+            raise DataError(
+                f"{data.name}: augmented: expected plain examples; an edge client takes batches as they are"
+            )
+        path = folder / f"client-{number}.npz"
+        np.savez(path, x=data.x, y=data.y)
+        commands.append([sys.executable, "-m", "baffle.edge", str(folder / "client.zip"), str(path)])
+    return commands
