@@ -87,8 +87,6 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             raise OptionError("prune_by", self.prune_by, "prune > 0 with it")
         if self.branches and self.runtime == "torch":
             raise OptionError("branches", self.branches, "runtime ort or openvino: torch perturbs weights in float")
-        if self.branches and self.precision == "fp16":
-            raise OptionError("branches", self.branches, "another precision than fp16, which would round them away")
         if self.branches and self.family != "rank1":
             raise OptionError("branches", self.branches, f"family rank1, not {self.family}")
         require_choice("optimizer", self.optimizer, ["sgd", "adam", "adamw"])
