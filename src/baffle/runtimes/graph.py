@@ -69,6 +69,7 @@ class GraphRuntime:
         if threads is not None:
             require_count("threads", threads, 1, 1024)
         self._bundle, self._engine = bundle, plan
+        self._classes: int | None = None
         lock = Lock()
 
         def one_at_a_time(file: str, buffers: Buffers) -> Program:
@@ -136,7 +137,9 @@ class GraphRuntime:
     def _chunks(self, data: Dataset) -> list[_Chunk]:
         x, y = data.inputs(), data.y
         if y.dtype.kind == "i" and self._bundle.manifest.loss == "cross-entropy":
-            data.check_labels(self._workers[0].classes(x[:1]))
+            if self._classes is None:  # of any example the same: a pass that is taken once
+                self._classes = self._workers[0].classes(x[:1])
+            data.check_labels(self._classes)
         size = min(len(x), max(32, min(128, _CHUNK_INPUTS // max(1, x[:1].size))))
         chunks = []
         for start in range(0, len(x), size):
