@@ -27,6 +27,8 @@ from baffle.types import Task, Weights
 LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 DIRECTIONS = 16
 """Directions along which round 0 measures."""
+EXAMPLES = 64
+"""Examples on which it does, at most."""
 _GOOD = 0.15  # an error that adds two percent to the variance of the estimate
 
 Float64 = npt.NDArray[np.float64]

@@ -18,7 +18,7 @@ from typing import BinaryIO, NoReturn
 import msgspec
 import numpy as np
 
-from baffle.calibrate import calibrate
+from baffle.calibrate import EXAMPLES, calibrate
 from baffle.checks import require_count, require_positive
 from baffle.client import draw, respond
 from baffle.data import Dataset
@@ -28,7 +28,6 @@ from baffle.runtimes import Runtime
 from baffle.runtimes.bundle import Bundle
 from baffle.types import Array, Task, Weights, table_size
 
-_CALIBRATED_ON = 64  # examples
 _REASON = 2000  # letters
 
 
@@ -148,7 +147,7 @@ def _answer(runtime: Runtime, data: Dataset, request: Message) -> Message:
     _check_task(task)
     weights = _weights(request.weights, table_size(runtime.table))
     if request.calibrate:
-        batch = draw(msgspec.structs.replace(task, batch_size=_CALIBRATED_ON), data, client, 0)
+        batch = draw(msgspec.structs.replace(task, batch_size=EXAMPLES), data, client, 0)
         found = calibrate(task, runtime, weights, batch, client=client)
         errors = tuple(float(e) for e in found.errors)
         return Found(found.sigmas, errors, found.forward_passes, found.samples_forwarded)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from baffle.calibrate import Calibration, calibrate
+from baffle.calibrate import EXAMPLES, Calibration, calibrate
 from baffle.client import draw, encode, finite_differences, perturbations, reply, respond, weight_of
 from baffle.data import Dataset, concatenate
 from baffle.engines import Exchange
@@ -21,8 +21,6 @@ from baffle.method import State
 from baffle.runtimes import Evaluation, Runtime
 from baffle.types import Reply, Table, Task, Weights
 from baffle.wire import decode_row, encode_message
-
-_CALIBRATED_ON = 64  # examples
 
 
 class LocalEngine:
@@ -83,10 +81,10 @@ class LocalEngine:
         batches: list[Dataset] = []
         for client in participants:
             batches.append(self.batch(task, client, 0))
-            if sum(map(len, batches)) >= _CALIBRATED_ON:
+            if sum(map(len, batches)) >= EXAMPLES:
                 break
         data = concatenate(batches)
-        return calibrate(task, self._runtime, weights, data.take(np.arange(min(len(data), _CALIBRATED_ON))))
+        return calibrate(task, self._runtime, weights, data.take(np.arange(min(len(data), EXAMPLES))))
 
     def exchange(self, task: Task, participants: Sequence[int], state: State, rows: Sequence[bytes]) -> Exchange:
         """Let each participant answer the task."""
