@@ -67,7 +67,6 @@ class _Rewriter:
         graph = self.source.graph
         self.values = {c.name: c for c in graph.initializer}
         self.shapes = {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in graph.input}
-        self.ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in (*graph.value_info, *graph.input)}
         # a linear layer reads its weight through a transposition
         self.transposed = {
             n.output[0]: n.input[0]
