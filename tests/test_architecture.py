@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 import tomllib
@@ -28,3 +29,15 @@ def test_every_module_has_its_place() -> None:
         f"baffle.{p.stem}" for p in (ROOT / "src/baffle").iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()
     }
     assert found - {"baffle.__init__", "baffle.__main__"} == placed
+
+
+def test_the_internals_of_flower_are_used_in_one_module() -> None:
+    public = {"flwr.app", "flwr.clientapp", "flwr.serverapp"}
+    for file in sorted((ROOT / "src/baffle").rglob("*.py")):
+        if file.name == "adapter.py":
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flwr"):
+                assert node.module in public, f"{file}: {node.module}"
+            if isinstance(node, ast.Import):
+                assert not any(name.name.startswith("flwr") for name in node.names), file

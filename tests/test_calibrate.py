@@ -298,9 +298,9 @@ class Watched(bf.LocalEngine):
     killed_in: int | None = None
     found: Calibration | None = None
 
-    def calibrate(self, task: Task, participants: Sequence[int], weights: Weights) -> Calibration:
+    def calibrate(self, task: Task, participants: Sequence[int], state: State) -> Calibration:
         self.calibrations += 1
-        self.found = super().calibrate(task, participants, weights)
+        self.found = super().calibrate(task, participants, state)
         return self.found
 
     def exchange(self, task: Task, participants: Sequence[int], state: State, rows: Sequence[bytes]) -> Exchange:

@@ -31,12 +31,10 @@ from baffle.client import draw, respond
 from baffle.engines import pipe
 from baffle.engines.pipe import PipeEngine, write_clients
 from baffle.errors import DataError, ModelError, OptionError, ReplyError
+from baffle.messages import Answer, Failed, Found
 from baffle.pipes import (
     BESIDES,
     MARK,
-    Answer,
-    Failed,
-    Found,
     Hello,
     Message,
     Work,
@@ -284,7 +282,7 @@ def test_an_engine_is_closed_at_once(fleet: Fleet) -> None:
     assert all(gone(pid) for pid in engine.pids)
     engine.close()  # again is fine
     with pytest.raises(ReplyError, match="client 0 ended with code 0"):
-        engine.calibrate(TASK, [0], fleet.bundle.initial)
+        engine.calibrate(TASK, [0], METHOD.init(fleet.bundle.initial))
 
 
 def test_clients_that_hang_are_killed_together(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,20 @@ class Setup:
     initial: Weights
 
 
+@dataclass(frozen=True)
+class Server:
+    """What a server of clients on other machines is made of. ``train`` says what examples are like."""
+
+    train: Dataset
+    validation: Dataset | None
+    test: Dataset
+    classes: int
+    vocabulary: int | None
+    runtime: Runtime
+    bundle: Bundle | None
+    initial: Weights
+
+
 def splits(options: TrainConfig) -> tuple[Dataset, Dataset | None, Dataset]:
     """(train, held out, test) with checked labels."""
     train, test = load(options.dataset, options.data, augmented=options.augment)
@@ -66,6 +80,16 @@ def assemble(options: TrainConfig) -> Setup:
     model, masks = model_of(options, train, vocabulary_of(train, validation, test), clients[0])
     runtime = runtime_of(options, model, train, masks)
     return Setup(clients, validation, test, model, LocalEngine(runtime, clients), runtime.initial_weights())
+
+
+def assemble_server(options: TrainConfig) -> Server:
+    """Read the server's own data, build the model, and the bundle for clients that only infer."""
+    train, validation, test = splits(options)
+    vocabulary = vocabulary_of(train, validation, test)
+    model, masks = model_of(options, train, vocabulary, train)
+    bundle = None if options.runtime == "torch" else bundle_of(options, model, train, masks)
+    runtime = runtime_of(options, model, train, masks) if bundle is None else inferring(options, bundle)
+    return Server(train, validation, test, _classes(train), vocabulary, runtime, bundle, runtime.initial_weights())
 
 
 def model_of(
@@ -154,7 +178,11 @@ def runtime_of(options: TrainConfig, model: nn.Module, data: Dataset, masks: Mas
         from baffle.runtimes.pytorch import TorchRuntime
 
         return TorchRuntime(model, cross_entropy, options.threads, precision=options.precision, masks=masks)
-    bundle = bundle_of(options, model, data, masks)
+    return inferring(options, bundle_of(options, model, data, masks))
+
+
+def inferring(options: TrainConfig, bundle: Bundle) -> Runtime:
+    """The runtime that the options name, for a bundle. PyTorch is not needed."""
     if options.runtime == "openvino":
         from baffle.runtimes.openvino import OpenVinoRuntime
 

@@ -12,6 +12,7 @@ After More and Wild, Estimating derivatives of noisy simulations, ACM TOMS 38 (2
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -20,6 +21,8 @@ import numpy.typing as npt
 
 from baffle.client import finite_differences, perturbations
 from baffle.data import Dataset
+from baffle.errors import ReplyError
+from baffle.messages import Found
 from baffle.quantize import row_scales
 from baffle.runtimes import Runtime
 from baffle.types import Task, Weights
@@ -119,6 +122,27 @@ def choose(errors: Float64) -> int:
     while high + 1 < len(errors) and good[high + 1]:
         high += 1
     return (low + high + 1) // 2
+
+
+def check_found(task: Task, client: int, found: Found, others: Sequence[Found]) -> None:
+    """Raise ReplyError unless a client measured what it was asked to, as the others did."""
+    expected = others[0].sigmas if others else found.sigmas if task.lattice else LADDER
+    usable = len(found.sigmas) == len(found.errors) and all(0 < s < math.inf for s in found.sigmas)
+    if found.sigmas != expected or len(expected) == 0 or not usable or not all(e >= 0 for e in found.errors):
+        raise ReplyError(f"client {client} measured errors {found.errors} for {found.sigmas}: expected a finite ladder")
+
+
+def agree(found: Sequence[Found]) -> Calibration:
+    """What clients that measured by themselves agree on: sigma by the median of their errors."""
+    errors = np.median([f.errors for f in found], axis=0)
+    return Calibration(
+        sigmas=found[0].sigmas,
+        scalars=np.empty((len(errors), 0)),
+        errors=errors,
+        sigma=found[0].sigmas[choose(errors)],
+        forward_passes=sum(f.forward_passes for f in found),
+        samples_forwarded=sum(f.samples_forwarded for f in found),
+    )
 
 
 def compare(calibration: Calibration, derivatives: Float64) -> tuple[Agreement, ...]:

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from baffle.checks import keep_floats, require_positive
+from baffle.checks import keep_floats, require_count, require_positive
 from baffle.data import Dataset, sample
 from baffle.directions import Directions
 from baffle.estimate import FAST, Execution, combine
@@ -140,3 +140,12 @@ def respond(
         if step + 1 < task.local_steps:
             weights = local_update(task, runtime.table, weights, steps[-1], step, execution)
     return reply(task, client, weight_of(examples, task.quantum), steps)
+
+
+def check_task(task: Task) -> None:
+    """Refuse what no server asks for, and what would take for ever. Raises OptionError."""
+    require_count("num_directions", task.num_directions, 1, 2**20)
+    require_count("local_steps", task.local_steps, 1, 2**20)
+    require_positive("sigma", task.sigma)
+    if task.batch_size is not None:
+        require_count("batch_size", task.batch_size)

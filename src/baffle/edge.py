@@ -19,14 +19,14 @@ import msgspec
 import numpy as np
 
 from baffle.calibrate import EXAMPLES, calibrate
-from baffle.checks import require_count, require_positive
-from baffle.client import draw, respond
-from baffle.data import Dataset
+from baffle.client import check_task, draw, respond
+from baffle.data import Dataset, Scaling
 from baffle.errors import BaffleError, DataError, OptionError, ReplyError
-from baffle.pipes import BESIDES, MARK, Answer, Failed, Found, Hello, Message, Work, decode, receive_frame, send
+from baffle.messages import Answer, Failed, Found
+from baffle.pipes import BESIDES, MARK, Hello, Message, Work, decode, receive_frame, send
 from baffle.runtimes import Runtime
 from baffle.runtimes.bundle import Bundle
-from baffle.types import Array, Task, Weights, table_size
+from baffle.types import Array, Weights, table_size
 
 _REASON = 2000  # letters
 
@@ -36,7 +36,7 @@ def serve(runtime: Runtime, bundle: Bundle, data: Dataset, requests: BinaryIO, a
 
     Raises ReplyError if what comes is no frame: where the next one begins is then unknown.
     """
-    _check_labels(runtime, bundle, data)
+    check_labels(runtime, bundle, data)
     answers.write(MARK)
     send(answers, Hello(len(data), bundle.sha256, runtime.plan))
     longest = 4 * table_size(runtime.table) + BESIDES
@@ -52,17 +52,22 @@ def serve(runtime: Runtime, bundle: Bundle, data: Dataset, requests: BinaryIO, a
 
 def load_examples(path: str | Path, bundle: Bundle) -> Dataset:
     """A client's examples: the arrays x and y of an .npz file. Bytes of pixels are scaled as the bundle says."""
+    data = load_arrays(path, bundle.scaling)
+    bundle.check_data(data)
+    return data
+
+
+def load_arrays(path: str | Path, scaling: Scaling | None = None) -> Dataset:
+    """The arrays x and y of an .npz file; ``scaling`` is for bytes. Raises DataError."""
     try:
         names, x, y = _arrays(path)
     except (OSError, ValueError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path}: expected an .npz file with the arrays x and y ({error})") from error
     if x is None or y is None:
         raise DataError(f"{path}: arrays {', '.join(names) or 'none'}: expected an .npz file with the arrays x and y")
-    scaling = bundle.scaling if x.dtype == np.uint8 else None
-    data = Dataset(x, y, Path(path).name, scaling)
+    data = Dataset(x, y, Path(path).name, scaling if x.dtype == np.uint8 else None)
     if len(data) == 0:
         raise DataError(f"{path}: no examples: expected at least one")
-    bundle.check_data(data)
     return data
 
 
@@ -111,21 +116,12 @@ def _arrays(path: str | Path) -> tuple[list[str], Array | None, Array | None]:
         return names, np.asarray(file["x"]), np.asarray(file["y"])
 
 
-def _check_labels(runtime: Runtime, bundle: Bundle, data: Dataset) -> None:
+def check_labels(runtime: Runtime, bundle: Bundle, data: Dataset) -> None:
     """A label that the model has no output for is told now, not in the round that draws it."""
     bundle.check_data(data)
     if data.y.ndim == 1 and data.y.dtype.kind == "i":
         for i in (data.y.argmin(), data.y.argmax()):
             runtime.evaluate(bundle.initial, data.take(np.array([i]), f"{data.name}: example {i}"))
-
-
-def _check_task(task: Task) -> None:
-    """Refuse what no server asks for, and what would take for ever."""
-    require_count("num_directions", task.num_directions, 1, 2**20)
-    require_count("local_steps", task.local_steps, 1, 2**20)
-    require_positive("sigma", task.sigma)
-    if task.batch_size is not None:
-        require_count("batch_size", task.batch_size)
 
 
 def _runtime(bundle: Bundle, name: str, precision: str | None, threads: int) -> Runtime:
@@ -144,7 +140,7 @@ def _answer(runtime: Runtime, data: Dataset, request: Message) -> Message:
     if not isinstance(request, Work):
         raise ReplyError(f"{type(request).__name__}: expected a task")
     task, client = request.task, request.client
-    _check_task(task)
+    check_task(task)
     weights = _weights(request.weights, table_size(runtime.table))
     if request.calibrate:
         batch = draw(msgspec.structs.replace(task, batch_size=EXAMPLES), data, client, 0)

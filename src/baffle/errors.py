@@ -7,6 +7,7 @@
     ├── PlanError            (ValueError)       options that contradict each other or break exactness
     ├── BundleError          (ValueError)       a client bundle is damaged or of another kind
     ├── ReplyError           (ValueError)       a client's reply is malformed or does not fit its task
+    ├── FederationError      (ConnectionError)  clients on other machines are too few, or cannot be reached
     ├── DivergedError        (ArithmeticError)  weights would become NaN or infinite
     ├── JournalError         (OSError)          a run folder cannot be read or written
     │   ├── RunExistsError   (FileExistsError)
@@ -62,6 +63,10 @@ class BundleError(BaffleError, ValueError):
 
 class ReplyError(BaffleError, ValueError):
     """A client's reply is malformed or does not fit the task it answers."""
+
+
+class FederationError(BaffleError, ConnectionError):
+    """Clients on other machines are too few, or cannot be reached."""
 
 
 class DivergedError(BaffleError, ArithmeticError):

@@ -13,7 +13,8 @@ from typing import BinaryIO, TypeAlias
 import msgspec
 
 from baffle.errors import ReplyError
-from baffle.types import Reply, Task
+from baffle.messages import Answer, Failed, Found
+from baffle.types import Task
 
 MARK = b"\0baffle\n"
 BESIDES = 2**16
@@ -38,27 +39,6 @@ class Work(msgspec.Struct, frozen=True, tag="work"):
     weights: bytes
     calibrate: bool = False
     """Find a sigma instead of answering."""
-
-
-class Answer(msgspec.Struct, frozen=True, tag="answer"):
-    """The reply to a task."""
-
-    reply: Reply
-
-
-class Found(msgspec.Struct, frozen=True, tag="found"):
-    """How large a client finds the relative error of its scalars for each sigma, and what it cost to measure."""
-
-    sigmas: tuple[float, ...]
-    errors: tuple[float, ...]
-    forward_passes: int
-    samples_forwarded: int
-
-
-class Failed(msgspec.Struct, frozen=True, tag="failed"):
-    """The client could not do it, and why."""
-
-    reason: str
 
 
 Message: TypeAlias = Hello | Work | Answer | Found | Failed

@@ -196,7 +196,7 @@ def resume(
             raise OptionError("rounds", rounds, f"at least the {len(journal.rows) - 1} that are done")
         if engine.table != journal.config.table:
             raise PlanError(f"{path}: the run trains other tensors than this model has: expected the same model")
-        if engine.sizes != journal.config.clients:
+        if engine.sizes[: len(journal.config.clients)] != journal.config.clients:  # more may have joined
             raise PlanError(f"{path}: the run has other clients than this engine: expected the same partition")
         if engine.plan.get("data") != journal.config.plan.get("data"):
             raise PlanError(f"{path}: the clients' data differ from those of the run: expected the same partition")
@@ -231,7 +231,7 @@ def _loop(
         task, cohort = method.plan(state, table, engine.sizes, config.key, last)
         calibration = None
         if last is None and method.sigma == "auto":
-            calibration = engine.calibrate(task, tuple(cohort), state.weights)
+            calibration = engine.calibrate(task, tuple(cohort), state)
             task = msgspec.structs.replace(task, sigma=calibration.sigma)
         exchange = engine.exchange(task, tuple(cohort), state, rows)
         if calibration is not None:

@@ -18,6 +18,7 @@ except ImportError as error:
 from baffle.cli.calibrate import calibrate_command
 from baffle.cli.common import errors
 from baffle.cli.data import data_command, models_command
+from baffle.cli.deploy import app_command, node_command
 from baffle.cli.export import export_command
 from baffle.cli.report import compare_command, report_command
 from baffle.cli.runs import evaluate_command, replay_command
@@ -36,6 +37,8 @@ app.command("replay")(replay_command)
 app.command("evaluate")(evaluate_command)
 app.command("report")(report_command)
 app.command("compare")(compare_command)
+app.command("node")(node_command)
+app.command("app")(app_command)
 app.command("export")(export_command)
 app.command("calibrate")(calibrate_command)
 app.command("models")(models_command)

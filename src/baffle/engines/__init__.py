@@ -50,7 +50,7 @@ class Engine(Protocol):
         """How passes are evaluated: recorded with a run."""
         ...
 
-    def calibrate(self, task: Task, participants: Sequence[int], weights: Weights) -> Calibration:
+    def calibrate(self, task: Task, participants: Sequence[int], state: State) -> Calibration:
         """Let clients measure which sigma to use for tasks like this one."""
         ...
 

@@ -76,7 +76,7 @@ class LocalEngine:
         """Evaluate on the server's own test data."""
         return self._runtime.evaluate(weights, data)
 
-    def calibrate(self, task: Task, participants: Sequence[int], weights: Weights) -> Calibration:
+    def calibrate(self, task: Task, participants: Sequence[int], state: State) -> Calibration:
         """Measure on the first batches of as many participants as make up 64 examples."""
         batches: list[Dataset] = []
         for client in participants:
@@ -84,7 +84,7 @@ class LocalEngine:
             if sum(map(len, batches)) >= EXAMPLES:
                 break
         data = concatenate(batches)
-        return calibrate(task, self._runtime, weights, data.take(np.arange(min(len(data), EXAMPLES))))
+        return calibrate(task, self._runtime, state.weights, data.take(np.arange(min(len(data), EXAMPLES))))
 
     def exchange(self, task: Task, participants: Sequence[int], state: State, rows: Sequence[bytes]) -> Exchange:
         """Let each participant answer the task."""

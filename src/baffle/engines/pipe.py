@@ -6,7 +6,6 @@ The weights travel with every task, so a client keeps nothing between rounds and
 from __future__ import annotations
 
 import contextlib
-import math
 import subprocess
 import sys
 import time
@@ -17,13 +16,14 @@ from typing import IO, BinaryIO, cast
 
 import numpy as np
 
-from baffle.calibrate import LADDER, Calibration, choose
+from baffle.calibrate import Calibration, agree, check_found
 from baffle.client import perturbations
 from baffle.data import Dataset
 from baffle.engines import Exchange
 from baffle.errors import DataError, ModelError, OptionError, ReplyError
+from baffle.messages import Answer, Failed, Found, printable
 from baffle.method import State
-from baffle.pipes import BESIDES, Answer, Failed, Found, Hello, Message, Work, receive, send, skip_to_mark
+from baffle.pipes import BESIDES, Hello, Message, Work, receive, send, skip_to_mark
 from baffle.runtimes import Evaluation, Runtime
 from baffle.runtimes.bundle import Bundle
 from baffle.types import Reply, Table, Task, Weights
@@ -112,24 +112,16 @@ class PipeEngine:
         """Evaluate on the server's own test data, in this process."""
         return self._runtime.evaluate(weights, data)
 
-    def calibrate(self, task: Task, participants: Sequence[int], weights: Weights) -> Calibration:
+    def calibrate(self, task: Task, participants: Sequence[int], state: State) -> Calibration:
         """Let each participant measure; the sigma is chosen by the median of their errors."""
         found: list[Found] = []
-        for client, (answer, received, sent) in self._ask(task, participants, weights, calibrate=True).items():
+        for client, (answer, received, sent) in self._ask(task, participants, state.weights, calibrate=True).items():
             if not isinstance(answer, Found):
                 raise ReplyError(f"client {client} sent {type(answer).__name__}: expected errors by sigma")
-            _check_found(task, client, answer, found)
+            check_found(task, client, answer, found)
             found.append(answer)
             self._up, self._down = self._up + received, self._down + sent
-        errors = np.median([f.errors for f in found], axis=0)
-        return Calibration(
-            sigmas=found[0].sigmas,
-            scalars=np.empty((len(errors), 0)),
-            errors=errors,
-            sigma=found[0].sigmas[choose(errors)],
-            forward_passes=sum(f.forward_passes for f in found),
-            samples_forwarded=sum(f.samples_forwarded for f in found),
-        )
+        return agree(found)
 
     def exchange(self, task: Task, participants: Sequence[int], state: State, rows: Sequence[bytes]) -> Exchange:
         """Send the task and the weights, wait for the replies. Bytes are those on the pipes.
@@ -174,14 +166,6 @@ class PipeEngine:
         return found
 
 
-def _check_found(task: Task, client: int, found: Found, others: Sequence[Found]) -> None:
-    """Raise ReplyError unless a client measured what it was asked to, as the others did."""
-    expected = others[0].sigmas if others else found.sigmas if task.lattice else LADDER
-    usable = len(found.sigmas) == len(found.errors) and all(0 < s < math.inf for s in found.sigmas)
-    if found.sigmas != expected or len(expected) == 0 or not usable or not all(e >= 0 for e in found.errors):
-        raise ReplyError(f"client {client} measured errors {found.errors} for {found.sigmas}: expected a finite ladder")
-
-
 class _Client:
     """One process."""
 
@@ -223,8 +207,7 @@ class _Client:
         if found is None:
             raise ReplyError(self._ended())
         if isinstance(found[0], Failed):
-            reason = "".join(letter if letter.isprintable() else " " for letter in found[0].reason)
-            raise ModelError(f"client {self.number}: {' '.join(reason.split())}")
+            raise ModelError(f"client {self.number}: {printable(found[0].reason)}")
         return found
 
     def hang_up(self) -> None:

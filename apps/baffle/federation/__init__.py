@@ -1,0 +1,1 @@
+"""The app that trains: a few lines around the installed package ``baffle``."""

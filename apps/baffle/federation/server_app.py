@@ -1,0 +1,14 @@
+"""The server's side."""
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from baffle.deploy.app import serve
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Train, or continue a run folder."""
+    serve(grid, context)

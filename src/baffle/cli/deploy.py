@@ -1,0 +1,130 @@
+"""``baffle node``, ``baffle up`` and ``baffle app``: training across machines."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from baffle.cli.common import Json, print_json
+from baffle.errors import MissingExtraError, OptionError
+
+_SECURITY = "Security"
+
+
+def node_command(
+    superlink: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where the SuperLink is.")],
+    data: Annotated[Path, typer.Option(metavar="FILE.npz", help="This client's examples: arrays x and y.")],
+    name: Annotated[str | None, typer.Option(help="Shown to the server's operator; by default the host's.")] = None,
+    bundle: Annotated[
+        Path | None, typer.Option(help="Take part with this client bundle only ('baffle export').")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="PACKAGE.MODULE:BUILDER", help="Code of your own that the server may name.")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Passes side by side.", min=1)] = 1,
+    root_certificates: Annotated[
+        Path | None, typer.Option(help="PEM file of the authority behind the SuperLink.", rich_help_panel=_SECURITY)
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="No TLS: on this machine only.", rich_help_panel=_SECURITY)
+    ] = False,
+    key: Annotated[
+        Path | None,
+        typer.Option(
+            help="This node's private key (ECDSA); by default one for this process.", rich_help_panel=_SECURITY
+        ),
+    ] = None,
+    trust: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SHA256",
+            help="App bundle to work for; by default the one that comes with baffle ('baffle app').",
+            rich_help_panel=_SECURITY,
+        ),
+    ] = None,
+) -> None:
+    """Be a client: load the data once, wait for tasks, answer them, for as long as it takes.
+
+    Runs no code that comes over the network. What it evaluates is a bundle (a graph) or a model of baffle's own.
+    """
+    _need_flower()
+    from baffle.deploy.adapter import Fleet, read_key
+    from baffle.deploy.node import run_node
+    from baffle.deploy.setups import builder
+    from baffle.edge import load_arrays
+    from baffle.participant import Participant
+    from baffle.runtimes.bundle import Bundle
+
+    if insecure == (root_certificates is not None):
+        raise OptionError("root-certificates", root_certificates and str(root_certificates), "it, or --insecure")
+    trusted = [_sha256(text) for text in trust or [_own_app()]]
+    own = None if bundle is None else Bundle.load(bundle)
+    build = builder(load_arrays(data), threads=threads, bundle=own, model=model)
+    participant = Participant(name or socket.gethostname(), build)
+    stop = threading.Event()
+    _on_signal(stop)
+    _speak()
+    with Fleet(superlink, root_certificates, None if key is None else read_key(key)) as fleet:
+        run_node(fleet, participant, trusted=trusted, stop=stop)
+
+
+def app_command(json_output: Json = False) -> None:
+    """Where the Flower app is that 'flwr run' starts, and the hash that clients trust."""
+    _need_flower()
+    from baffle.deploy.adapter import app_sha256
+    from baffle.deploy.places import app_folder
+
+    folder = app_folder()
+    found = {"app": str(folder), "sha256": app_sha256(folder)}
+    if json_output:
+        print_json(found)
+    else:
+        print(f"{found['app']}\n{found['sha256']}")
+
+
+def _own_app() -> str:
+    from baffle.deploy.adapter import app_sha256
+    from baffle.deploy.places import app_folder
+
+    return app_sha256(app_folder())
+
+
+def _sha256(text: str) -> str:
+    if len(text) != 64 or set(text.lower()) - set("0123456789abcdef"):
+        raise OptionError("trust", text, "the SHA-256 of an app bundle: 64 hexadecimal digits ('baffle app')")
+    return text.lower()
+
+
+def _need_flower() -> None:
+    try:
+        import baffle.engines.flower  # noqa: F401
+    except MissingExtraError:
+        raise
+    except ImportError as error:
+        raise MissingExtraError(f"Flower cannot be imported ({error}): pip install 'baffle[flower]'") from error
+
+
+def _on_signal(stop: threading.Event) -> None:
+    """Sign off on the first signal to end."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)
+
+
+def _speak() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    log = logging.getLogger("baffle")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)

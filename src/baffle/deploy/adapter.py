@@ -1,0 +1,253 @@
+"""The only module that uses Flower's internals: the connection of a node, the hash of an app, shorter waits.
+
+Flower's own SuperNode starts a process for every message and sleeps three seconds between looks. The same protocol
+(protobuf over HTTP, requests signed by the node's key) is spoken here by one process that stays. Written against
+flwr 1.41; ``tests/test_adapter.py`` says what it relies on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+import httpx
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.app import Error, Message
+from flwr.app.message import remove_content_from_message
+from flwr.cli.build import build_fab_from_disk
+from flwr.common.constant import ErrorCode
+from flwr.common.serde import fab_from_proto, message_from_proto, message_to_proto, run_from_proto
+from flwr.proto.fab_pb2 import GetFabRequest
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PushMessagesRequest,
+    RegisterNodeFleetRequest,
+)
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest, PushObjectRequest
+from flwr.proto.node_pb2 import Node
+from flwr.proto.run_pb2 import GetRunRequest
+from flwr.supercore.error import FlowerError
+from flwr.supercore.inflatable import inflatable_utils
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+import baffle.engines.flower as _quiet  # noqa: F401 # switches telemetry off before flwr is imported
+from baffle.errors import FederationError, OptionError
+
+HEARTBEAT = 10
+"""Seconds: the shortest interval that Flower allows; a node counts as gone after two."""
+_BEAT_EVERY = 4.0
+_PULL_AGAIN = 0.01
+_PULL_PATIENCE = 120.0
+_log = logging.getLogger("baffle")
+Result = TypeVar("Result")
+
+
+class Fleet:
+    """A node's connection to a SuperLink. Every call may raise FederationError: wait, then ``connect`` again.
+
+    ``certificates`` is a PEM file of the authority that signed the SuperLink's certificate; None: no TLS. ``key`` is
+    the node's private key; without one a key is made that lasts as long as this object.
+    """
+
+    def __init__(
+        self, superlink: str, certificates: Path | None = None, key: ec.EllipticCurvePrivateKey | None = None
+    ) -> None:
+        self._key = key or ec.generate_private_key(ec.SECP384R1())
+        public = self._key.public_key()
+        self._public = public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+        try:
+            pem = None if certificates is None else certificates.read_bytes()
+            self._client = FleetHttpClient.from_server_address(
+                superlink,
+                pem is None,
+                pem,
+                interceptors=[
+                    RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+                    NodeAuthHttpInterceptor(self._key, public),
+                ],
+            )
+        except (OSError, UnicodeDecodeError) as error:  # ssl.SSLError is an OSError
+            raise OptionError(
+                "root-certificates", str(certificates), f"a PEM file of certificates ({error})"
+            ) from error
+        self._address, self._node = superlink, Node()
+        self._stop = threading.Event()
+        self._heart: threading.Thread | None = None
+        self._apps: dict[int, str] = {}
+
+    @property
+    def identity(self) -> str:
+        """The hash of the public key, by which the server knows this node."""
+        return hashlib.sha256(self._public).hexdigest()
+
+    def __enter__(self) -> Fleet:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def connect(self) -> int:
+        """Become a node of the SuperLink, or become so again; its number there."""
+        request = RegisterNodeFleetRequest(public_key=self._public)
+        try:
+            self._call(self._client.RegisterNode, request)
+        except FederationError as error:
+            _log.debug("not registered: %s", error)  # it was before, or an operator has to
+        activate = ActivateNodeRequest(public_key=self._public, heartbeat_interval=HEARTBEAT)
+        self._node = Node(node_id=self._call(self._client.ActivateNode, activate).node_id)
+        if self._heart is None:
+            self._heart = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
+            self._heart.start()
+        return self._node.node_id
+
+    def receive(self) -> Message | None:
+        """The next message for this node, if there is one."""
+        response = self._call(self._client.PullMessages, PullMessagesRequest(node=self._node))
+        if not response.messages_list:
+            return None
+        head, tree = message_from_proto(response.messages_list[0]), response.message_object_trees[0]
+        run, id = head.metadata.run_id, head.metadata.message_id
+        contents = {part.object_id: self._pull(run, part.object_id) for part in iterate_object_tree(tree)}
+        confirm = ConfirmMessageReceivedRequest(node=self._node, run_id=run, message_object_id=id)
+        self._call(self._client.ConfirmMessageReceived, confirm)
+        try:
+            message = inflate_object_from_contents(id, contents)
+        except (KeyError, ValueError, TypeError) as error:
+            raise FederationError(f"a message that cannot be read: {error}") from error
+        if not isinstance(message, Message):
+            raise FederationError(f"a {type(message).__name__}: expected a message")
+        message.metadata.__dict__["_message_id"] = id
+        return message
+
+    def send(self, reply: Message) -> None:
+        """Send a reply to a message of :meth:`receive`."""
+        reply.metadata.__dict__["_message_id"] = reply.object_id
+        run = reply.metadata.run_id
+        with no_object_id_recompute():
+            tree, objects = get_object_tree(reply), get_all_nested_objects(reply)
+            request = PushMessagesRequest(
+                node=self._node,
+                messages_list=[message_to_proto(remove_content_from_message(reply))],
+                message_object_trees=[tree],
+                clientapp_runtime_list=[0.0],
+            )
+            response = self._call(self._client.PushMessages, request)
+            for id in response.objects_to_push:
+                push = PushObjectRequest(
+                    node=self._node,
+                    run_id=run,
+                    object_id=id,
+                    object_content=objects[id].deflate(),
+                    session_id=response.session_id,
+                )
+                self._call(self._client.PushObject, push)
+
+    def app_of(self, message: Message) -> str:
+        """SHA-256 of the app bundle that a message's run was started with, taken of the bundle itself."""
+        run = message.metadata.run_id
+        if run not in self._apps:
+            info = run_from_proto(self._call(self._client.GetRun, GetRunRequest(node=self._node, run_id=run)).run)
+            request = GetFabRequest(node=self._node, hash_str=info.fab_hash, run_id=run)
+            fab = fab_from_proto(self._call(self._client.GetFab, request).fab)
+            self._apps[run] = hashlib.sha256(fab.content).hexdigest()
+        return self._apps[run]
+
+    def close(self) -> None:
+        """Tell the SuperLink that this node goes, if it can be told."""
+        self._stop.set()
+        if self._heart is not None:
+            self._heart.join(timeout=1)
+            try:
+                self._call(self._client.DeactivateNode, DeactivateNodeRequest(node_id=self._node.node_id), timeout=2)
+            except FederationError as error:
+                _log.debug("not signed off: %s", error)
+        self._client.close()
+
+    def _pull(self, run: int, id: str) -> bytes:
+        """An object, as soon as its sender has put it there."""
+        request = PullObjectRequest(node=self._node, run_id=run, object_id=id)
+        give_up = time.monotonic() + _PULL_PATIENCE
+        while True:
+            response = self._call(self._client.PullObject, request)
+            if response.object_available:
+                return response.object_content
+            if not response.object_found or time.monotonic() > give_up:
+                raise FederationError(f"part {id[:12]} of a message is not there")
+            time.sleep(_PULL_AGAIN)
+
+    def _beat(self) -> None:
+        while not self._stop.wait(_BEAT_EVERY):
+            request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT)
+            try:
+                self._call(self._client.SendNodeHeartbeat, request)
+            except FederationError as error:
+                _log.debug("heartbeat: %s", error)
+
+    def _call(self, method: Callable[..., Result], *request: object, timeout: float | None = None) -> Result:
+        try:
+            return method(*request)
+        except httpx.HTTPStatusError as error:
+            told = FlowerError.from_json(error.response.text)
+            reason = f"{told.message} {told.public_details or ''}" if told is not None else error.response.text[:200]
+            raise FederationError(
+                f"{self._address} refuses ({error.response.status_code}): {reason.strip()}"
+            ) from error
+        except httpx.HTTPError as error:
+            raise FederationError(f"{self._address} cannot be reached: {error}") from error
+        except (ValueError, RuntimeError) as error:  # no protobuf; a client that is being closed
+            raise FederationError(f"{self._address}: {error}") from error
+
+
+def refusal(message: Message, reason: str) -> Message:
+    """An error in reply to a message."""
+    return Message(Error(ErrorCode.INVALID_FAB, reason), reply_to=message)
+
+
+def read_key(file: Path) -> ec.EllipticCurvePrivateKey:
+    """A node's private key: ECDSA, as ``ssh-keygen -t ecdsa -b 384 -N ''`` or openssl make it. Raises OptionError."""
+    expected = "a private key without a passphrase, of 'ssh-keygen -t ecdsa -b 384'"
+    try:
+        data = file.read_bytes()
+        load = serialization.load_ssh_private_key if b"OPENSSH" in data else serialization.load_pem_private_key
+        key = load(data, None)
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise OptionError("key", str(file), f"{expected} ({error})") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise OptionError("key", str(file), f"{expected}, not another kind of key")
+    return key
+
+
+def app_sha256(app: Path) -> str:
+    """SHA-256 of the bundle that ``flwr run`` makes of an app's folder."""
+    try:
+        return hashlib.sha256(build_fab_from_disk(app)).hexdigest()
+    except (OSError, ValueError) as error:
+        raise OptionError("app", str(app), f"the folder of a Flower app ({error})") from error
+
+
+def pull_quickly() -> None:
+    """Look again after 20 ms, not a second, for parts of a message that are still being sent, and for 10 s, not 2 h."""
+    waits = inflatable_utils.pull_objects.__kwdefaults__ or {}
+    waits.update(initial_backoff=0.02, backoff_cap=0.5, max_time=10.0, max_tries_per_object=None)

@@ -1,0 +1,308 @@
+"""A whole federation on this machine, each part a process of its own: for development, the demo, tests and benchmarks.
+
+The processes are those of a deployment (docs/deploy.md): a SuperLink with a database, a SuperExec beside it that
+starts ServerApps (so that these outlive a SuperLink that crashes), and warm clients; with TLS and node
+authentication, or in plain text on the loopback interface.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import ipaddress
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import msgspec
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from baffle.deploy.adapter import read_key
+from baffle.errors import FederationError
+
+_BIN = Path(sys.executable).parent
+_PATIENCE = 60.0  # seconds for a process to start
+_YEAR = datetime.timedelta(days=365)
+
+
+class Federation:
+    """SuperLink, SuperExec and clients in ``folder``; to be closed, or used in a ``with``.
+
+    With ``secure`` certificates and keys are made, and only registered keys get in.
+    """
+
+    def __init__(self, folder: Path, *, secure: bool = True, port: int | None = None) -> None:
+        self.folder, self.secure = folder.resolve(), secure
+        self.port = port or free_port()
+        self.address = f"127.0.0.1:{self.port}"
+        self.superlink: subprocess.Popen[bytes] | None = None
+        self.superexec: subprocess.Popen[bytes] | None = None
+        self.nodes: dict[str, subprocess.Popen[bytes]] = {}
+        self._starts: dict[str, list[str]] = {}
+        self._secret = self.folder / "superexec.secret"
+        (self.folder / "flwr").mkdir(parents=True, exist_ok=True)
+        self.certificates = make_certificates(self.folder) if secure else None
+        if not self._secret.exists():
+            self._secret.touch(0o600)
+            self._secret.write_text(secrets.token_hex(32))
+        tls = f'root-certificates = "{self.certificates}"' if secure else "insecure = true"
+        (self.folder / "flwr/config.toml").write_text(
+            f'[superlink]\ndefault = "local"\n\n[superlink.local]\naddress = "{self.address}"\n{tls}\n'
+        )
+
+    def __enter__(self) -> Federation:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What ``flwr`` needs to reach this federation, and to send nothing elsewhere."""
+        return {
+            **os.environ,
+            "PATH": f"{_BIN}{os.pathsep}{os.environ.get('PATH', '')}",  # flwr starts its own commands by name
+            "FLWR_HOME": str(self.folder / "flwr"),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "PYTHONUNBUFFERED": "1",
+        }
+
+    def start(self) -> None:
+        """Start SuperLink and SuperExec, and wait until they can be reached."""
+        self.start_superlink()
+        command: list[str | Path] = [_BIN / "flower-superexec", "--runtime-api-address", self.address]
+        command += ["--superexec-auth-secret-file", self._secret, *self._tls("--root-certificates")]
+        self.superexec = self.start_process("superexec", command)
+
+    def start_superlink(self) -> None:
+        """Start the SuperLink, or start it again with the database that it had."""
+        command: list[str | Path] = [_BIN / "flower-superlink", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--database", self.folder / "superlink.db", "--isolation", "process"]
+        command += ["--superexec-auth-secret-file", self._secret, "--disable-runtime-dependency-installation"]
+        if self.secure:
+            command += ["--ssl-ca-certfile", self.folder / "ca.crt", "--ssl-certfile", self.folder / "server.pem"]
+            command += ["--ssl-keyfile", self.folder / "server.key", "--enable-supernode-auth"]
+        else:
+            command += ["--insecure"]
+        self.superlink = self.start_process("superlink", command)
+        give_up = time.monotonic() + _PATIENCE
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
+                return
+            if self.superlink.poll() is not None or time.monotonic() > give_up:
+                raise FederationError(f"the SuperLink did not start: see {self.folder / 'superlink.log'}")
+            time.sleep(0.1)
+
+    def make_key(self, name: str, *, register: bool = True) -> Path:
+        """Make a node's key, and register it where the SuperLink asks for that; the file of the private key."""
+        file = self.folder / f"{name}.key"
+        if not file.exists():
+            key = ec.generate_private_key(ec.SECP384R1())
+            write_secret(file, private_bytes(key))
+        public = file.with_suffix(".pub")
+        encoding, kind = serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+        public.write_bytes(read_key(file).public_key().public_bytes(encoding, kind) + b"\n")
+        if register and self.secure:
+            self.flwr("supernode", "register", str(public), "local")
+        return file
+
+    def start_node(
+        self, name: str, data: Path, *options: str, register: bool = True, env: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
+        """Start a warm client, or start it again as it was."""
+        key = self.make_key(name, register=register and name not in self._starts)
+        command = [sys.executable, "-m", "baffle", "node", "--superlink", self.address, "--data", str(data)]
+        command += ["--name", name, "--key", str(key), *map(str, self._tls("--root-certificates")), *options]
+        self._starts[name] = command
+        self.nodes[name] = self.start_process(name, command, env)
+        return self.nodes[name]
+
+    def restart_node(self, name: str) -> subprocess.Popen[bytes]:
+        """Start a client again that was killed."""
+        self.nodes[name] = self.start_process(name, self._starts[name])
+        return self.nodes[name]
+
+    def flwr(self, *arguments: str) -> str:
+        """Run ``flwr``; what it prints. Raises FederationError if it fails."""
+        done = subprocess.run(
+            [_BIN / "flwr", *arguments], env=self.environment, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise FederationError(f"flwr {' '.join(arguments)}: {' '.join((done.stdout + done.stderr).split())[-500:]}")
+        return done.stdout
+
+    def submit(self, app: Path, **config: str | int | float | bool) -> int:
+        """Start a run of an app; its number."""
+        values = [f"{name.replace('_', '-')}={msgspec.json.encode(value).decode()}" for name, value in config.items()]
+        found = self.flwr("run", str(app), "local", "--format", "json", *(part for v in values for part in ("-c", v)))
+        answer = msgspec.json.decode(found[found.index("{") :], type=dict[str, object])
+        if "run-id" not in answer:  # flwr then ends with 0 all the same
+            raise FederationError(f"flwr run: {answer.get('error-message', answer)}")
+        return int(str(answer["run-id"]))
+
+    def status(self, run: int) -> str:
+        """Where a run stands, as Flower says it: ``running``, ``finished:completed``."""
+        found = self.flwr("list", "--run-id", str(run), "local", "--format", "json")
+        answer = msgspec.json.decode(found[found.index("{") :], type=_Runs)
+        return answer.runs[0].status
+
+    def server_apps(self) -> list[int]:
+        """Process numbers of the ServerApps that run."""
+        return [] if self.superexec is None else [p for p in _descendants(self.superexec.pid) if _is_server_app(p)]
+
+    def close(self) -> None:
+        """End all processes: kindly, then by force."""
+        alive = [
+            p for p in (*self.nodes.values(), self.superexec, self.superlink) if p is not None and p.poll() is None
+        ]
+        orphans = self.server_apps()
+        for process in alive:
+            process.send_signal(signal.SIGCONT)
+            process.terminate()
+        deadline = time.monotonic() + 3
+        for process in alive:
+            try:
+                process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        for pid in orphans:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def start_process(
+        self, name: str, command: Sequence[str | Path], env: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
+        """Start a part of the federation; what it prints goes to ``NAME.log``."""
+        with (self.folder / f"{name}.log").open("ab") as log:
+            return subprocess.Popen(
+                [str(part) for part in command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**self.environment, **(env or {})},
+                cwd=self.folder,
+                start_new_session=True,  # Ctrl-C is for whoever started the federation
+            )
+
+    def _tls(self, option: str) -> list[str | Path]:
+        return [option, self.certificates] if self.certificates is not None else ["--insecure"]
+
+
+class _RunStatus(msgspec.Struct):
+    status: str
+
+
+class _Runs(msgspec.Struct):
+    runs: tuple[_RunStatus, ...]
+
+
+def make_certificates(folder: Path, hosts: Sequence[str] = ("localhost", "127.0.0.1")) -> Path:
+    """An authority and a server's certificate for a year, unless there are some; the authority's file.
+
+    For one machine: a deployment has certificates of its own.
+    """
+    ca_file = folder / "ca.crt"
+    if ca_file.exists():
+        return ca_file
+    ca_key, key = ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP384R1())
+    ca_name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "baffle development authority")])
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, hosts[0])])
+    ca = (
+        _certificate(ca_name, ca_name, ca_key.public_key())
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(signs_certificates=True), critical=True)
+        .sign(ca_key, hashes.SHA256())
+    )
+    certificate = (
+        _certificate(ca_name, name, key.public_key())
+        .add_extension(x509.SubjectAlternativeName([_alternative(host) for host in hosts]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
+        .sign(ca_key, hashes.SHA256())
+    )
+    write_secret(folder / "server.key", private_bytes(key))
+    (folder / "server.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    ca_file.write_bytes(ca.public_bytes(serialization.Encoding.PEM))
+    return ca_file
+
+
+def _certificate(issuer: x509.Name, subject: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
+    now = datetime.datetime.now(datetime.UTC)
+    return (
+        x509.CertificateBuilder()
+        .issuer_name(issuer)
+        .subject_name(subject)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + _YEAR)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+    )
+
+
+def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=True,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=signs_certificates,
+        crl_sign=signs_certificates,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _alternative(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+def private_bytes(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """A private key as PEM, without a passphrase."""
+    encoding, kind = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    return key.private_bytes(encoding, kind, serialization.NoEncryption())
+
+
+def write_secret(file: Path, data: bytes) -> None:
+    """Write a file that only its owner can read."""
+    with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
+        out.write(data)
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _descendants(pid: int) -> list[int]:
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for child in map(int, task.read_text().split()):
+                found += [child, *_descendants(child)]
+    return found
+
+
+def _is_server_app(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return b"flwr-serverapp" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False

@@ -1,0 +1,76 @@
+"""A warm client: one process that loads its model and data once, asks the SuperLink for work, and stays.
+
+Whatever happens to the connection, it waits and tries again: for as long as it takes, the same key after a crash
+included. It runs no code that comes over the network: it answers with what is installed here, and only to runs of
+app bundles whose hash it was told to trust.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Collection
+
+from flwr.app import Message
+
+from baffle.deploy.adapter import Fleet, refusal
+from baffle.engines.flower import reply_to
+from baffle.errors import FederationError, OptionError
+from baffle.participant import Participant
+
+_FASTEST, _SLOWEST = 0.02, 0.5  # seconds between two looks for work, while there is some and when there is none
+_SHORTEST_WAIT, _LONGEST_WAIT = 0.5, 10.0  # seconds until it is tried again
+_TLS = ("certificate", "wrong version number", "tlsv1 alert")
+
+_log = logging.getLogger("baffle")
+
+
+def run_node(
+    fleet: Fleet,
+    participant: Participant,
+    *,
+    trusted: Collection[str],
+    stop: threading.Event | None = None,
+) -> None:
+    """Answer until ``stop`` is set. ``trusted`` are SHA-256 of app bundles; runs of others are refused.
+
+    Raises OptionError if the very first connection fails for its certificates, which no waiting mends.
+    """
+    stop = stop or threading.Event()
+    wait, connected = _SHORTEST_WAIT, False
+    while not stop.is_set():
+        try:
+            node = fleet.connect()
+            _log.info("connected as node %d, key %s", node, fleet.identity[:12])
+            wait, connected = _SHORTEST_WAIT, True
+            _serve(fleet, participant, trusted, stop)
+        except FederationError as error:
+            if not connected and any(sign in str(error).lower() for sign in _TLS):
+                raise OptionError("superlink", str(error), "certificates that fit (see --root-certificates)") from error
+            _log.warning("%s; trying again in %.1f s", error, wait)
+            stop.wait(wait)
+            wait = min(_LONGEST_WAIT, wait * 1.5)
+
+
+def _serve(fleet: Fleet, participant: Participant, trusted: Collection[str], stop: threading.Event) -> None:
+    """Look for work, often while there is some."""
+    pause = _FASTEST
+    while not stop.is_set():
+        message = fleet.receive()
+        if message is None:
+            stop.wait(pause)
+            pause = min(_SLOWEST, pause * 1.15)
+            continue
+        pause = _FASTEST
+        try:
+            fleet.send(_answer(fleet, participant, trusted, message))
+        except FederationError as error:  # its run may have ended: the next message tells
+            _log.warning("not answered: %s", error)
+
+
+def _answer(fleet: Fleet, participant: Participant, trusted: Collection[str], message: Message) -> Message:
+    app = fleet.app_of(message)
+    if app not in trusted:
+        _log.warning("run %d: app %s is not trusted here; nothing was done", message.metadata.run_id, app)
+        return refusal(message, f"app {app} is not trusted by this node: expected --trust with its hash")
+    return reply_to(message, participant)

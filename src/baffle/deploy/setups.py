@@ -1,0 +1,114 @@
+"""What a server tells its clients to evaluate, and what a client makes of it.
+
+With runtime ``ort`` or ``openvino`` that is a client bundle: a graph, no code. With ``torch`` it is the name and the
+options of one of baffle's own models; one of the user's is built only where the client was told to trust its name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import msgspec
+import numpy as np
+
+from baffle.assemble import Server, inferring
+from baffle.config import TrainConfig
+from baffle.data import Dataset, Scaling
+from baffle.edge import check_labels
+from baffle.errors import BundleError, DataError, ModelError, OptionError, ReplyError
+from baffle.messages import Setup
+from baffle.participant import Build
+from baffle.runtimes import Runtime
+from baffle.runtimes.bundle import Bundle
+
+_TOLD = ("model", "activation", "norm", "trainable", "runtime", "precision", "seed")
+
+
+def setup_of(options: TrainConfig, server: Server) -> Setup:
+    """The setup of a server that trains by these options."""
+    if server.bundle is None and options.prune and options.prune_by == "channels":
+        raise OptionError("runtime", options.runtime, "ort or openvino: a model with fewer channels needs a bundle")
+    runtime, scaling = server.runtime, server.train.scaling
+    return Setup(
+        table=runtime.table,
+        frozen=str(runtime.plan.get("frozen", "")),
+        shape=tuple(server.train.x.shape[1:]),
+        classes=server.classes,
+        vocabulary=server.vocabulary,
+        mean=() if scaling is None else scaling.mean,
+        std=() if scaling is None else scaling.std,
+        options={name: getattr(options, name) for name in _TOLD},
+        bundle=None if server.bundle is None else server.bundle.encode(),
+    )
+
+
+def builder(data: Dataset, *, threads: int | None = 1, bundle: Bundle | None = None, model: str | None = None) -> Build:
+    """Build what a setup says for these examples.
+
+    With ``bundle`` this client takes part with that bundle only. ``model`` names the one builder of the user's own,
+    ``package.module:builder``, that it will import.
+    """
+
+    def build(setup: Setup) -> tuple[Runtime, Dataset]:
+        runtime = runtime_for(setup, threads, bundle, model)
+        return runtime, data_for(setup, data, runtime)
+
+    return build
+
+
+def runtime_for(setup: Setup, threads: int | None, trusted: Bundle | None = None, model: str | None = None) -> Runtime:
+    """What evaluates a setup's model. Raises BundleError or ModelError if it is not one that is trusted here."""
+    options = _options(setup)
+    if setup.bundle is None:
+        if trusted is not None:
+            raise BundleError("the server has no bundle (runtime torch): expected the one that this client trusts")
+        return _torch(options, setup, threads, model)
+    bundle = Bundle.decode(setup.bundle)
+    if trusted is not None and bundle.sha256 != trusted.sha256:
+        raise BundleError(f"the server's bundle is {bundle.sha256[:12]}: expected {trusted.sha256[:12]}, trusted here")
+    return inferring(msgspec.structs.replace(options, threads=threads), bundle)
+
+
+def data_for(setup: Setup, data: Dataset, runtime: Runtime) -> Dataset:
+    """Examples as a setup's model takes them: bytes of pixels scaled as the server's. Raises DataError."""
+    if data.x.dtype == np.uint8 and setup.mean:
+        data = replace(data, scaling=Scaling(setup.mean, setup.std))
+    if setup.bundle is not None:
+        check_labels(runtime, Bundle.decode(setup.bundle), data)
+        return data
+    if tuple(data.x.shape[1:]) != setup.shape:
+        raise DataError(f"{data.name}.x: examples of shape {list(data.x.shape[1:])}: expected {list(setup.shape)}")
+    data.check_labels(setup.classes)
+    return data
+
+
+def _options(setup: Setup) -> TrainConfig:
+    try:
+        return msgspec.convert(setup.options, TrainConfig)
+    except msgspec.ValidationError as error:
+        raise ReplyError(f"the server's options: {error}") from error
+
+
+def _torch(options: TrainConfig, setup: Setup, threads: int | None, trusted: str | None) -> Runtime:
+    if ":" in options.model and options.model != trusted:
+        raise ModelError(
+            f"the server's model is {options.model}: code of its own: expected a model of baffle, or start this client "
+            f"with --model {options.model}, or the server with runtime ort"
+        )
+    from torch.nn.functional import cross_entropy
+
+    from baffle.models import build, train_only
+    from baffle.runtimes.pytorch import TorchRuntime
+
+    model = build(
+        options.model,
+        setup.shape,
+        setup.classes,
+        options.seed,
+        activation=options.activation,
+        norm=options.norm,
+        vocabulary=setup.vocabulary,
+    )
+    train_only(model, options.trainable)
+    masks = {spec.name: mask.reshape(spec.shape) for spec in setup.table if (mask := spec.mask) is not None}
+    return TorchRuntime(model, cross_entropy, threads, precision=options.precision, masks=masks or None)

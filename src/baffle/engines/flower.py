@@ -1,0 +1,161 @@
+"""Flower as the transport: questions and answers as records of its messages, sent over the Grid of a ServerApp.
+
+Of Flower (arXiv 2007.14390) identity, TLS, the distribution of apps and the Ray simulation are used, and its public
+Message API; the round loop is ``engines.remote``. A parcel is cut into records of 1 MiB, which Flower carries as
+objects of their own, named by their hash: what many clients need goes to the SuperLink once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from hashlib import sha256
+from typing import cast
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # before the import: nothing is sent unless asked for
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+
+from baffle.errors import MissingExtraError, ReplyError
+
+try:
+    from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+    from flwr.serverapp import Grid
+except ImportError as error:
+    raise MissingExtraError("Flower is not installed: pip install 'baffle[flower]'") from error
+
+from baffle.engines.remote import Arrival, Downlink, Letter, RemoteEngine, Sent
+from baffle.messages import Setup
+from baffle.participant import Participant
+from baffle.roster import Roster
+from baffle.runtimes import Runtime
+
+_PIECE = 2**20
+_MESSAGE, _FIELD = "message", "data"
+
+
+class FlowerEngine(RemoteEngine):
+    """Train with the nodes of a Flower federation: a :class:`RemoteEngine` on the ``grid`` of a ServerApp.
+
+    ``baffle.deploy.app.serve`` is the whole ServerApp; this is for one of your own. ``pull_quickly`` of
+    ``baffle.deploy.adapter`` shortens Flower's own waiting.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        runtime: Runtime,
+        setup: Setup,
+        *,
+        clients: int = 2,
+        downlink: Downlink = "replay",
+        quorum: float = 0.5,
+        deadline: float = 60.0,
+        patience: float = 3600.0,
+        roster: Roster | None = None,
+    ) -> None:
+        super().__init__(
+            GridTransport(grid),
+            runtime,
+            setup,
+            clients=clients,
+            downlink=downlink,
+            quorum=quorum,
+            deadline=deadline,
+            patience=patience,
+            roster=roster,
+        )
+
+
+class GridTransport:
+    """Letters as Flower messages. A node is known by the hash of its public key, which the SuperLink has checked."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+
+    def nodes(self) -> Mapping[str, int]:
+        """The nodes that are connected, by identity."""
+        return {
+            sha256(node.public_key).hexdigest() if node.public_key else f"node-{node.node_id}": node.node_id
+            for node in self._grid.get_nodes()
+        }
+
+    def send(self, letters: Sequence[Letter], ttl: float) -> list[Sent]:
+        """Push a message a letter."""
+        messages = [
+            Message(to_records(letter.question, letter.parcels), letter.node, MessageType.TRAIN, ttl=ttl)
+            for letter in letters
+        ]
+        sizes = [size_of(message) for message in messages]
+        ids = list(self._grid.push_messages(messages))
+        return [Sent(id or f"unsent-{n}", size) for n, (id, size) in enumerate(zip(ids, sizes, strict=True))]
+
+    def receive(self, ids: Sequence[str]) -> list[Arrival]:
+        """Pull the replies that have come."""
+        return [_arrival(message) for message in self._grid.pull_messages(ids)]
+
+
+def _arrival(message: Message) -> Arrival:
+    about, size = message.metadata.reply_to_message_id, size_of(message)
+    if message.has_error():
+        reason = f"error {message.error.code}: {message.error.reason or 'no answer'}"
+        return Arrival(about, None, None, reason, size)
+    node = message.metadata.src_node_id
+    try:
+        response, _ = from_records(message.content)
+    except ReplyError:
+        response = b""  # which is no message of ours either, and is refused as such
+    return Arrival(about, node, response, None, size)
+
+
+def reply_to(message: Message, participant: Participant) -> Message:
+    """What a ClientApp or a node returns: a participant's answer to a message.
+
+    A message that is none of ours gets an answer that says so.
+    """
+    try:
+        question, parcels = from_records(message.content)
+    except ReplyError:
+        question, parcels = b"", {}
+    return Message(to_records(participant.answer(question, parcels), {}), reply_to=message)
+
+
+def to_records(data: bytes, parcels: Mapping[str, bytes]) -> RecordDict:
+    """A message and its parcels as records.
+
+    Examples:
+        >>> from_records(to_records(b"?", {"state": bytes(3_000_000)}))[1]["state"] == bytes(3_000_000)
+        True
+    """
+    records = {_MESSAGE: ConfigRecord({_FIELD: data})}
+    for name, parcel in parcels.items():
+        for start in range(0, len(parcel), _PIECE):
+            records[f"{name}.{start // _PIECE:06d}"] = ConfigRecord({_FIELD: parcel[start : start + _PIECE]})
+    return RecordDict(records)  # type: ignore[arg-type] # a dict of one kind of records is one of any kind
+
+
+def from_records(records: RecordDict) -> tuple[bytes, dict[str, bytes]]:
+    """The inverse of :func:`to_records`. Raises ReplyError if these records are something else."""
+    pieces: dict[str, list[tuple[str, bytes]]] = {}
+    for name, record in records.items():
+        data = record.get(_FIELD) if isinstance(record, ConfigRecord) else None
+        if not isinstance(data, bytes):
+            raise ReplyError(f"record {name!r}: expected bytes in the field {_FIELD!r}")
+        kind, _, number = name.partition(".")
+        pieces.setdefault(kind, []).append((number, data))
+    parcels = {kind: b"".join(data for _, data in sorted(parts)) for kind, parts in pieces.items()}
+    if _MESSAGE not in parcels:
+        raise ReplyError(f"records {', '.join(records) or 'none'}: expected one named {_MESSAGE!r}")
+    return parcels.pop(_MESSAGE), parcels
+
+
+def size_of(message: Message) -> int:
+    """Bytes of a message's objects, as Flower sends them: itself, its records, and all that is in these."""
+    return sum(len(part.deflate()) for part in _nested(message))
+
+
+def _nested(part: object) -> Iterable[Message]:
+    """A message and what it is made of; every part can be deflated."""
+    message = cast(Message, part)
+    yield message
+    for child in (message.children or {}).values():
+        yield from _nested(child)

@@ -1,0 +1,154 @@
+"""What a server and a client that keeps the state between rounds say to each other: MessagePack maps.
+
+The first key, ``type``, names the kind. Large contents (state, weights, model) travel beside a message as parcels,
+so that a transport can cut them into pieces and send the same piece once to many.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import msgspec
+
+from baffle.errors import ReplyError
+from baffle.types import Reply, Table, Task
+
+STATE, WEIGHTS, SETUP = "state", "weights", "setup"
+"""Names of parcels: the replay state, the weights alone, an encoded Setup."""
+LONGEST = 2**16
+"""Bytes of a client's message besides its scalars, at most."""
+
+
+class Setup(msgspec.Struct, frozen=True, kw_only=True):
+    """What clients evaluate: named by the SHA-256 of its encoding."""
+
+    table: Table
+    frozen: str
+    """Hash of the parameters that are not trained; empty if there are none."""
+    shape: tuple[int, ...]
+    """Of one example."""
+    classes: int
+    vocabulary: int | None
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    """How bytes of pixels become numbers, channel by channel: (x / 255 - mean) / std."""
+    options: dict[str, str | int | float | bool | None]
+    """Those of ``baffle train`` that make the model and its runtime."""
+    bundle: bytes | None
+    """A client bundle, for runtimes that only infer; without one the client builds the model by its name."""
+
+
+class Enrol(msgspec.Struct, frozen=True, tag="enrol"):
+    """Who are you? Beside it, the setup."""
+
+    setup: str
+    """SHA-256 of the setup."""
+
+
+class Present(msgspec.Struct, frozen=True, kw_only=True, tag="present"):
+    """The answer: a client that is ready for this setup, and the state that it has, if any."""
+
+    name: str
+    examples: int
+    plan: dict[str, str | int]
+    state_sha256: bytes
+    round: int
+
+
+class Ask(msgspec.Struct, frozen=True, kw_only=True, tag="ask"):
+    """A task for a client, and what leads from the state that it has to the task's.
+
+    ``rows`` continue that state, or the one in the parcel ``state``; with the parcel ``weights`` there is no state.
+    """
+
+    client: int
+    setup: str
+    task: Task
+    rows: tuple[bytes, ...]
+    calibrate: bool = False
+    """Find a sigma instead of answering."""
+
+
+class Answer(msgspec.Struct, frozen=True, tag="answer"):
+    """The reply to a task."""
+
+    reply: Reply
+    state_sha256: bytes = b""
+    """Hash of the replay state that it was evaluated at, from a client that keeps one."""
+
+
+class Found(msgspec.Struct, frozen=True, tag="found"):
+    """How large a client finds the relative error of its scalars for each sigma, and what it cost to measure."""
+
+    sigmas: tuple[float, ...]
+    errors: tuple[float, ...]
+    forward_passes: int
+    samples_forwarded: int
+
+
+class Behind(msgspec.Struct, frozen=True, tag="behind"):
+    """The client cannot get to the task's state from what it has: which state that is, and whether it has the setup."""
+
+    round: int
+    state_sha256: bytes
+    setup: bool
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """The client could not do it, and why."""
+
+    reason: str
+
+
+Question: TypeAlias = Enrol | Ask
+Response: TypeAlias = Present | Answer | Found | Behind | Failed
+
+_questions = msgspec.msgpack.Decoder(Question)
+_responses = msgspec.msgpack.Decoder(Response)
+_setups = msgspec.msgpack.Decoder(Setup)
+
+
+def encode(message: Question | Response | Setup) -> bytes:
+    """Bytes of a message.
+
+    Examples:
+        >>> decode_response(encode(Failed("no data")))
+        Failed(reason='no data')
+    """
+    return msgspec.msgpack.encode(message)
+
+
+def decode_question(data: bytes) -> Question:
+    """What a server asks; ReplyError if it is nothing of the kind."""
+    try:
+        question: Question = _questions.decode(data)
+    except (ValueError, RecursionError) as error:
+        raise ReplyError(f"malformed question: {error}") from error
+    return question
+
+
+def decode_response(data: bytes) -> Response:
+    """What a client says; ReplyError if it is nothing of the kind."""
+    try:
+        response: Response = _responses.decode(data)
+    except (ValueError, RecursionError) as error:
+        raise ReplyError(f"malformed response: {error}") from error
+    return response
+
+
+def decode_setup(data: bytes) -> Setup:
+    """The setup in ``data``; ReplyError if it is none."""
+    try:
+        return _setups.decode(data)
+    except (ValueError, RecursionError) as error:
+        raise ReplyError(f"malformed setup: {error}") from error
+
+
+def printable(text: str, most: int = 2000) -> str:
+    """A foreign text on one line, without control characters.
+
+    Examples:
+        >>> printable("no\\x1b[31m\\n data")
+        'no [31m data'
+    """
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text[:most]).split())

@@ -1,0 +1,186 @@
+"""A client that keeps the replay state between rounds: it catches up from rows, proves it by a hash, then answers.
+
+What it has may be of any age, or nothing: if the rows in a question do not lead to the state that the task names, it
+says what it has (``Behind``) and is asked again with what it lacks. The same task asked twice gets the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import msgspec
+
+from baffle.calibrate import EXAMPLES, calibrate
+from baffle.client import check_task, draw, respond
+from baffle.data import Dataset
+from baffle.errors import BaffleError, ReplyError
+from baffle.messages import (
+    SETUP,
+    STATE,
+    WEIGHTS,
+    Answer,
+    Ask,
+    Behind,
+    Enrol,
+    Failed,
+    Found,
+    Present,
+    Response,
+    Setup,
+    decode_question,
+    decode_setup,
+    encode,
+)
+from baffle.method import State, replay, state_sha256
+from baffle.parcels import unpack_state, unpack_weights
+from baffle.runtimes import Runtime
+from baffle.types import Table, Weights, table_size
+from baffle.wire import decode_row, encode_message
+
+_REASON = 2000  # letters
+
+Build: TypeAlias = Callable[[Setup], tuple[Runtime, Dataset]]
+"""What a setup makes of a client: how it evaluates, on which examples. Raises BaffleError if it cannot, or will not."""
+
+
+@dataclass
+class Memory:
+    """What a process keeps between questions. Participants may share one: they hold the same state."""
+
+    setup: str = ""
+    state: State | None = None
+    state_sha256: bytes = b""
+
+    def keep(self, state: State | None, sha256: bytes = b"") -> None:
+        """Remember a state, or that there is none."""
+        self.state, self.state_sha256 = state, sha256 if state is not None else b""
+
+
+class Participant:
+    """Answers questions about one client's data.
+
+    ``build`` is called with each new setup. No question makes it raise: what goes wrong is told to the server.
+
+    Examples:
+        >>> import torch.nn.functional as F
+        >>> from torch import nn
+        >>> import baffle as bf
+        >>> train, _ = bf.load("digits")
+        >>> runtime = bf.TorchRuntime(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), F.cross_entropy)
+        >>> client = Participant("hospital", lambda setup: (runtime, train))
+        >>> client.answer(b"?", {})[:13]
+        b'\\x82\\xa4type\\xa6failed'
+    """
+
+    def __init__(self, name: str, build: Build, memory: Memory | None = None) -> None:
+        self._name, self._build, self._memory = name, build, memory or Memory()
+        self._ready: tuple[str, Runtime, Dataset] | None = None
+        self._last: tuple[bytes, bytes] | None = None  # a task, and what was answered
+
+    def answer(self, question: bytes, parcels: Mapping[str, bytes]) -> bytes:
+        """What to say to a question, encoded."""
+        try:
+            asked = decode_question(question)
+            response = self._enrol(asked, parcels) if isinstance(asked, Enrol) else self._work(asked, parcels)
+            return response if isinstance(response, bytes) else encode(response)
+        except BaffleError as error:
+            return encode(Failed(str(error)[:_REASON]))
+        except Exception as error:  # of numbers that no server sends
+            return encode(Failed(f"{type(error).__name__}: {error}"[:_REASON]))
+
+    def _enrol(self, asked: Enrol, parcels: Mapping[str, bytes]) -> Response:
+        ready = self._set_up(asked.setup, parcels)
+        if ready is None:
+            return self._behind()
+        runtime, data = ready
+        state = self._memory.state
+        return Present(
+            name=self._name,
+            examples=len(data),
+            plan=runtime.plan,
+            state_sha256=self._memory.state_sha256,
+            round=0 if state is None else state.round,
+        )
+
+    def _work(self, asked: Ask, parcels: Mapping[str, bytes]) -> Response | bytes:
+        ready = self._set_up(asked.setup, parcels)
+        if ready is None:
+            return self._behind()
+        runtime, data = ready
+        check_task(asked.task)
+        weights = self._weights(asked, parcels, runtime.table)
+        if weights is None:
+            return self._behind()
+        kept = b"" if WEIGHTS in parcels else asked.task.state_sha256
+        if asked.calibrate:
+            return self._calibrate(asked, runtime, data, weights)
+        key = encode_message(asked.task) + hashlib.sha256(weights.tobytes()).digest() + asked.client.to_bytes(8, "big")
+        if self._last is None or self._last[0] != key:
+            task, client = asked.task, asked.client
+            reply = respond(task, runtime, weights, lambda step: draw(task, data, client, step), client, len(data))
+            self._last = key, encode(Answer(reply, kept))
+        return self._last[1]
+
+    def _calibrate(self, asked: Ask, runtime: Runtime, data: Dataset, weights: Weights) -> Found:
+        batch = draw(msgspec.structs.replace(asked.task, batch_size=EXAMPLES), data, asked.client, 0)
+        found = calibrate(asked.task, runtime, weights, batch, client=asked.client)
+        errors = tuple(float(e) for e in found.errors)
+        return Found(found.sigmas, errors, found.forward_passes, found.samples_forwarded)
+
+    def _set_up(self, wanted: str, parcels: Mapping[str, bytes]) -> tuple[Runtime, Dataset] | None:
+        """What the setup makes, built once; None if it is not here."""
+        if self._ready is not None and self._ready[0] == wanted:
+            return self._ready[1:]
+        if SETUP not in parcels:
+            return None
+        if hashlib.sha256(parcels[SETUP]).hexdigest() != wanted:
+            raise ReplyError("a setup of another hash than the question says")
+        setup = decode_setup(parcels[SETUP])
+        runtime, data = self._build(setup)
+        if runtime.table != setup.table or runtime.plan.get("frozen", "") != setup.frozen:
+            raise ReplyError(
+                "this client's model has other tensors, or other values in those that are not trained, than the "
+                "server's: expected the same model"
+            )
+        if self._memory.setup != wanted:
+            self._memory.setup = wanted
+            self._memory.keep(None)
+        self._ready = wanted, runtime, data
+        return runtime, data
+
+    def _weights(self, asked: Ask, parcels: Mapping[str, bytes], table: Table) -> Weights | None:
+        """The weights that the task starts from; None if what is here does not lead to them."""
+        size = table_size(table)
+        if WEIGHTS in parcels:
+            return unpack_weights(parcels[WEIGHTS], size)
+        memory, wanted = self._memory, asked.task.state_sha256
+        if STATE in parcels:
+            state = unpack_state(parcels[STATE], size)
+            memory.keep(state, state_sha256(state))
+        if memory.state is not None and memory.state_sha256 != wanted:
+            after = catch_up(memory.state, table, asked.rows)
+            if after is None:
+                return None  # what is here may still lead there, from older rows
+            found = state_sha256(after)
+            memory.keep(after if found == wanted else None, found)
+        return None if memory.state is None else memory.state.weights
+
+    def _behind(self) -> Behind:
+        state = self._memory.state
+        return Behind(0 if state is None else state.round, self._memory.state_sha256, self._ready is not None)
+
+
+def catch_up(state: State, table: Table, rows: Sequence[bytes]) -> State | None:
+    """The state after rows that follow it; None if they do not, or return to a state that is no longer here."""
+    for data in rows:
+        try:
+            row = decode_row(data)
+        except msgspec.DecodeError as error:
+            raise ReplyError(f"malformed row: {error}") from error
+        if row.round != state.round or row.restores is not None:
+            return None
+        state = replay(state, table, row)
+    return replace(state, average=state.weights) if rows else None
