@@ -56,12 +56,12 @@ class Present(msgspec.Struct, frozen=True, kw_only=True, tag="present"):
 
 
 class Ask(msgspec.Struct, frozen=True, kw_only=True, tag="ask"):
-    """A task for a client, and what leads from the state that it has to the task's.
+    """A task, and what leads from the state that a client has to the task's.
 
     ``rows`` continue that state, or the one in the parcel ``state``; with the parcel ``weights`` there is no state.
+    Whoever has the same state is asked the same: the client's number travels beside it.
     """
 
-    client: int
     setup: str
     task: Task
     rows: tuple[bytes, ...]

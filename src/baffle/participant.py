@@ -37,7 +37,7 @@ from baffle.messages import (
 from baffle.method import State, replay, state_sha256
 from baffle.parcels import unpack_state, unpack_weights
 from baffle.runtimes import Runtime
-from baffle.types import Table, Weights, table_size
+from baffle.types import Table, Task, Weights, table_size
 from baffle.wire import decode_row, encode_message
 
 _REASON = 2000  # letters
@@ -80,11 +80,11 @@ class Participant:
         self._ready: tuple[str, Runtime, Dataset] | None = None
         self._last: tuple[bytes, bytes] | None = None  # a task, and what was answered
 
-    def answer(self, question: bytes, parcels: Mapping[str, bytes]) -> bytes:
-        """What to say to a question, encoded."""
+    def answer(self, question: bytes, parcels: Mapping[str, bytes], client: int = 0) -> bytes:
+        """What to say, as client number ``client``, to a question, encoded."""
         try:
             asked = decode_question(question)
-            response = self._enrol(asked, parcels) if isinstance(asked, Enrol) else self._work(asked, parcels)
+            response = self._enrol(asked, parcels) if isinstance(asked, Enrol) else self._work(asked, parcels, client)
             return response if isinstance(response, bytes) else encode(response)
         except BaffleError as error:
             return encode(Failed(str(error)[:_REASON]))
@@ -105,7 +105,7 @@ class Participant:
             round=0 if state is None else state.round,
         )
 
-    def _work(self, asked: Ask, parcels: Mapping[str, bytes]) -> Response | bytes:
+    def _work(self, asked: Ask, parcels: Mapping[str, bytes], client: int) -> Response | bytes:
         ready = self._set_up(asked.setup, parcels)
         if ready is None:
             return self._behind()
@@ -116,17 +116,17 @@ class Participant:
             return self._behind()
         kept = b"" if WEIGHTS in parcels else asked.task.state_sha256
         if asked.calibrate:
-            return self._calibrate(asked, runtime, data, weights)
-        key = encode_message(asked.task) + hashlib.sha256(weights.tobytes()).digest() + asked.client.to_bytes(8, "big")
+            return self._calibrate(asked.task, runtime, data, weights, client)
+        key = encode_message(asked.task) + hashlib.sha256(weights.tobytes()).digest() + client.to_bytes(8, "big")
         if self._last is None or self._last[0] != key:
-            task, client = asked.task, asked.client
+            task = asked.task
             reply = respond(task, runtime, weights, lambda step: draw(task, data, client, step), client, len(data))
             self._last = key, encode(Answer(reply, kept))
         return self._last[1]
 
-    def _calibrate(self, asked: Ask, runtime: Runtime, data: Dataset, weights: Weights) -> Found:
-        batch = draw(msgspec.structs.replace(asked.task, batch_size=EXAMPLES), data, asked.client, 0)
-        found = calibrate(asked.task, runtime, weights, batch, client=asked.client)
+    def _calibrate(self, task: Task, runtime: Runtime, data: Dataset, weights: Weights, client: int) -> Found:
+        batch = draw(msgspec.structs.replace(task, batch_size=EXAMPLES), data, client, 0)
+        found = calibrate(task, runtime, weights, batch, client=client)
         errors = tuple(float(e) for e in found.errors)
         return Found(found.sigmas, errors, found.forward_passes, found.samples_forwarded)
 

@@ -11,7 +11,8 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -20,8 +21,8 @@ import httpx
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.app import Error, Message
-from flwr.app.message import remove_content_from_message
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.app.message import make_message, remove_content_from_message
 from flwr.cli.build import build_fab_from_disk
 from flwr.common.constant import ErrorCode
 from flwr.common.serde import fab_from_proto, message_from_proto, message_to_proto, run_from_proto
@@ -34,11 +35,19 @@ from flwr.proto.fleet_pb2 import (
     RegisterNodeFleetRequest,
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest, PushObjectRequest
-from flwr.proto.node_pb2 import Node
+from flwr.proto.message_pb2 import (
+    ConfirmMessageReceivedRequest,
+    ObjectTree,
+    PullObjectRequest,
+    PullObjectResponse,
+    PushObjectRequest,
+    PushObjectResponse,
+)
+from flwr.proto.node_pb2 import Node, NodeInfo
 from flwr.proto.run_pb2 import GetRunRequest
+from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PushAppMessagesRequest
+from flwr.serverapp import Grid
 from flwr.supercore.error import FlowerError
-from flwr.supercore.inflatable import inflatable_utils
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
@@ -47,16 +56,18 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
+from flwr.superlink.grid.http_grid import HttpGrid
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-import baffle.engines.flower as _quiet  # noqa: F401 # switches telemetry off before flwr is imported
+from baffle.engines.flower import PART, Post
 from baffle.errors import FederationError, OptionError
 
 HEARTBEAT = 10
 """Seconds: the shortest interval that Flower allows; a node counts as gone after two."""
 _BEAT_EVERY = 4.0
-_PULL_AGAIN = 0.01
+_AGAIN = 0.01
+_ATTEMPTS = 8
 _PULL_PATIENCE = 120.0
 _log = logging.getLogger("baffle")
 Result = TypeVar("Result")
@@ -127,19 +138,17 @@ class Fleet:
         response = self._call(self._client.PullMessages, PullMessagesRequest(node=self._node))
         if not response.messages_list:
             return None
-        head, tree = message_from_proto(response.messages_list[0]), response.message_object_trees[0]
-        run, id = head.metadata.run_id, head.metadata.message_id
-        contents = {part.object_id: self._pull(run, part.object_id) for part in iterate_object_tree(tree)}
-        confirm = ConfirmMessageReceivedRequest(node=self._node, run_id=run, message_object_id=id)
-        self._call(self._client.ConfirmMessageReceived, confirm)
-        try:
-            message = inflate_object_from_contents(id, contents)
-        except (KeyError, ValueError, TypeError) as error:
-            raise FederationError(f"a message that cannot be read: {error}") from error
-        if not isinstance(message, Message):
-            raise FederationError(f"a {type(message).__name__}: expected a message")
-        message.metadata.__dict__["_message_id"] = id
-        return message
+        head = message_from_proto(response.messages_list[0])
+        request = partial(PullObjectRequest, node=self._node, run_id=head.metadata.run_id)
+        pull = partial(self._call, self._client.PullObject)
+        tree = response.message_object_trees[0]
+        return _assembled(head, tree, lambda id: _fetch(pull, request(object_id=id), _PULL_PATIENCE))
+
+    def confirm(self, message: Message) -> None:
+        """Let the SuperLink forget a message's parts."""
+        id = message.metadata.message_id
+        request = ConfirmMessageReceivedRequest(node=self._node, run_id=message.metadata.run_id, message_object_id=id)
+        self._call(self._client.ConfirmMessageReceived, request)
 
     def send(self, reply: Message) -> None:
         """Send a reply to a message of :meth:`receive`."""
@@ -154,15 +163,10 @@ class Fleet:
                 clientapp_runtime_list=[0.0],
             )
             response = self._call(self._client.PushMessages, request)
+            push = partial(PushObjectRequest, node=self._node, run_id=run, session_id=response.session_id)
+            call = partial(self._call, self._client.PushObject)
             for id in response.objects_to_push:
-                push = PushObjectRequest(
-                    node=self._node,
-                    run_id=run,
-                    object_id=id,
-                    object_content=objects[id].deflate(),
-                    session_id=response.session_id,
-                )
-                self._call(self._client.PushObject, push)
+                _store(call, push(object_id=id, object_content=objects[id].deflate()))
 
     def app_of(self, message: Message) -> str:
         """SHA-256 of the app bundle that a message's run was started with, taken of the bundle itself."""
@@ -185,18 +189,6 @@ class Fleet:
                 _log.debug("not signed off: %s", error)
         self._client.close()
 
-    def _pull(self, run: int, id: str) -> bytes:
-        """An object, as soon as its sender has put it there."""
-        request = PullObjectRequest(node=self._node, run_id=run, object_id=id)
-        give_up = time.monotonic() + _PULL_PATIENCE
-        while True:
-            response = self._call(self._client.PullObject, request)
-            if response.object_available:
-                return response.object_content
-            if not response.object_found or time.monotonic() > give_up:
-                raise FederationError(f"part {id[:12]} of a message is not there")
-            time.sleep(_PULL_AGAIN)
-
     def _beat(self) -> None:
         while not self._stop.wait(_BEAT_EVERY):
             request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT)
@@ -218,6 +210,102 @@ class Fleet:
             raise FederationError(f"{self._address} cannot be reached: {error}") from error
         except (ValueError, RuntimeError) as error:  # no protobuf; a client that is being closed
             raise FederationError(f"{self._address}: {error}") from error
+
+
+class QuickGrid:
+    """The Grid of a ServerApp with fewer requests and shorter waits: of a reply only the records are fetched.
+
+    What the SuperLink fails to store (its database may be locked for a moment) is sent again. Raises FederationError
+    if that goes on; a reply whose parts do not come within seconds is an error message in its place.
+    """
+
+    def __init__(self, grid: HttpGrid) -> None:
+        self._grid, self._client = grid, grid._runtime_client
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """Who is connected."""
+        return self._grid.get_nodes()
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Send messages; their ids."""
+        objects, heads, trees = {}, [], []
+        with no_object_id_recompute():
+            for message in messages:
+                message.metadata.__dict__["_message_id"] = message.object_id
+                heads.append(message_to_proto(remove_content_from_message(message)))
+                trees.append(get_object_tree(message))
+                objects.update(get_all_nested_objects(message))
+            request = PushAppMessagesRequest(messages_list=heads, message_object_trees=trees)
+            response = self._client.PushMessages(request)
+            push = partial(
+                PushObjectRequest, node=self._grid.node, run_id=self._grid.run.run_id, session_id=response.session_id
+            )
+            for id in response.objects_to_push:
+                _store(self._client.PushObject, push(object_id=id, object_content=objects[id].deflate()))
+        return list(response.message_ids)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """The replies that have come."""
+        response = self._client.PullMessages(PullAppMessagesRequest(message_ids=message_ids))
+        pairs = zip(response.messages_list, response.message_object_trees, strict=True)
+        return [self._pull(message_from_proto(head), tree) for head, tree in pairs]
+
+    def _pull(self, head: Message, tree: ObjectTree) -> Message:
+        node, run = self._grid.node, self._grid.run.run_id
+        request = partial(PullObjectRequest, node=node, run_id=run)
+        try:
+            message = _assembled(head, tree, lambda id: _fetch(self._client.PullObject, request(object_id=id), 10))
+        except FederationError as error:
+            message = make_message(head.metadata, error=Error(ErrorCode.MESSAGE_UNAVAILABLE, str(error)))
+        id = head.metadata.message_id
+        self._client.ConfirmMessageReceived(ConfirmMessageReceivedRequest(node=node, run_id=run, message_object_id=id))
+        return message
+
+
+def quick(grid: Grid) -> Post:
+    """A quicker grid, where it is one that speaks HTTP; else (in the simulation) itself."""
+    return QuickGrid(grid) if isinstance(grid, HttpGrid) else grid
+
+
+def _fetch(
+    call: Callable[[PullObjectRequest], PullObjectResponse], request: PullObjectRequest, patience: float
+) -> bytes:
+    """An object, as soon as its sender has put it there."""
+    give_up = time.monotonic() + patience
+    while True:
+        response = call(request)
+        if response.object_available:
+            return response.object_content
+        if not response.object_found or time.monotonic() > give_up:
+            raise FederationError(f"part {request.object_id[:12]} of a message is not there")
+        time.sleep(_AGAIN)
+
+
+def _store(call: Callable[[PushObjectRequest], PushObjectResponse], request: PushObjectRequest) -> None:
+    """Put an object where the other side fetches it."""
+    for attempt in range(_ATTEMPTS):
+        if call(request).stored:
+            return
+        time.sleep(_AGAIN * 2**attempt)
+    raise FederationError(f"the SuperLink does not store part {request.object_id[:12]} of a message")
+
+
+def _assembled(head: Message, tree: ObjectTree, pull: Callable[[str], bytes]) -> Message:
+    """A message from its head and its records. What is not a record of ours is left out."""
+    if head.has_error():
+        return head
+    records = RecordDict()
+    for part in iterate_object_tree(tree):
+        if part.object_id == tree.object_id or part.children:
+            continue
+        content = pull(part.object_id)
+        try:
+            record = inflate_object_from_contents(part.object_id, {part.object_id: content})
+        except (KeyError, ValueError, TypeError) as error:
+            raise FederationError(f"part {part.object_id[:12]} of a message cannot be read: {error}") from error
+        if isinstance(record, ConfigRecord):
+            records[str(record.get(PART, part.object_id))] = record
+    return make_message(head.metadata, content=records)
 
 
 def refusal(message: Message, reason: str) -> Message:
@@ -245,9 +333,3 @@ def app_sha256(app: Path) -> str:
         return hashlib.sha256(build_fab_from_disk(app)).hexdigest()
     except (OSError, ValueError) as error:
         raise OptionError("app", str(app), f"the folder of a Flower app ({error})") from error
-
-
-def pull_quickly() -> None:
-    """Look again after 20 ms, not a second, for parts of a message that are still being sent, and for 10 s, not 2 h."""
-    waits = inflatable_utils.pull_objects.__kwdefaults__ or {}
-    waits.update(initial_backoff=0.02, backoff_cap=0.5, max_time=10.0, max_tries_per_object=None)

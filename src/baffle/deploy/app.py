@@ -20,7 +20,7 @@ from flwr.serverapp import Grid
 from baffle.assemble import Server, assemble_server, splits
 from baffle.config import TrainConfig, train_config
 from baffle.data import Dataset
-from baffle.deploy.adapter import pull_quickly
+from baffle.deploy.adapter import quick
 from baffle.deploy.setups import data_for, runtime_for, setup_of
 from baffle.edge import load_arrays
 from baffle.engines.flower import FlowerEngine, reply_to
@@ -76,7 +76,6 @@ def options_of(config: AppConfig) -> TrainConfig:
 def serve(grid: Grid, context: Context) -> Run:
     """The whole ServerApp: assemble, wait for clients, train or continue, write the run folder."""
     _speak()
-    pull_quickly()
     config = app_config(context.run_config)
     options = options_of(config)
     out = Path(config.out) if config.out else None
@@ -84,7 +83,7 @@ def serve(grid: Grid, context: Context) -> Run:
         _drop_unbegun(out)
     server = assemble_server(options)
     engine = FlowerEngine(
-        grid,
+        quick(grid),
         server.runtime,
         setup_of(options, server),
         clients=config.clients,

@@ -18,7 +18,7 @@ from baffle.engines.flower import reply_to
 from baffle.errors import FederationError, OptionError
 from baffle.participant import Participant
 
-_FASTEST, _SLOWEST = 0.02, 0.5  # seconds between two looks for work, while there is some and when there is none
+_FASTEST, _SLOWEST = 0.1, 0.5
 _SHORTEST_WAIT, _LONGEST_WAIT = 0.5, 10.0  # seconds until it is tried again
 _TLS = ("certificate", "wrong version number", "tlsv1 alert")
 
@@ -66,6 +66,7 @@ def _serve(fleet: Fleet, participant: Participant, trusted: Collection[str], sto
             fleet.send(_answer(fleet, participant, trusted, message))
         except FederationError as error:  # its run may have ended: the next message tells
             _log.warning("not answered: %s", error)
+        fleet.confirm(message)
 
 
 def _answer(fleet: Fleet, participant: Participant, trusted: Collection[str], message: Message) -> Message:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
-from typing import cast
+from typing import Protocol, cast
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # before the import: nothing is sent unless asked for
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
@@ -19,7 +19,6 @@ from baffle.errors import MissingExtraError, ReplyError
 
 try:
     from flwr.app import ConfigRecord, Message, MessageType, RecordDict
-    from flwr.serverapp import Grid
 except ImportError as error:
     raise MissingExtraError("Flower is not installed: pip install 'baffle[flower]'") from error
 
@@ -30,19 +29,52 @@ from baffle.roster import Roster
 from baffle.runtimes import Runtime
 
 _PIECE = 2**20
+_CLIENT = "client-"
 _MESSAGE, _FIELD = "message", "data"
+PART = "part"
+"""Field of a record that says which piece of what it is, so that a record alone tells."""
+
+
+class Node(Protocol):
+    """A node of the federation."""
+
+    @property
+    def node_id(self) -> int:
+        """Its number at the SuperLink."""
+        ...
+
+    @property
+    def public_key(self) -> bytes:
+        """As PEM; empty in the simulation."""
+        ...
+
+
+class Post(Protocol):
+    """What is used of a Grid."""
+
+    def get_nodes(self) -> Iterable[Node]:
+        """Who is connected."""
+        ...
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send messages; their ids."""
+        ...
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """The replies that have come."""
+        ...
 
 
 class FlowerEngine(RemoteEngine):
     """Train with the nodes of a Flower federation: a :class:`RemoteEngine` on the ``grid`` of a ServerApp.
 
-    ``baffle.deploy.app.serve`` is the whole ServerApp; this is for one of your own. ``pull_quickly`` of
-    ``baffle.deploy.adapter`` shortens Flower's own waiting.
+    ``baffle.deploy.app.serve`` is the whole ServerApp; this is for one of your own, and ``baffle.deploy.adapter.quick``
+    makes its grid faster.
     """
 
     def __init__(
         self,
-        grid: Grid,
+        grid: Post,
         runtime: Runtime,
         setup: Setup,
         *,
@@ -69,7 +101,7 @@ class FlowerEngine(RemoteEngine):
 class GridTransport:
     """Letters as Flower messages. A node is known by the hash of its public key, which the SuperLink has checked."""
 
-    def __init__(self, grid: Grid) -> None:
+    def __init__(self, grid: Post) -> None:
         self._grid = grid
 
     def nodes(self) -> Mapping[str, int]:
@@ -82,7 +114,13 @@ class GridTransport:
     def send(self, letters: Sequence[Letter], ttl: float) -> list[Sent]:
         """Push a message a letter."""
         messages = [
-            Message(to_records(letter.question, letter.parcels), letter.node, MessageType.TRAIN, ttl=ttl)
+            Message(
+                to_records(letter.question, letter.parcels),
+                letter.node,
+                MessageType.TRAIN,
+                ttl=ttl,
+                group_id=f"{_CLIENT}{letter.client}",
+            )
             for letter in letters
         ]
         sizes = [size_of(message) for message in messages]
@@ -116,7 +154,9 @@ def reply_to(message: Message, participant: Participant) -> Message:
         question, parcels = from_records(message.content)
     except ReplyError:
         question, parcels = b"", {}
-    return Message(to_records(participant.answer(question, parcels), {}), reply_to=message)
+    number = message.metadata.group_id.removeprefix(_CLIENT)
+    client = int(number) if number.isdecimal() else 0
+    return Message(to_records(participant.answer(question, parcels, client), {}), reply_to=message)
 
 
 def to_records(data: bytes, parcels: Mapping[str, bytes]) -> RecordDict:
@@ -126,25 +166,26 @@ def to_records(data: bytes, parcels: Mapping[str, bytes]) -> RecordDict:
         >>> from_records(to_records(b"?", {"state": bytes(3_000_000)}))[1]["state"] == bytes(3_000_000)
         True
     """
-    records = {_MESSAGE: ConfigRecord({_FIELD: data})}
-    for name, parcel in parcels.items():
-        for start in range(0, len(parcel), _PIECE):
-            records[f"{name}.{start // _PIECE:06d}"] = ConfigRecord({_FIELD: parcel[start : start + _PIECE]})
-    return RecordDict(records)  # type: ignore[arg-type] # a dict of one kind of records is one of any kind
+    records = RecordDict()
+    for kind, whole in {_MESSAGE: data, **parcels}.items():
+        for start in range(0, len(whole), _PIECE):
+            part = f"{kind}.{start // _PIECE:06d}"
+            records[part] = ConfigRecord({PART: part, _FIELD: whole[start : start + _PIECE]})
+    return records
 
 
 def from_records(records: RecordDict) -> tuple[bytes, dict[str, bytes]]:
     """The inverse of :func:`to_records`. Raises ReplyError if these records are something else."""
     pieces: dict[str, list[tuple[str, bytes]]] = {}
-    for name, record in records.items():
-        data = record.get(_FIELD) if isinstance(record, ConfigRecord) else None
-        if not isinstance(data, bytes):
-            raise ReplyError(f"record {name!r}: expected bytes in the field {_FIELD!r}")
-        kind, _, number = name.partition(".")
+    for record in records.values():
+        part, data = (record.get(name) if isinstance(record, ConfigRecord) else None for name in (PART, _FIELD))
+        if not isinstance(part, str) or not isinstance(data, bytes):
+            raise ReplyError(f"a record without text in {PART!r} and bytes in {_FIELD!r}: expected both")
+        kind, _, number = part.partition(".")
         pieces.setdefault(kind, []).append((number, data))
     parcels = {kind: b"".join(data for _, data in sorted(parts)) for kind, parts in pieces.items()}
     if _MESSAGE not in parcels:
-        raise ReplyError(f"records {', '.join(records) or 'none'}: expected one named {_MESSAGE!r}")
+        raise ReplyError(f"records of {', '.join(parcels) or 'nothing'}: expected {_MESSAGE!r} among them")
     return parcels.pop(_MESSAGE), parcels
 
 

@@ -57,8 +57,7 @@ Downlink = Literal["replay", "weights"]
 _log = logging.getLogger("baffle")
 _MOST_EXAMPLES = 2**40
 _MOST_ATTEMPTS = 4  # questions to one client until the deadline, each answered by what it lacks
-_POLL = 0.02  # seconds
-_SLOWEST_POLL = 0.25
+_POLL, _SLOWEST_POLL = 0.05, 0.25  # seconds between looks for answers
 _LOOK_AROUND = 1.0  # seconds between looks at who is connected
 
 
@@ -69,6 +68,8 @@ class Letter:
     node: int
     question: bytes
     parcels: Mapping[str, bytes] = field(default_factory=dict)
+    client: int = 0
+    """The number that the node has in this run. All else is the same for all that are asked the same."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Transport(Protocol):
         ...
 
     def send(self, letters: Sequence[Letter], ttl: float) -> list[Sent]:
-        """Send letters that may be answered within ``ttl`` seconds."""
+        """Send letters that may be answered within ``ttl`` seconds. Raises FederationError if now is not the time."""
         ...
 
     def receive(self, ids: Sequence[str]) -> list[Arrival]:
@@ -172,6 +173,7 @@ class RemoteEngine:
         self._open: dict[str, _Open] = {}
         self._nodes: Mapping[str, int] = {}
         self._looked = -math.inf
+        self._pace = 0.0  # seconds until the first answer of the last round came
         self._known: dict[int, int] = {}  # client -> rows that its state is made of
         self._forgot: dict[int, int] = {}  # client -> how often it lacked what it had before
         self._suspects: set[int] = set()
@@ -270,7 +272,7 @@ class RemoteEngine:
             return
         question = encode(Enrol(self._setup_sha256))
         letters = [Letter(node, question, {SETUP: self._setup}) for _, node in strangers]
-        for (identity, node), sent in zip(strangers, self._transport.send(letters, self._ttl), strict=True):
+        for (identity, node), sent in zip(strangers, self._send(letters), strict=False):
             self._open[sent.id] = _Open(None, identity, node, -1, time.monotonic(), sent.size)
             self._before = self._before[0], self._before[1] + sent.size
 
@@ -310,32 +312,37 @@ class RemoteEngine:
         this = self._round = _Round(task, cohort, calibrate)
         need = max(1, math.ceil(self._quorum * len(participants)))
         began = time.monotonic()
-        deadline, wait = began + self._deadline, _POLL
-        self._looked = -math.inf
+        deadline, wait = began + self._deadline, max(_POLL, min(_SLOWEST_POLL, 0.6 * self._pace))
+        first = math.inf
         while True:
             self._look_around()
             self._ask(this, state, rows)
-            if self._receive():
-                wait = _POLL
+            time.sleep(wait)
+            came = self._receive()
             now = time.monotonic()
+            first = min(first, now - began) if came else first
+            wait = _POLL if came else min(_SLOWEST_POLL, wait * 1.2)
             enough = len(this.found) >= need
             if enough and (now >= deadline or not self._expected(this)):
                 break
             if now >= deadline:
-                if now - began >= self._patience:
-                    raise FederationError(
-                        f"round {task.round}: {len(this.found)} of the {need} replies it needs within "
-                        f"{self._patience:g} s: expected more clients, or a smaller quorum; the rounds before are saved"
-                    )
-                _log.warning("round %d: %d of %d replies: asking again", task.round, len(this.found), need)
-                this.attempts.clear()
+                self._extend(this, need, now - began)
                 deadline = now + self._deadline
-                for letter in self._open.values():  # what comes to these still counts
-                    letter.at = -math.inf
-            time.sleep(wait)
-            wait = min(_SLOWEST_POLL, wait * 1.2)
+        self._pace = first
         self._close(this, began)
         return this.found
+
+    def _extend(self, this: _Round, need: int, waited: float) -> None:
+        """The deadline has come without a quorum: ask again, or give up."""
+        if waited >= self._patience:
+            raise FederationError(
+                f"round {this.task.round}: {len(this.found)} of the {need} replies it needs within "
+                f"{self._patience:g} s: expected more clients, or a smaller quorum; the rounds before are saved"
+            )
+        _log.warning("round %d: %d of %d replies: asking again", this.task.round, len(this.found), need)
+        this.attempts.clear()
+        for letter in self._open.values():  # what comes to these still counts
+            letter.at = -math.inf
 
     def _expected(self, this: _Round) -> list[int]:
         """Participants that the round waits for: connected, neither refused nor known to be slow."""
@@ -359,25 +366,34 @@ class RemoteEngine:
         to: list[int] = []
         for client in this.cohort:
             identity = self._roster.members[client].identity
-            attempts = this.attempts.get(client, 0)
-            if client in this.found or client in asked or identity not in self._nodes or attempts >= _MOST_ATTEMPTS:
+            exhausted = this.attempts.get(client, 0) >= _MOST_ATTEMPTS
+            if client in this.found or client in asked or identity not in self._nodes or exhausted:
                 continue
-            this.attempts[client] = attempts + 1
             question, parcels = self._question(this, client, state, rows)
-            letters.append(Letter(self._nodes[identity], encode(question), parcels))
+            letters.append(Letter(self._nodes[identity], encode(question), parcels, client))
             to.append(client)
         if not letters:
             return
-        for client, letter, sent in zip(to, letters, self._transport.send(letters, self._ttl), strict=True):
+        for client, letter, sent in zip(to, letters, self._send(letters), strict=False):
+            this.attempts[client] = this.attempts.get(client, 0) + 1
+            this.behind.pop(client, None)
             identity = self._roster.members[client].identity
             self._open[sent.id] = _Open(
                 client, identity, letter.node, this.task.round, time.monotonic(), sent.size, this.calibrate
             )
             self._visit(this, client, bytes_down=sent.size)
 
+    def _send(self, letters: Sequence[Letter]) -> list[Sent]:
+        """Send letters; none of them if that fails for now: they are written again."""
+        try:
+            return self._transport.send(letters, self._ttl)
+        except FederationError as error:
+            _log.warning("not sent: %s", error)
+            return []
+
     def _question(self, this: _Round, client: int, state: State, rows: Sequence[bytes]) -> tuple[Ask, dict[str, bytes]]:
         """The task, and what leads to its state from the one that a client has, as far as is known."""
-        told = this.behind.pop(client, None)
+        told = this.behind.get(client)
         parcels: dict[str, bytes] = {}
         if (told is not None and not told.setup) or self._forgot.get(client, 0) > 1:
             parcels[SETUP] = self._setup
@@ -398,7 +414,6 @@ class RemoteEngine:
             else:
                 pending = rows[has:]
         ask = Ask(
-            client=client,
             setup=self._setup_sha256,
             task=this.task,
             rows=tuple(pending),
