@@ -194,9 +194,14 @@ class Journal:
         for old in [*files[: len(files) - len(ahead)][:-_KEEP_SNAPSHOTS], *ahead]:
             old.unlink(missing_ok=True)
 
-    def extend(self, rounds: int) -> None:
-        """Set a new total of rounds."""
-        self.config = msgspec.structs.replace(self.config, rounds=rounds)
+    def extend(self, *, rounds: int | None = None, clients: tuple[int, ...] | None = None) -> None:
+        """Set a new total of rounds, or write down that clients have joined."""
+        config = self.config
+        self.config = msgspec.structs.replace(
+            config,
+            rounds=config.rounds if rounds is None else rounds,
+            clients=config.clients if clients is None else clients,
+        )
         write_file(self.path / "config.json", _encode_config(self.config))
 
     def finish(self, state: State) -> None:

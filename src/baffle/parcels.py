@@ -69,8 +69,10 @@ def _unpack(data: bytes, longest: int) -> _Parcel:
     inflater = zlib.decompressobj()
     try:
         parcel = _decoder.decode(inflater.decompress(data, longest + _BESIDES))
-    except (zlib.error, ValueError) as error:
+    except (zlib.error, ValueError, RecursionError) as error:
         raise ReplyError(f"malformed parcel: {error}") from error
+    if not inflater.eof or inflater.unused_data:  # its checksum was not seen
+        raise ReplyError(f"malformed parcel: {len(data)} bytes: expected a whole one and nothing behind it")
     return parcel
 
 

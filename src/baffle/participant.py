@@ -33,6 +33,7 @@ from baffle.messages import (
     decode_question,
     decode_setup,
     encode,
+    printable,
 )
 from baffle.method import State, replay, state_sha256
 from baffle.parcels import unpack_state, unpack_weights
@@ -87,14 +88,14 @@ class Participant:
             response = self._enrol(asked, parcels) if isinstance(asked, Enrol) else self._work(asked, parcels, client)
             return response if isinstance(response, bytes) else encode(response)
         except BaffleError as error:
-            return encode(Failed(str(error)[:_REASON]))
+            return encode(Failed(printable(str(error), _REASON)))
         except Exception as error:  # of numbers that no server sends
-            return encode(Failed(f"{type(error).__name__}: {error}"[:_REASON]))
+            return encode(Failed(printable(f"{type(error).__name__}: {error}", _REASON)))
 
     def _enrol(self, asked: Enrol, parcels: Mapping[str, bytes]) -> Response:
         ready = self._set_up(asked.setup, parcels)
         if ready is None:
-            return self._behind()
+            return self._behind(asked.setup)
         runtime, data = ready
         state = self._memory.state
         return Present(
@@ -108,12 +109,12 @@ class Participant:
     def _work(self, asked: Ask, parcels: Mapping[str, bytes], client: int) -> Response | bytes:
         ready = self._set_up(asked.setup, parcels)
         if ready is None:
-            return self._behind()
+            return self._behind(asked.setup)
         runtime, data = ready
         check_task(asked.task)
         weights = self._weights(asked, parcels, runtime.table)
         if weights is None:
-            return self._behind()
+            return self._behind(asked.setup)
         kept = b"" if WEIGHTS in parcels else asked.task.state_sha256
         if asked.calibrate:
             return self._calibrate(asked.task, runtime, data, weights, client)
@@ -133,6 +134,7 @@ class Participant:
     def _set_up(self, wanted: str, parcels: Mapping[str, bytes]) -> tuple[Runtime, Dataset] | None:
         """What the setup makes, built once; None if it is not here."""
         if self._ready is not None and self._ready[0] == wanted:
+            self._remember_for(wanted)
             return self._ready[1:]
         if SETUP not in parcels:
             return None
@@ -145,11 +147,15 @@ class Participant:
                 "this client's model has other tensors, or other values in those that are not trained, than the "
                 "server's: expected the same model"
             )
-        if self._memory.setup != wanted:
-            self._memory.setup = wanted
-            self._memory.keep(None)
+        self._remember_for(wanted)
         self._ready = wanted, runtime, data
         return runtime, data
+
+    def _remember_for(self, setup: str) -> None:
+        """A state belongs to its setup."""
+        if self._memory.setup != setup:
+            self._memory.setup = setup
+            self._memory.keep(None)
 
     def _weights(self, asked: Ask, parcels: Mapping[str, bytes], table: Table) -> Weights | None:
         """The weights that the task starts from; None if what is here does not lead to them."""
@@ -160,27 +166,34 @@ class Participant:
         if STATE in parcels:
             state = unpack_state(parcels[STATE], size)
             memory.keep(state, state_sha256(state))
-        if memory.state is not None and memory.state_sha256 != wanted:
-            after = catch_up(memory.state, table, asked.rows)
-            if after is None:
-                return None  # what is here may still lead there, from older rows
+        if memory.state is None:
+            return None
+        after = catch_up(memory.state, table, asked.rows) or memory.state
+        if after is not memory.state:
             found = state_sha256(after)
             memory.keep(after if found == wanted else None, found)
-        return None if memory.state is None else memory.state.weights
+        return after.weights if memory.state_sha256 == wanted else None
 
-    def _behind(self) -> Behind:
+    def _behind(self, setup: str) -> Behind:
         state = self._memory.state
-        return Behind(0 if state is None else state.round, self._memory.state_sha256, self._ready is not None)
+        ready = self._ready is not None and self._ready[0] == setup
+        return Behind(0 if state is None else state.round, self._memory.state_sha256, ready)
 
 
 def catch_up(state: State, table: Table, rows: Sequence[bytes]) -> State | None:
-    """The state after rows that follow it; None if they do not, or return to a state that is no longer here."""
+    """The state after those of the rows that are not in it yet.
+
+    None if there is a gap, or one returns to a state that is no longer here. Raises ReplyError if it is no row.
+    """
     for data in rows:
         try:
             row = decode_row(data)
         except msgspec.DecodeError as error:
             raise ReplyError(f"malformed row: {error}") from error
-        if row.round != state.round or row.restores is not None:
+        if row.round < state.round:
+            continue
+        if row.round > state.round or row.restores is not None:
             return None
-        state = replay(state, table, row)
-    return replace(state, average=state.weights) if rows else None
+        after = replay(state, table, row)
+        state = replace(after, average=after.weights)
+    return state

@@ -23,7 +23,7 @@ from baffle.files import write_atomic
 Outcome = Literal["ok", "late", "refused", "failed", "offline"]
 """Answered in time; asked and not answered by the deadline; answered nonsense; could not; was not connected."""
 
-_MEMBERS, _ROUNDS = "clients.json", "clients.jsonl"
+_MEMBERS, ROUNDS = "clients.json", "clients.jsonl"
 
 
 class Member(msgspec.Struct, frozen=True):
@@ -113,13 +113,13 @@ class Roster:
         if self._folder is None:
             return
         try:
-            descriptor = os.open(self._folder / _ROUNDS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-            try:
-                os.write(descriptor, msgspec.json.encode(log) + b"\n")
-            finally:
-                os.close(descriptor)
+            with (self._folder / ROUNDS).open("a+b") as file:
+                if file.tell():
+                    file.seek(-1, os.SEEK_END)
+                cut = file.read(1) not in (b"\n", b"")  # by a kill: its line ends here
+                file.write(b"\n" * cut + msgspec.json.encode(log) + b"\n")
         except OSError as error:
-            raise JournalError(f"{self._folder / _ROUNDS}: cannot write: {error.strerror}") from error
+            raise JournalError(f"{self._folder / ROUNDS}: cannot write: {error.strerror}") from error
 
 
 def read_members(folder: Path) -> tuple[Member, ...]:
@@ -131,7 +131,7 @@ def read_members(folder: Path) -> tuple[Member, ...]:
         return ()
     except OSError as error:
         raise JournalError(f"{file}: cannot be read: {error.strerror}") from error
-    except msgspec.DecodeError as error:
+    except ValueError as error:  # msgspec's own, and of text that is not UTF-8
         raise CorruptRunError(f"{file}: {error}") from error
 
 
@@ -141,16 +141,16 @@ def read_rounds(folder: Path) -> tuple[RoundLog, ...]:
     A line that a kill cut short is left out.
     """
     try:
-        lines: Sequence[bytes] = (folder / _ROUNDS).read_bytes().splitlines()
+        lines: Sequence[bytes] = (folder / ROUNDS).read_bytes().splitlines()
     except FileNotFoundError:
         return ()
     except OSError as error:
-        raise JournalError(f"{folder / _ROUNDS}: cannot be read: {error.strerror}") from error
+        raise JournalError(f"{folder / ROUNDS}: cannot be read: {error.strerror}") from error
     found: dict[int, RoundLog] = {}
     for line in lines:
         try:
             log = msgspec.json.decode(line, type=RoundLog)
-        except msgspec.DecodeError:
+        except ValueError:
             continue
         found[log.round] = log
     return tuple(found[round] for round in sorted(found))

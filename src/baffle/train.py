@@ -203,7 +203,7 @@ def resume(
         if engine.plan.get("frozen") != journal.config.plan.get("frozen"):
             raise PlanError(f"{path}: the frozen parameters differ from those of the run: expected the same model")
         if rounds is not None:
-            journal.extend(_count("rounds", rounds))
+            journal.extend(rounds=_count("rounds", rounds))
         return _loop(journal.config, engine, journal.state(), journal, test, validation, progress)
     finally:
         journal.close()
@@ -228,6 +228,10 @@ def _loop(
     while state.round <= config.rounds and not lookout.exhausted(last):
         index = state.round
         started = time.perf_counter()
+        if engine.sizes != config.clients:  # some have joined
+            config = msgspec.structs.replace(config, clients=engine.sizes)
+            if journal is not None:
+                journal.extend(clients=engine.sizes)
         task, cohort = method.plan(state, table, engine.sizes, config.key, last)
         calibration = None
         if last is None and method.sigma == "auto":

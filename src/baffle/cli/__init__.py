@@ -22,7 +22,9 @@ from baffle.cli.deploy import app_command, node_command
 from baffle.cli.export import export_command
 from baffle.cli.report import compare_command, report_command
 from baffle.cli.runs import evaluate_command, replay_command
+from baffle.cli.status import status_command
 from baffle.cli.train import resume_command, train_command
+from baffle.cli.up import up_command
 
 app = typer.Typer(
     name="baffle",
@@ -33,11 +35,13 @@ app = typer.Typer(
 )
 app.command("train")(train_command)
 app.command("resume")(resume_command)
+app.command("status")(status_command)
 app.command("replay")(replay_command)
 app.command("evaluate")(evaluate_command)
 app.command("report")(report_command)
 app.command("compare")(compare_command)
 app.command("node")(node_command)
+app.command("up")(up_command)
 app.command("app")(app_command)
 app.command("export")(export_command)
 app.command("calibrate")(calibrate_command)

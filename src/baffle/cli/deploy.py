@@ -1,4 +1,4 @@
-"""``baffle node``, ``baffle up`` and ``baffle app``: training across machines."""
+"""``baffle node`` and ``baffle app``: training across machines."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def node_command(
 
     Runs no code that comes over the network. What it evaluates is a bundle (a graph) or a model of baffle's own.
     """
-    _need_flower()
+    need_flower()
     from baffle.deploy.adapter import Fleet, read_key
     from baffle.deploy.node import run_node
     from baffle.deploy.setups import builder
@@ -78,7 +78,7 @@ def node_command(
 
 def app_command(json_output: Json = False) -> None:
     """Where the Flower app is that 'flwr run' starts, and the hash that clients trust."""
-    _need_flower()
+    need_flower()
     from baffle.deploy.adapter import app_sha256
     from baffle.deploy.places import app_folder
 
@@ -103,7 +103,8 @@ def _sha256(text: str) -> str:
     return text.lower()
 
 
-def _need_flower() -> None:
+def need_flower() -> None:
+    """Raise MissingExtraError if Flower is not installed."""
     try:
         import baffle.engines.flower  # noqa: F401
     except MissingExtraError:

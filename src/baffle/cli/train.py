@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -21,10 +21,14 @@ from baffle.config import DEFAULT_ALPHA, DEFAULT_CLIENTS, DEFAULT_SHARDS, TrainC
 from baffle.journal import Journal, Record
 from baffle.method import Method
 from baffle.optim import Cosine
+from baffle.report.events import EventLog
 from baffle.train import Run, resume, train
 
 _DATA, _LEARN, _RUN = "Data and clients", "Method", "Run"
 _D = TrainConfig()
+TensorBoard = Annotated[
+    bool, typer.Option("--tensorboard", help="Write event files to RUN/events.", rich_help_panel=_RUN)
+]
 
 
 def train_command(
@@ -85,6 +89,9 @@ def train_command(
     weight_decay: Annotated[float | None, option("Weight decay.", _LEARN, _D.weight_decay)] = None,
     clip_scalars: Annotated[float | None, option("Clients clip each scalar to this.", _LEARN)] = None,
     clip_update: Annotated[float | None, option("The server clips the estimate's max-norm to this.", _LEARN)] = None,
+    secure_sum: Annotated[
+        bool | None, option("Sum the clients' integers so that the server sees the sum alone.", _LEARN, "no")
+    ] = None,
     ema: Annotated[float | None, option("Decay of the averaged weights that are evaluated.", _LEARN, _D.ema)] = None,
     guard: Annotated[
         str | None, option("If training diverges: rollback (with a smaller lr), stop, or off.", _LEARN, _D.guard)
@@ -102,6 +109,7 @@ def train_command(
     evaluate_every: Annotated[int | None, option("Rounds between evaluations.", _RUN, _D.evaluate_every)] = None,
     snapshot_every: Annotated[int | None, option("Rounds between snapshots.", _RUN, _D.snapshot_every)] = None,
     out: Annotated[Path | None, option("New run folder; by default runs/DATE-TIME-MODEL.", _RUN)] = None,
+    tensorboard: TensorBoard = False,
     json_output: Json = False,
 ) -> None:
     """Train a model by forward passes only.
@@ -119,15 +127,16 @@ def train_command(
         name: value and str(Path(value).resolve()) for name, value in (("data", options.data), ("start", options.start))
     }
     command = msgspec.to_builtins(options) | places
-    with _progress(options.rounds, []) as progress, _can_go_on(path):
-        run = _run(options, method, setup, path, command, progress)
-    _print_run(run, json_output)
+    with _progress(options.rounds, []) as progress, _events(path, tensorboard, progress) as tell, _can_go_on(path):
+        run = _run(options, method, setup, path, command, tell)
+    print_summary(run.summary(), json_output)
 
 
 def resume_command(
     run: RunPath,
     rounds: Annotated[int | None, typer.Option(help="A new total of rounds.", min=1)] = None,
     repair: Annotated[bool, typer.Option("--repair", help="Drop rounds behind damage; they are kept aside.")] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write event files to RUN/events.")] = False,
     json_output: Json = False,
 ) -> None:
     """Continue a run where it stopped, to the same weights as if it had not."""
@@ -138,7 +147,11 @@ def resume_command(
     schedule = journal.config.method.optimizer.schedule
     if rounds is not None and isinstance(schedule, Cosine) and rounds > schedule.rounds:
         errors.print(f"note: the cosine schedule ended with round {schedule.rounds}; lr stays {schedule.final:g} x lr")
-    with _progress(rounds or journal.config.rounds, journal.records) as progress, _can_go_on(run):
+    with (
+        _progress(rounds or journal.config.rounds, journal.records) as progress,
+        _events(run, tensorboard, progress) as tell,
+        _can_go_on(run),
+    ):
         done = resume(
             run,
             setup.engine,
@@ -146,9 +159,9 @@ def resume_command(
             validation=setup.validation,
             rounds=rounds,
             repair=repair,
-            progress=progress,
+            progress=tell,
         )
-    _print_run(done, json_output)
+    print_summary(done.summary(), json_output)
 
 
 def _run(
@@ -194,6 +207,18 @@ def _run(
         progress=progress,
         command=command,
     )
+
+
+@contextmanager
+def _events(run: Path, wanted: bool, progress: Callable[[Record], None]) -> Iterator[Callable[[Record], None]]:
+    """Each round to the event files, too, if they are wanted."""
+    with EventLog(run / "events" if wanted else None, run) as events:
+
+        def tell(record: Record) -> None:
+            events.add(record)
+            progress(record)
+
+        yield tell
 
 
 @contextmanager
@@ -248,8 +273,8 @@ def _progress(total: int, done: Sequence[Record]) -> Iterator[Callable[[Record],
         yield advance
 
 
-def _print_run(run: Run, json_output: bool) -> None:
-    summary = run.summary()
+def print_summary(summary: Mapping[str, str | int | float | None], json_output: bool) -> None:
+    """The totals of a run that is done: a table, or one line of JSON."""
     if json_output:
         print_json(summary)
         return

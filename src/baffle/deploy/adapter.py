@@ -11,7 +11,7 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -49,6 +49,7 @@ from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PushAppMessagesReques
 from flwr.serverapp import Grid
 from flwr.supercore.error import FlowerError
 from flwr.supercore.inflatable.inflatable_object import (
+    InflatableObject,
     get_all_nested_objects,
     get_object_tree,
     iterate_object_tree,
@@ -83,6 +84,9 @@ class Fleet:
     def __init__(
         self, superlink: str, certificates: Path | None = None, key: ec.EllipticCurvePrivateKey | None = None
     ) -> None:
+        host, _, port = superlink.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+            raise OptionError("superlink", superlink, "HOST:PORT")
         self._key = key or ec.generate_private_key(ec.SECP384R1())
         public = self._key.public_key()
         self._public = public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
@@ -121,13 +125,20 @@ class Fleet:
 
     def connect(self) -> int:
         """Become a node of the SuperLink, or become so again; its number there."""
+        if self._heart is not None and self._pulse():
+            return self._node.node_id  # one that is there already cannot be activated
         request = RegisterNodeFleetRequest(public_key=self._public)
         try:
             self._call(self._client.RegisterNode, request)
         except FederationError as error:
             _log.debug("not registered: %s", error)  # it was before, or an operator has to
         activate = ActivateNodeRequest(public_key=self._public, heartbeat_interval=HEARTBEAT)
-        self._node = Node(node_id=self._call(self._client.ActivateNode, activate).node_id)
+        try:
+            self._node = Node(node_id=self._call(self._client.ActivateNode, activate).node_id)
+        except FederationError as error:
+            if "refuses" not in str(error):
+                raise
+            raise FederationError(f"{error} (expected a registered key, not in use for {2 * HEARTBEAT} s)") from error
         if self._heart is None:
             self._heart = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
             self._heart.start()
@@ -165,8 +176,9 @@ class Fleet:
             response = self._call(self._client.PushMessages, request)
             push = partial(PushObjectRequest, node=self._node, run_id=run, session_id=response.session_id)
             call = partial(self._call, self._client.PushObject)
-            for id in response.objects_to_push:
-                _store(call, push(object_id=id, object_content=objects[id].deflate()))
+            for id in _records_last(response.objects_to_push, objects):
+                if not _stored(call, push(object_id=id, object_content=objects[id].deflate())):
+                    raise FederationError(f"the SuperLink does not store part {id[:12]} of a message")
 
     def app_of(self, message: Message) -> str:
         """SHA-256 of the app bundle that a message's run was started with, taken of the bundle itself."""
@@ -184,20 +196,25 @@ class Fleet:
         if self._heart is not None:
             self._heart.join(timeout=1)
             try:
-                self._call(self._client.DeactivateNode, DeactivateNodeRequest(node_id=self._node.node_id), timeout=2)
+                self._call(self._client.DeactivateNode, DeactivateNodeRequest(node_id=self._node.node_id))
             except FederationError as error:
                 _log.debug("not signed off: %s", error)
         self._client.close()
 
+    def _pulse(self) -> bool:
+        """Send a heartbeat; whether this node is one of the SuperLink's."""
+        request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT)
+        try:
+            return self._call(self._client.SendNodeHeartbeat, request).success
+        except FederationError as error:
+            _log.debug("heartbeat: %s", error)
+            return False
+
     def _beat(self) -> None:
         while not self._stop.wait(_BEAT_EVERY):
-            request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT)
-            try:
-                self._call(self._client.SendNodeHeartbeat, request)
-            except FederationError as error:
-                _log.debug("heartbeat: %s", error)
+            self._pulse()
 
-    def _call(self, method: Callable[..., Result], *request: object, timeout: float | None = None) -> Result:
+    def _call(self, method: Callable[..., Result], *request: object) -> Result:
         try:
             return method(*request)
         except httpx.HTTPStatusError as error:
@@ -215,8 +232,8 @@ class Fleet:
 class QuickGrid:
     """The Grid of a ServerApp with fewer requests and shorter waits: of a reply only the records are fetched.
 
-    What the SuperLink fails to store (its database may be locked for a moment) is sent again. Raises FederationError
-    if that goes on; a reply whose parts do not come within seconds is an error message in its place.
+    What the SuperLink fails to store (its database may be locked for a moment) is sent again; a message of which it
+    does not has no id. A reply whose parts do not come within seconds is an error message in its place.
     """
 
     def __init__(self, grid: HttpGrid) -> None:
@@ -228,7 +245,8 @@ class QuickGrid:
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Send messages; their ids."""
-        objects, heads, trees = {}, [], []
+        objects: dict[str, InflatableObject] = {}
+        heads, trees = [], []
         with no_object_id_recompute():
             for message in messages:
                 message.metadata.__dict__["_message_id"] = message.object_id
@@ -240,9 +258,13 @@ class QuickGrid:
             push = partial(
                 PushObjectRequest, node=self._grid.node, run_id=self._grid.run.run_id, session_id=response.session_id
             )
-            for id in response.objects_to_push:
-                _store(self._client.PushObject, push(object_id=id, object_content=objects[id].deflate()))
-        return list(response.message_ids)
+            lost = {
+                id
+                for id in _records_last(response.objects_to_push, objects)
+                if not _stored(self._client.PushObject, push(object_id=id, object_content=objects[id].deflate()))
+            }
+        parts = ({part.object_id for part in iterate_object_tree(tree)} for tree in trees)
+        return ["" if lost & ids else id for id, ids in zip(response.message_ids, parts, strict=True)]
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """The replies that have come."""
@@ -281,13 +303,18 @@ def _fetch(
         time.sleep(_AGAIN)
 
 
-def _store(call: Callable[[PushObjectRequest], PushObjectResponse], request: PushObjectRequest) -> None:
+def _records_last(ids: Iterable[str], objects: Mapping[str, InflatableObject]) -> list[str]:
+    """The order in which to send objects: who has the records confirms the message, and all of it is forgotten."""
+    return sorted(ids, key=lambda id: isinstance(objects[id], ConfigRecord))
+
+
+def _stored(call: Callable[[PushObjectRequest], PushObjectResponse], request: PushObjectRequest) -> bool:
     """Put an object where the other side fetches it."""
     for attempt in range(_ATTEMPTS):
         if call(request).stored:
-            return
+            return True
         time.sleep(_AGAIN * 2**attempt)
-    raise FederationError(f"the SuperLink does not store part {request.object_id[:12]} of a message")
+    return False
 
 
 def _assembled(head: Message, tree: ObjectTree, pull: Callable[[str], bytes]) -> Message:

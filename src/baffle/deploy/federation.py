@@ -115,7 +115,11 @@ class Federation:
         encoding, kind = serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
         public.write_bytes(read_key(file).public_key().public_bytes(encoding, kind) + b"\n")
         if register and self.secure:
-            self.flwr("supernode", "register", str(public), "local")
+            try:
+                self.flwr("supernode", "register", str(public), "local")
+            except FederationError as error:
+                if "already in use" not in str(error):  # as in a folder that is used again
+                    raise
         return file
 
     def start_node(
@@ -154,9 +158,13 @@ class Federation:
 
     def status(self, run: int) -> str:
         """Where a run stands, as Flower says it: ``running``, ``finished:completed``."""
+        return self.outcome(run)[0]
+
+    def outcome(self, run: int) -> tuple[str, str]:
+        """Where a run stands, and why it failed if it did."""
         found = self.flwr("list", "--run-id", str(run), "local", "--format", "json")
         answer = msgspec.json.decode(found[found.index("{") :], type=_Runs)
-        return answer.runs[0].status
+        return answer.runs[0].status, answer.runs[0].status_details
 
     def server_apps(self) -> list[int]:
         """Process numbers of the ServerApps that run."""
@@ -201,8 +209,9 @@ class Federation:
         return [option, self.certificates] if self.certificates is not None else ["--insecure"]
 
 
-class _RunStatus(msgspec.Struct):
+class _RunStatus(msgspec.Struct, rename="kebab"):
     status: str
+    status_details: str = ""
 
 
 class _Runs(msgspec.Struct):

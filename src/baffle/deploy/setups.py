@@ -21,7 +21,7 @@ from baffle.participant import Build
 from baffle.runtimes import Runtime
 from baffle.runtimes.bundle import Bundle
 
-_TOLD = ("model", "activation", "norm", "trainable", "runtime", "precision", "seed")
+_TOLD = ("model", "activation", "norm", "trainable", "runtime", "precision", "seed", "augment")
 
 
 def setup_of(options: TrainConfig, server: Server) -> Setup:
@@ -71,13 +71,24 @@ def runtime_for(setup: Setup, threads: int | None, trusted: Bundle | None = None
 
 def data_for(setup: Setup, data: Dataset, runtime: Runtime) -> Dataset:
     """Examples as a setup's model takes them: bytes of pixels scaled as the server's. Raises DataError."""
-    if data.x.dtype == np.uint8 and setup.mean:
-        data = replace(data, scaling=Scaling(setup.mean, setup.std))
+    data = replace(data, augmented=bool(setup.options.get("augment")))
+    if setup.mean and np.issubdtype(data.x.dtype, np.integer):
+        if data.x.size and not 0 <= data.x.min() <= data.x.max() <= 255:
+            raise DataError(f"{data.name}.x: {data.x.min()} to {data.x.max()}: expected pixels, 0 to 255 each")
+        data = replace(data, x=data.x.astype(np.uint8, copy=False), scaling=Scaling(setup.mean, setup.std))
     if setup.bundle is not None:
         check_labels(runtime, Bundle.decode(setup.bundle), data)
         return data
     if tuple(data.x.shape[1:]) != setup.shape:
         raise DataError(f"{data.name}.x: examples of shape {list(data.x.shape[1:])}: expected {list(setup.shape)}")
+    if data.is_tokens != (setup.vocabulary is not None):
+        expected = "floating-point numbers" if setup.vocabulary is None else "integer tokens"
+        raise DataError(f"{data.name}.x: {data.x.dtype}: expected {expected}, as the server's")
+    if setup.vocabulary is not None and data.x.size and not 0 <= data.x.min() <= data.x.max() < setup.vocabulary:
+        raise DataError(
+            f"{data.name}.x: tokens {data.x.min()} to {data.x.max()}: expected 0 to {setup.vocabulary - 1}, as the "
+            "server's"
+        )
     data.check_labels(setup.classes)
     return data
 

@@ -125,7 +125,7 @@ class GridTransport:
         ]
         sizes = [size_of(message) for message in messages]
         ids = list(self._grid.push_messages(messages))
-        return [Sent(id or f"unsent-{n}", size) for n, (id, size) in enumerate(zip(ids, sizes, strict=True))]
+        return [Sent(id or "", size) for id, size in zip(ids, sizes, strict=True)]
 
     def receive(self, ids: Sequence[str]) -> list[Arrival]:
         """Pull the replies that have come."""

@@ -74,7 +74,7 @@ class Letter:
 
 @dataclass(frozen=True)
 class Sent:
-    """A letter on its way: what its answer will refer to, and its bytes."""
+    """A letter on its way: what its answer will refer to, and its bytes. Without an ``id`` it was not taken."""
 
     id: str
     size: int
@@ -119,6 +119,10 @@ class _Open:
     at: float
     size: int
     calibrate: bool = False
+    whole: bool = False
+    """It brought all that a client needs that keeps nothing."""
+    again: bool = False
+    """The same was asked anew; an answer to this one still counts."""
 
 
 @dataclass
@@ -175,14 +179,14 @@ class RemoteEngine:
         self._looked = -math.inf
         self._pace = 0.0  # seconds until the first answer of the last round came
         self._known: dict[int, int] = {}  # client -> rows that its state is made of
-        self._forgot: dict[int, int] = {}  # client -> how often it lacked what it had before
+        self._forgot: dict[int, int] = {}  # client -> how often in a row it lacked what it had before
         self._suspects: set[int] = set()
         self._declined: dict[str, int] = {}  # strangers that cannot take part, at which address
         self._plans: dict[str, str | int] = {}
         self._newcomers: list[tuple[str, Present]] = []
         self._round: _Round | None = None
         self._before = (0, 0)  # bytes up and down between rounds, until they are counted
-        self._packed: tuple[bytes, str, bytes] | None = None
+        self._packed: tuple[int, bytes, str, bytes] | None = None
         self._gather(clients)
 
     @property
@@ -259,7 +263,11 @@ class RemoteEngine:
             return
         self._nodes = self._transport.nodes()
         self._looked = time.monotonic()
-        asked = {letter.identity for letter in self._open.values() if letter.client is None}
+        asked = {
+            letter.identity
+            for letter in self._open.values()
+            if letter.client is None and letter.node == self._nodes.get(letter.identity)
+        }
         came = {identity for identity, _ in self._newcomers}
         strangers = [
             (identity, node)
@@ -273,6 +281,8 @@ class RemoteEngine:
         question = encode(Enrol(self._setup_sha256))
         letters = [Letter(node, question, {SETUP: self._setup}) for _, node in strangers]
         for (identity, node), sent in zip(strangers, self._send(letters), strict=False):
+            if not sent.id:
+                continue
             self._open[sent.id] = _Open(None, identity, node, -1, time.monotonic(), sent.size)
             self._before = self._before[0], self._before[1] + sent.size
 
@@ -280,19 +290,24 @@ class RemoteEngine:
         """Number those that have come."""
         for identity, present in sorted(self._newcomers, key=lambda new: (new[1].name, new[0])):
             client = self._roster.add(Member(printable(present.name, 64), identity, present.examples))
-            self._plans = self._plans or dict(present.plan)
+            # what a resume compares is for the server to say
+            self._plans = self._plans or {k: v for k, v in present.plan.items() if k not in ("data", "frozen")}
             if present.state_sha256 and self._history.hash_after(present.round) == present.state_sha256:
                 self._known[client] = present.round
             _log.info("client %d joined: %s, %d examples", client, printable(present.name, 64), present.examples)
         self._newcomers.clear()
 
     def _welcome(self, letter: _Open, response: Response) -> None:
-        if isinstance(response, Present) and 1 <= response.examples <= _MOST_EXAMPLES:
-            self._newcomers.append((letter.identity, response))
+        """Let a stranger in. Raises ReplyError if that is nobody."""
+        if isinstance(response, Failed):
+            self._declined[letter.identity] = letter.node
+            _log.warning("node %s cannot take part: %s", letter.identity[:12], printable(response.reason))
             return
-        reason = response.reason if isinstance(response, Failed) else f"{response!r:.200}: expected who it is"
-        self._declined[letter.identity] = self._nodes.get(letter.identity, -1)
-        _log.warning("node %s cannot take part: %s", letter.identity[:12], printable(reason))
+        if not isinstance(response, Present) or not 1 <= response.examples <= _MOST_EXAMPLES:
+            raise ReplyError(f"{response!r:.200}: expected who it is, with 1 to {_MOST_EXAMPLES} examples")
+        came = {identity for identity, _ in self._newcomers}
+        if letter.identity not in came and self._roster.number(letter.identity) is None:
+            self._newcomers.append((letter.identity, response))
 
     # -- a round -----------------------------------------------------------------------------------------------------
 
@@ -304,6 +319,8 @@ class RemoteEngine:
         self, task: Task, participants: Sequence[int], state: State, rows: Sequence[bytes], *, calibrate: bool
     ) -> dict[int, Answer | Found]:
         """Ask until all that are expected have answered, or a quorum at the deadline."""
+        if len(rows) < self._history.rows:  # another run
+            self._history, self._known = _History(), {}
         self._history.read(rows)
         self._admit()
         self._roster.save()
@@ -341,27 +358,34 @@ class RemoteEngine:
             )
         _log.warning("round %d: %d of %d replies: asking again", this.task.round, len(this.found), need)
         this.attempts.clear()
-        for letter in self._open.values():  # what comes to these still counts
-            letter.at = -math.inf
+        for letter in self._open.values():
+            letter.again = letter.client is not None
 
     def _expected(self, this: _Round) -> list[int]:
         """Participants that the round waits for: connected, neither refused nor known to be slow."""
+        asked = self._asked(this)
         return [
             client
             for client in this.cohort
             if client not in this.found
             and client not in self._suspects
             and self._roster.members[client].identity in self._nodes
-            and this.attempts.get(client, 0) <= _MOST_ATTEMPTS
+            and (this.attempts.get(client, 0) < _MOST_ATTEMPTS or client in asked)
         ]
+
+    def _asked(self, this: _Round) -> set[int]:
+        """Participants that have a question of this round, where they are now."""
+        return {
+            letter.client
+            for letter in self._open.values()
+            if letter.client is not None
+            and (letter.round, letter.calibrate, letter.again) == (this.task.round, this.calibrate, False)
+            and letter.node == self._nodes.get(letter.identity)
+        }
 
     def _ask(self, this: _Round, state: State, rows: Sequence[bytes]) -> None:
         """Send the task to every participant that is connected, has not answered and is not being asked."""
-        asked = {
-            letter.client
-            for letter in self._open.values()
-            if (letter.round, letter.calibrate) == (this.task.round, this.calibrate) and letter.at >= 0
-        }
+        asked = self._asked(this)
         letters: list[Letter] = []
         to: list[int] = []
         for client in this.cohort:
@@ -376,10 +400,13 @@ class RemoteEngine:
             return
         for client, letter, sent in zip(to, letters, self._send(letters), strict=False):
             this.attempts[client] = this.attempts.get(client, 0) + 1
+            if not sent.id:
+                continue
             this.behind.pop(client, None)
+            whole = not letter.parcels.keys().isdisjoint((STATE, WEIGHTS))
             identity = self._roster.members[client].identity
             self._open[sent.id] = _Open(
-                client, identity, letter.node, this.task.round, time.monotonic(), sent.size, this.calibrate
+                client, identity, letter.node, this.task.round, time.monotonic(), sent.size, this.calibrate, whole
             )
             self._visit(this, client, bytes_down=sent.size)
 
@@ -401,7 +428,7 @@ class RemoteEngine:
         if self._downlink == "weights":
             parcels[WEIGHTS] = self._pack(this.task.state_sha256, WEIGHTS, state)
         else:
-            has = self._known.get(client)
+            has = self._known.get(client, self._under_way(client))
             if told is not None:
                 has = told.round if self._history.hash_after(told.round) == told.state_sha256 else None
                 if told.round == 0 and told.state_sha256 == this.task.state_sha256:
@@ -421,28 +448,38 @@ class RemoteEngine:
         )
         return ask, parcels
 
+    def _under_way(self, client: int) -> int | None:
+        """The newest state that was sent to a client that has not answered yet: it takes questions in their order."""
+        sent = [letter.round for letter in self._open.values() if letter.client == client and letter.whole]
+        return max(sent, default=None)
+
     def _pack(self, sha256: bytes, kind: str, state: State) -> bytes:
-        if self._packed is None or self._packed[:2] != (sha256, kind):
-            self._packed = sha256, kind, pack_state(state) if kind == STATE else pack_weights(state.weights)
-        return self._packed[2]
+        key = state.round, sha256, kind
+        if self._packed is None or self._packed[:3] != key:
+            self._packed = *key, pack_state(state) if kind == STATE else pack_weights(state.weights)
+        return self._packed[3]
 
     def _receive(self) -> bool:
         """Take in what has come; False if nothing has."""
-        self._open = {
-            id: letter for id, letter in self._open.items() if letter.at < 0 or time.monotonic() - letter.at < self._ttl
-        }
+        now = time.monotonic()
+        self._open = {id: letter for id, letter in self._open.items() if now - letter.at < self._ttl}
         arrivals = self._transport.receive(list(self._open)) if self._open else []
         for arrival in arrivals:
-            letter = self._open.pop(arrival.id, None)
+            letter = self._open.get(arrival.id)
             if letter is None:
-                self._refuse(None, f"an answer to no question, {arrival.size} bytes")
-                continue
-            self._take(letter, arrival)
+                self._refuse(None, f"an answer to no question, {arrival.size} bytes, from node {arrival.node}")
+            elif arrival.response is not None and arrival.node != letter.node:  # the right one may still come
+                where = f"{self._name(letter)}: an answer from node {arrival.node}"
+                self._refuse(None, f"{where}: expected one from node {letter.node}")
+            else:
+                del self._open[arrival.id]
+                self._take(letter, arrival)
         return bool(arrivals)
 
     def _take(self, letter: _Open, arrival: Arrival) -> None:
         this, client = self._round, letter.client
-        current = this is not None and client is not None and letter.round == this.task.round
+        asked = None if this is None else (this.task.round, this.calibrate)
+        current = client is not None and (letter.round, letter.calibrate) == asked
         if current and this is not None and client is not None:
             self._visit(this, client, bytes_up=arrival.size)
         else:
@@ -451,8 +488,6 @@ class RemoteEngine:
             _log.warning("%s: %s", self._name(letter), printable(arrival.error or "no answer", 200))
             return
         try:
-            if arrival.node != letter.node:
-                raise ReplyError(f"an answer from node {arrival.node}: expected one from node {letter.node}")
             longest = LONGEST + (0 if this is None else 4 * this.task.local_steps * this.task.num_directions)
             if len(arrival.response) > longest:
                 raise ReplyError(f"{len(arrival.response)} bytes: expected at most {longest}")
@@ -464,14 +499,17 @@ class RemoteEngine:
             else:
                 self._judge(this, client, letter, response)
         except ReplyError as error:
+            if client is None:
+                self._declined[letter.identity] = letter.node
             self._refuse(client if current else None, f"{self._name(letter)}: {error}")
 
     def _judge(self, this: _Round, client: int, letter: _Open, response: Response) -> None:
         """Accept what fits the round. Raises ReplyError if it does not."""
-        seconds = time.monotonic() - letter.at if letter.at >= 0 else self._deadline
+        seconds = time.monotonic() - letter.at
         if isinstance(response, Behind):
-            if client in self._known:  # it had more when it last answered
-                del self._known[client]
+            if this.attempts.get(client, 0) >= _MOST_ATTEMPTS:
+                raise ReplyError(f"behind after {_MOST_ATTEMPTS} questions: expected an answer to the task")
+            if self._known.pop(client, None) is not None and not response.state_sha256:  # it had one when it answered
                 self._forgot[client] = self._forgot.get(client, 0) + 1
             this.behind[client] = response
             return
@@ -482,18 +520,18 @@ class RemoteEngine:
             return
         if isinstance(response, Answer) and not letter.calibrate:
             self._check(this, client, response)
-        elif isinstance(response, Found) and letter.calibrate and this.calibrate:
+        elif isinstance(response, Found) and letter.calibrate:
             check_found(this.task, client, response, [f for f in this.found.values() if isinstance(f, Found)])
-        elif isinstance(response, Found) and letter.calibrate:  # for the round before this one was calibrated
-            self._late(client, letter, response)
-            return
         else:
             raise ReplyError(f"{type(response).__name__}: expected an answer to the task")
-        if client in this.found:
-            raise ReplyError("a second answer: expected one")
+        if client in this.found:  # it was asked twice
+            self._late(client, letter, response)
+            return
         this.found[client] = response
         if self._downlink == "replay":
             self._known[client] = self._history.rows
+        if not letter.whole:
+            self._forgot.pop(client, None)
         self._suspects.discard(client)
         self._visit(this, client, outcome="ok", seconds=seconds)
 
@@ -510,6 +548,8 @@ class RemoteEngine:
     def _late(self, client: int, letter: _Open, response: Response) -> None:
         """An answer after its round was closed: not used, but its client is back."""
         self._suspects.discard(client)
+        if isinstance(response, Answer) and self._history.hash_after(letter.round) == response.state_sha256:
+            self._known[client] = letter.round
         self._roster.count_late()
         _log.info("%s answered round %d too late (%s)", self._name(letter), letter.round, type(response).__name__)
 

@@ -2,9 +2,25 @@
 
 Both read configuration, metrics and rows; the folder of a baseline with true gradients has no rows, and what rows
 tell is then left out.
+
+Beside them, for a run that is going on: ``status`` and, for TensorBoard, ``events``. These do without matplotlib, so
+it is loaded with the first page.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
 from baffle.report.log import RunLog, read_run, totals
-from baffle.report.pages import compare, report
+
+if TYPE_CHECKING:
+    from baffle.report.pages import compare, report
 
 __all__ = ["RunLog", "compare", "read_run", "report", "totals"]
+
+
+def __getattr__(name: str) -> object:
+    if name in ("compare", "report"):
+        return getattr(importlib.import_module("baffle.report.pages"), name)
+    raise AttributeError(f"module 'baffle.report' has no attribute {name!r}")

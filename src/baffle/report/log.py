@@ -62,7 +62,7 @@ def read_run(path: str | Path) -> RunLog:
     name = path.resolve().name or str(path)
     log = RunLog(name, path, read_config(path), ())
     if log.backprop:
-        records, damage = _read_records(path / "metrics.jsonl")
+        records, damage = read_records(path / "metrics.jsonl")
         return replace(log, records=records, damage=damage)
     journal = Journal.open(path)
     rows = tuple(decode_row(row) for row in journal.rows)
@@ -158,7 +158,7 @@ def _summary(log: RunLog) -> dict[str, Value]:
     return found if found.get("weights_sha256") == last else {}
 
 
-def _read_records(file: Path) -> tuple[tuple[Record, ...], str | None]:
+def read_records(file: Path) -> tuple[tuple[Record, ...], str | None]:
     """The metrics of a run without rows, up to the first line that is none; a last line cut short is no damage."""
     try:
         lines = file.read_bytes().split(b"\n")
