@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from baffle.aggregate import SecureSum as secure_sum
 from baffle.aggregate import WeightedSum as weighted_sum
 from baffle.client import ClipScalars as clip_scalars
 from baffle.data import Dataset, from_torch, hold_out, load, partition
@@ -69,6 +70,7 @@ __all__ = [
     "partition",
     "prune",
     "resume",
+    "secure_sum",
     "sgd",
     "shrink",
     "train",

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from baffle.errors import ReplyError
+from baffle.checks import require_count
+from baffle.errors import PlanError, ReplyError
 from baffle.types import LIMIT, Cohort, Integers, Reply, Row, Task, unpack_int32
 
 FIRST_EXPONENT = -8
@@ -36,11 +37,13 @@ class Aggregate:
 class WeightedSum(msgspec.Struct, frozen=True, tag="weighted_sum"):
     """Plain sums of the weighted integers; with per-client directions the vectors are kept side by side."""
 
-    def combine(self, task: Task, cohort: Cohort, replies: Sequence[Reply]) -> Aggregate:
+    def combine(self, task: Task, cohort: Cohort, replies: Sequence[Reply] | Aggregate) -> Aggregate:
         """Sum the replies to one task. The order in which they came does not matter.
 
         Raises ReplyError if one does not fit the task, or if there is none.
         """
+        if isinstance(replies, Aggregate):
+            raise ReplyError(f"round {task.round}: a sum: expected the clients' replies")
         if not replies:
             raise ReplyError(f"round {task.round}: no client replied")
         ordered = sorted(replies, key=lambda r: r.client)
@@ -54,6 +57,66 @@ class WeightedSum(msgspec.Struct, frozen=True, tag="weighted_sum"):
             clipped=sum(r.clipped for r in ordered),
             nonfinite=sum(r.nonfinite for r in ordered),
         )
+
+
+class SecureSum(msgspec.Struct, frozen=True, tag="secure_sum"):
+    """Sums of which the server sees nothing but the sum (``docs/secure-sum.md``).
+
+    ``minimum``: the smallest cohort that is summed. ``neighbours``: with how many others a client shares masks, at
+    most; in a larger cohort they form a random regular graph.
+
+    Examples:
+        >>> SecureSum(minimum=1)
+        Traceback (most recent call last):
+        baffle.errors.OptionError: secure_sum.minimum = 1: expected an integer >= 2
+    """
+
+    minimum: int = 3
+    neighbours: int = 100
+
+    def __post_init__(self) -> None:
+        require_count("secure_sum.minimum", self.minimum, 2)
+        require_count("secure_sum.neighbours", self.neighbours, 2, 250)
+
+    def combine(self, task: Task, cohort: Cohort, replies: Sequence[Reply] | Aggregate) -> Aggregate:
+        """The sum that the engine and the clients have made, checked against the public weights of who is in it.
+
+        Raises ReplyError if it is not the sum of participants of this round.
+        """
+        if not isinstance(replies, Aggregate):
+            raise ReplyError(f"round {task.round}: single replies: expected a secure sum")
+        if not replies.participants:
+            return replies
+        weights = sum(cohort.get(client, 0) for client in replies.participants)
+        largest = int(np.abs(replies.vectors).max(initial=0))
+        if not set(replies.participants) <= cohort.keys() or replies.weight_sum != weights:
+            raise ReplyError(f"round {task.round}: a sum of weights {replies.weight_sum}: expected {weights}")
+        if replies.vectors.shape != (1, task.local_steps, task.num_directions) or largest > LIMIT * weights:
+            raise ReplyError(f"round {task.round}: a sum with {largest}: expected at most {LIMIT} x {weights}")
+        return replies
+
+    def check(self, scalars: int, participants: int) -> None:
+        """Raise PlanError if a round of so many scalars and participants could overflow, or hide nobody."""
+        if participants < self.minimum:
+            raise PlanError(
+                f"{participants} participants with secure_sum.minimum = {self.minimum}: expected at least as many"
+            )
+        if scalars * participants >= 2**32:
+            raise PlanError(
+                f"{scalars} scalars of {participants} participants with a secure sum: their counts could reach 2**32: "
+                "expected fewer"
+            )
+
+
+def nothing(task: Task) -> Aggregate:
+    """A round that brought nothing usable: no sum could be made."""
+    return Aggregate(
+        vectors=np.zeros((1, task.local_steps, task.num_directions), np.int64),
+        participants=(),
+        weight_sum=1,
+        clipped=0,
+        nonfinite=task.local_steps * task.num_directions,
+    )
 
 
 def check_reply(task: Task, cohort: Cohort, reply: Reply) -> Integers:
@@ -78,7 +141,7 @@ def check_reply(task: Task, cohort: Cohort, reply: Reply) -> Integers:
 
 def scalar_rms(row: Row) -> float:
     """Root mean square of the aggregated scalars: derivatives of the mean loss along the directions."""
-    weight = row.weight_sum if row.sharing == "shared" else row.weight_sum / len(row.participants)
+    weight = row.weight_sum if row.sharing == "shared" else row.weight_sum / max(1, len(row.participants))
     return float(np.sqrt(np.mean(row.integers.astype(np.float64) ** 2))) / weight * 2.0**row.exponent
 
 
@@ -95,7 +158,7 @@ def typical_scalar(row: Row) -> float:
 
 def clipped_share(row: Row) -> float:
     """Share of the clients' scalars that were clipped."""
-    return row.clipped / (row.num_directions * row.local_steps * len(row.participants))
+    return row.clipped / (row.num_directions * row.local_steps * max(1, len(row.participants)))
 
 
 def next_exponent(last: Row | None, clip: float | None = None) -> int:

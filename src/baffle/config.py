@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 import msgspec
 
+from baffle.aggregate import SecureSum, WeightedSum
 from baffle.checks import keep_floats, require_between, require_count, require_positive
 from baffle.client import ClipScalars
 from baffle.data import Dataset, partition
@@ -65,6 +66,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     weight_decay: float = 0.0
     clip_scalars: float | None = None
     clip_update: float | None = None
+    secure_sum: bool = False
     ema: float = 0.98
     guard: str = "rollback"
     rounds: int = 200
@@ -112,7 +114,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             raise OptionError("momentum", self.momentum, f"optimizer sgd, not {self.optimizer}")
 
     def _check_backprop(self, kind: str) -> None:
-        for field in ("clip_scalars", "lattice", "runtime", "precision", "prune"):
+        for field in ("clip_scalars", "lattice", "runtime", "precision", "prune", "secure_sum"):
             value = getattr(self, field)
             if value != _DEFAULTS[field] and not (field == "prune" and self.prune_by == "channels"):
                 raise OptionError(field, value, f"none with backprop {kind}, which is dense and in float32, by PyTorch")
@@ -149,6 +151,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             local_lr=self.local_lr,
             client=() if self.clip_scalars is None else (ClipScalars(self.clip_scalars),),
             server=() if self.clip_update is None else (ClipUpdate(self.clip_update),),
+            aggregate=SecureSum() if self.secure_sum else WeightedSum(),
             optimizer=self._optimizer(),
             ema=self.ema,
             guard={"rollback": Guard(), "stop": Guard(rollbacks=0), "off": None}[self.guard],

@@ -8,6 +8,7 @@
     ├── BundleError          (ValueError)       a client bundle is damaged or of another kind
     ├── ReplyError           (ValueError)       a client's reply is malformed or does not fit its task
     ├── FederationError      (ConnectionError)  clients on other machines are too few, or cannot be reached
+    ├── SecureSumError       (ValueError)       a round of the secure sum cannot go on, or a client breaks its rules
     ├── DivergedError        (ArithmeticError)  weights would become NaN or infinite
     ├── JournalError         (OSError)          a run folder cannot be read or written
     │   ├── RunExistsError   (FileExistsError)
@@ -67,6 +68,10 @@ class ReplyError(BaffleError, ValueError):
 
 class FederationError(BaffleError, ConnectionError):
     """Clients on other machines are too few, or cannot be reached."""
+
+
+class SecureSumError(BaffleError, ValueError):
+    """A round of the secure sum cannot go on, or somebody breaks its rules."""
 
 
 class DivergedError(BaffleError, ArithmeticError):

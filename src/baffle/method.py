@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from baffle import optim
-from baffle.aggregate import WeightedSum, calibrates, next_exponent
+from baffle.aggregate import Aggregate, SecureSum, WeightedSum, calibrates, next_exponent
 from baffle.checks import keep_floats, require_between, require_count, require_positive
 from baffle.client import ClipScalars, weight_of
 from baffle.directions import Directions
@@ -76,6 +76,7 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
     * ``local_steps``, ``local_lr``: SGD steps on the client before it replies, and their learning rate; with
       plain ``sgd`` on the server the default lr / local_steps is federated averaging (FedAvg).
     * ``client``, ``server``: clipping of scalars, of the estimate.
+    * ``aggregate``: ``weighted_sum()``, or ``secure_sum()``: the server learns the sum alone.
     * ``ema``: decay of the average of the weights that is evaluated.
     * ``guard``: what to do when the run diverges; None: nothing, but NaN and infinity stop it.
 
@@ -97,7 +98,7 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
     local_lr: float | None = None
     client: tuple[ClipScalars, ...] = ()
     server: tuple[ClipUpdate, ...] = ()
-    aggregate: WeightedSum = WeightedSum()
+    aggregate: WeightedSum | SecureSum = WeightedSum()
     optimizer: Optimizer = Adam()
     ema: float = 0.98
     guard: Guard | None = Guard()
@@ -124,6 +125,8 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
             msgspec.structs.force_setattr(self, field, tuple(getattr(self, field)))
         if self.local_steps > 1 and self.sharing == "per-client":
             raise PlanError("local_steps > 1 with sharing = 'per-client': local steps need directions shared by step")
+        if isinstance(self.aggregate, SecureSum) and self.sharing == "per-client":
+            raise PlanError("secure_sum with sharing = 'per-client': scalars along different directions have no sum")
         if self.lattice and (self.family == "gaussian" or self.local_steps > 1):
             raise PlanError(
                 f"lattice = {self.lattice} with family {self.family!r}, local_steps = {self.local_steps}: expected "
@@ -149,13 +152,14 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
         """
         measured = FIRST_SIGMA if last is None else last.sigma
         count = max(1, round(self.participation * len(sizes)))
-        rng = generator((key, state.round), Purpose.PARTICIPANTS)
         quantum = quantum_for(max(sizes), count)
-        chosen = sorted(rng.choice(len(sizes), size=count, replace=False).tolist())
+        chosen, following = (_choose((key, round), len(sizes), count) for round in (state.round, state.round + 1))
         cohort = {client: weight_of(sizes[client], quantum) for client in chosen}
         heaviest = sum(sorted(weight_of(size, quantum) for size in sizes)[-count:])  # of any round: refuse at once
         directions = Directions(table, self.family, (key, state.round))
         check_exact(directions, self.num_directions, self.local_steps, heaviest)
+        if isinstance(self.aggregate, SecureSum):
+            self.aggregate.check(self.num_directions * self.local_steps, count)
         clip = min((c.limit for c in self.client), default=None) if not calibrates(last) else None
         task = Task(
             round=state.round,
@@ -172,6 +176,8 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
             local_steps=self.local_steps,
             local_lr=self._local_lr(state.step + 1, self._lr_scale(last)),
             quantum=quantum,
+            secure=self.aggregate.neighbours if isinstance(self.aggregate, SecureSum) else 0,
+            next_cohort=tuple(following) if isinstance(self.aggregate, SecureSum) else (),
             state_sha256=state_sha256(state) if last is None else last.state_sha256,
         )
         return task, cohort
@@ -182,12 +188,14 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
         table: Table,
         task: Task,
         cohort: Cohort,
-        replies: Sequence[Reply],
+        replies: Sequence[Reply] | Aggregate,
         last: Row | None,
         execution: Execution = FAST,
         good: Callable[[], Good] | None = None,
     ) -> tuple[Row, State]:
         """Aggregate the replies, decide every number of the update, apply it: the row and the new state.
+
+        A secure sum comes as one ``Aggregate``.
 
         An update that would bring weights near overflow is not applied: the row then returns to ``good``.
         Raises ReplyError if a reply does not fit, DivergedError if there is no ``good`` to return to.
@@ -328,6 +336,12 @@ def descend(
             "NaN; it was not applied. Use a smaller lr, or clip_update"
         )
     return State(round + 1, state.step + 1, weights, slots, average)
+
+
+def _choose(key: tuple[int, int], clients: int, count: int) -> list[int]:
+    """A round's participants, in ascending order."""
+    chosen: list[int] = generator(key, Purpose.PARTICIPANTS).choice(clients, size=count, replace=False).tolist()
+    return sorted(chosen)
 
 
 def _gradient(table: Table, row: Row, state: State, execution: Execution) -> Weights:

@@ -39,6 +39,7 @@ class Purpose(IntEnum):
     PARTICIPANTS = 5
     BATCH = 6
     PARTITION = 7
+    GRAPH = 8
 
 
 def word3(purpose: Purpose, client: int = 0, step: int = 0) -> int:

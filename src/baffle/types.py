@@ -138,6 +138,10 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     local_lr: float
     quantum: int
     """Examples per unit of a client's integer weight."""
+    secure: int = 0
+    """In a secure sum: with how many neighbours a client shares masks, at most. 0: plain sums."""
+    next_cohort: tuple[int, ...] = ()
+    """In a secure sum: who is to take part in the round after this one, so that keys for it can come with the reply."""
     state_sha256: bytes
     """Hash of the replay state that the round starts from."""
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from baffle.aggregate import Aggregate
 from baffle.calibrate import Calibration
 from baffle.data import Dataset
 from baffle.method import State
@@ -25,7 +26,8 @@ class Exchange:
     examples in them. Bytes are lengths of encoded messages.
     """
 
-    replies: tuple[Reply, ...]
+    replies: tuple[Reply, ...] | Aggregate
+    """Of each client, or of a secure sum the sum alone."""
     forward_passes: int
     samples_forwarded: int
     bytes_up: int

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,6 +22,10 @@ from baffle.method import State
 from baffle.runtimes import Evaluation, Runtime
 from baffle.types import Reply, Table, Task, Weights
 from baffle.wire import decode_row, encode_message
+
+if TYPE_CHECKING:
+    from baffle.secure.client import SecureClient
+    from baffle.secure.together import Summed
 
 
 class LocalEngine:
@@ -51,6 +56,7 @@ class LocalEngine:
                 raise DataError(f"client {i} has no examples: expected at least one")
         self._runtime, self._clients, self._together, self._execution = runtime, tuple(clients), together, execution
         self._history = _History(len(clients))
+        self._secure: _Secure | None = None
 
     @property
     def table(self) -> Table:
@@ -92,21 +98,30 @@ class LocalEngine:
             replies = self._answer_together(task, participants, state.weights)
         else:
             replies = [self._answer(task, client, state.weights) for client in participants]
+        secure = self._sum(task, replies) if task.secure else None
         passes = task.local_steps * len(perturbations(task, self.table, 0))
         examples = sum(min(task.batch_size or len(self._clients[c]), len(self._clients[c])) for c in participants)
         state_bytes = sum(a.nbytes for a in (state.weights, *state.slots.values()))
         caught_up = self._history.catch_up(participants, state_bytes, rows)
         return Exchange(
-            replies=tuple(replies),
+            replies=tuple(replies) if secure is None else secure.total,
             forward_passes=passes * len(participants),
             samples_forwarded=passes * examples,
-            bytes_up=sum(len(encode_message(r)) for r in replies),
-            bytes_down=len(encode_message(task)) * len(participants) + caught_up,
+            bytes_up=sum(len(encode_message(r)) for r in replies) if secure is None else secure.bytes_up,
+            bytes_down=len(encode_message(task)) * len(participants)
+            + caught_up
+            + (0 if secure is None else secure.bytes_down),
         )
 
     def batch(self, task: Task, client: int, step: int) -> Dataset:
         """The mini-batch that a client draws for a local step of a task."""
         return draw(task, self._clients[client], client, step)
+
+    def _sum(self, task: Task, replies: Sequence[Reply]) -> Summed:
+        """Sum securely, as clients of a deployment do; each run has new ones."""
+        if self._secure is None or self._secure.key != task.key or self._secure.last >= task.round:
+            self._secure = _Secure(task.key)
+        return self._secure.sum(task, replies)
 
     def _answer(self, task: Task, client: int, weights: Weights) -> Reply:
         return respond(
@@ -132,6 +147,25 @@ class LocalEngine:
             )
             for client, part in zip(participants, parts, strict=True)
         ]
+
+
+class _Secure:
+    """The clients' halves of a run's secure sums, made when they first take part."""
+
+    def __init__(self, key: int) -> None:
+        self.key, self.last = key, -1
+        self._clients: dict[int, SecureClient] = {}
+
+    def sum(self, task: Task, replies: Sequence[Reply]) -> Summed:
+        from baffle.secure.client import SecureClient  # needs cryptography, which plain sums do without
+        from baffle.secure.masks import Identity
+        from baffle.secure.together import sum_together
+
+        self.last = task.round
+        cohort = [answered.client for answered in replies]
+        for client in set(cohort) - self._clients.keys():  # the method's minimum was checked by its plan
+            self._clients[client] = SecureClient(Identity.make(), client, self.key, minimum=2, degree=task.secure)
+        return sum_together(task, {client: self._clients[client] for client in cohort}, replies)
 
 
 class _History:

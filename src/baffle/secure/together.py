@@ -1,0 +1,70 @@
+"""A whole round of the secure sum in one process: every message is made, and its bytes are counted.
+
+What the simulation runs; and what tests run, with clients that are lost at any stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from baffle.aggregate import Aggregate
+from baffle.secure.client import SecureClient
+from baffle.secure.server import SecureRound
+from baffle.types import Reply, Task, unpack_int32
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Clients that are lost before they advertise, before their vector, before their shares."""
+
+    before_advert: Collection[int] = field(default_factory=tuple)
+    before_vector: Collection[int] = field(default_factory=tuple)
+    before_shares: Collection[int] = field(default_factory=tuple)
+
+
+@dataclass(frozen=True)
+class Summed:
+    """The sum of the survivors' replies, and what it took: bytes of all clients' messages, and of those to them."""
+
+    total: Aggregate
+    bytes_up: int
+    bytes_down: int
+
+
+def sum_together(
+    task: Task, clients: Mapping[int, SecureClient], replies: Sequence[Reply], lost: Lost = Lost()
+) -> Summed:
+    """Sum replies by the protocol. Raises SecureSumError if too many clients are lost."""
+    cards = {client: secure.card for client, secure in clients.items()}
+    cohort = sorted(clients)
+    size = task.local_steps * task.num_directions
+    here = SecureRound(task.key, task.round, cohort, cards, size, degree=task.secure)
+    up = down = 0
+    for client in cohort:
+        if client not in lost.before_advert:
+            advert = clients[client].advertise(task.round, cohort, cards)
+            up += len(msgspec.msgpack.encode(advert))
+            here.advertise(advert)
+    given = {reply.client: reply for reply in replies}
+    for client in sorted(here.advertised):
+        introduced = here.introduce(client)
+        down += len(msgspec.msgpack.encode(introduced))
+        if client not in lost.before_vector:
+            reply = given[client]
+            counts = (reply.weight, reply.clipped, reply.nonfinite)
+            masked = clients[client].mask(task.round, introduced, unpack_int32(reply.scalars), counts)
+            up += len(msgspec.msgpack.encode(masked))
+            here.add(masked)
+    survivors = here.survive()
+    for client in survivors.clients:
+        down += len(msgspec.msgpack.encode(survivors))
+        if client not in lost.before_shares:
+            unmasked = clients[client].unmask(survivors)
+            up += len(msgspec.msgpack.encode(unmasked))
+            here.unmask(unmasked)
+    total, (weight, clipped, nonfinite) = here.total()
+    vectors = total.reshape(1, task.local_steps, task.num_directions)
+    return Summed(Aggregate(vectors, survivors.clients, weight, clipped, nonfinite), up, down)
