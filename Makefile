@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format bench docs clean
+.PHONY: help demo deploy-demo test test-all lint format bench docs clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -15,6 +15,9 @@ help:  ## Show this list.
 
 demo: .venv/installed  ## Install into .venv and train digits by forward passes only (about a minute).
 	$(BIN)/baffle train --batch-size 16 --rounds 200 --json
+
+deploy-demo: .venv/installed  ## The same with SuperLink, TLS and 3 clients as processes, some of them killed.
+	$(BIN)/python apps/demo.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

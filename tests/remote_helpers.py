@@ -15,7 +15,8 @@ import torch.nn.functional as F
 
 import baffle as bf
 from baffle.engines import Exchange, remote
-from baffle.engines.remote import Arrival, Letter, RemoteEngine, Sent
+from baffle.engines.remote import RemoteEngine
+from baffle.engines.transport import Arrival, Letter, Sent
 from baffle.journal import Record
 from baffle.messages import Ask, Question, Response, Setup, decode_question, decode_response
 from baffle.method import State

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 import baffle as bf
 from baffle.calibrate import LADDER
-from baffle.engines.remote import Arrival, Downlink, Letter
+from baffle.engines.remote import Downlink
+from baffle.engines.transport import Arrival, Letter
 from baffle.errors import FederationError
 from baffle.guard import Guard
 from baffle.journal import Record

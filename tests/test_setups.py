@@ -23,7 +23,7 @@ from baffle.deploy.setups import builder, setup_of
 from baffle.directions import Directions
 from baffle.edge import load_arrays
 from baffle.engines.flower import GridTransport, Node, from_records, reply_to, size_of, to_records
-from baffle.engines.remote import Letter
+from baffle.engines.transport import Letter
 from baffle.errors import BaffleError, BundleError, DataError, ModelError, OptionError, ReplyError
 from baffle.messages import SETUP, Enrol, Failed, Present, Setup, decode_response, decode_setup, encode
 from baffle.participant import Participant

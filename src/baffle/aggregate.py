@@ -4,34 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import msgspec
 import numpy as np
 
 from baffle.checks import require_count
 from baffle.errors import PlanError, ReplyError
-from baffle.types import LIMIT, Cohort, Integers, Reply, Row, Task, unpack_int32
+from baffle.types import LIMIT, Aggregate, Cohort, Integers, Reply, Row, Task, unpack_int32
 
 FIRST_EXPONENT = -8
 """Scale of round 0: range +-64, resolution 1/256. It only has to be near enough to measure with."""
 _TARGET_BITS = 10  # root mean square of one client's integers; the limit is 16 times that
 _CALIBRATION_ROUNDS = 4
-
-
-@dataclass(frozen=True)
-class Aggregate:
-    """What the server learns from a round.
-
-    ``vectors`` is int64[V, local_steps, K]: one weighted sum (V = 1) with shared directions, one a participant
-    otherwise.
-    """
-
-    vectors: Integers
-    participants: tuple[int, ...]
-    weight_sum: int
-    clipped: int
-    nonfinite: int
 
 
 class WeightedSum(msgspec.Struct, frozen=True, tag="weighted_sum"):

@@ -11,10 +11,13 @@ from typing import TypeAlias
 import msgspec
 
 from baffle.errors import ReplyError
+from baffle.secure.letters import Advert, Card, Introduced, Masked, Survivors, Unmasked
 from baffle.types import Reply, Table, Task
 
 STATE, WEIGHTS, SETUP = "state", "weights", "setup"
 """Names of parcels: the replay state, the weights alone, an encoded Setup."""
+CARDS, INTRODUCED = "cards", "introduced"
+"""In a secure sum: the cards of a client's neighbours, by number; what these advertised for it."""
 LONGEST = 2**16
 """Bytes of a client's message besides its scalars, at most."""
 
@@ -53,6 +56,8 @@ class Present(msgspec.Struct, frozen=True, kw_only=True, tag="present"):
     plan: dict[str, str | int]
     state_sha256: bytes
     round: int
+    card: Card | None = None
+    """For secure sums, from a client that can take part in them."""
 
 
 class Ask(msgspec.Struct, frozen=True, kw_only=True, tag="ask"):
@@ -86,6 +91,32 @@ class Found(msgspec.Struct, frozen=True, tag="found"):
     samples_forwarded: int
 
 
+class Advertise(msgspec.Struct, frozen=True, kw_only=True, tag="advertise"):
+    """Make keys for a round of a secure sum, and shares of them. Beside it, cards."""
+
+    setup: str
+    key: int
+    round: int
+    neighbours: int
+    cohort: tuple[int, ...]
+
+
+class Concealed(msgspec.Struct, frozen=True, kw_only=True, tag="concealed"):
+    """The reply to a task in a secure sum, and an advert for the next round, if the client can make one."""
+
+    masked: Masked
+    advert: Advert | None
+    state_sha256: bytes = b""
+
+
+class Unmask(msgspec.Struct, frozen=True, kw_only=True, tag="unmask"):
+    """Give shares, so that the sum of the survivors can be unmasked."""
+
+    setup: str
+    key: int
+    survivors: Survivors
+
+
 class Behind(msgspec.Struct, frozen=True, tag="behind"):
     """The client cannot get to the task's state from what it has: which state that is, and whether it has the setup."""
 
@@ -100,11 +131,13 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     reason: str
 
 
-Question: TypeAlias = Enrol | Ask
-Response: TypeAlias = Present | Answer | Found | Behind | Failed
+Question: TypeAlias = Enrol | Ask | Advertise | Unmask
+Response: TypeAlias = Present | Answer | Found | Advert | Concealed | Unmasked | Behind | Failed
 
 _questions = msgspec.msgpack.Decoder(Question)
 _responses = msgspec.msgpack.Decoder(Response)
+_cards = msgspec.msgpack.Decoder(dict[int, Card])
+_introductions = msgspec.msgpack.Decoder(tuple[Introduced, ...])
 _setups = msgspec.msgpack.Decoder(Setup)
 
 
@@ -142,6 +175,22 @@ def decode_setup(data: bytes) -> Setup:
         return _setups.decode(data)
     except (ValueError, RecursionError) as error:
         raise ReplyError(f"malformed setup: {error}") from error
+
+
+def decode_cards(data: bytes) -> dict[int, Card]:
+    """The parcel of cards; ReplyError if it is none."""
+    try:
+        return _cards.decode(data)
+    except (ValueError, RecursionError) as error:
+        raise ReplyError(f"malformed cards: {error}") from error
+
+
+def decode_introductions(data: bytes) -> tuple[Introduced, ...]:
+    """The parcel of introductions; ReplyError if it is none."""
+    try:
+        return _introductions.decode(data)
+    except (ValueError, RecursionError) as error:
+        raise ReplyError(f"malformed introductions: {error}") from error
 
 
 def printable(text: str, most: int = 2000) -> str:

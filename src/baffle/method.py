@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from baffle import optim
-from baffle.aggregate import Aggregate, SecureSum, WeightedSum, calibrates, next_exponent
+from baffle.aggregate import SecureSum, WeightedSum, calibrates, next_exponent
 from baffle.checks import keep_floats, require_between, require_count, require_positive
 from baffle.client import ClipScalars, weight_of
 from baffle.directions import Directions
@@ -30,6 +30,7 @@ from baffle.quantize import MOST_CODES, unscale
 from baffle.types import (
     MAX_WEIGHT,
     MAX_WEIGHT_SUM,
+    Aggregate,
     Cohort,
     Difference,
     Family,

@@ -9,27 +9,34 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import msgspec
 
 from baffle.calibrate import EXAMPLES, calibrate
 from baffle.client import check_task, draw, respond
 from baffle.data import Dataset
-from baffle.errors import BaffleError, ReplyError
+from baffle.errors import BaffleError, PlanError, ReplyError, SecureSumError
 from baffle.messages import (
+    CARDS,
+    INTRODUCED,
     SETUP,
     STATE,
     WEIGHTS,
+    Advertise,
     Answer,
     Ask,
     Behind,
+    Concealed,
     Enrol,
     Failed,
     Found,
     Present,
     Response,
     Setup,
+    Unmask,
+    decode_cards,
+    decode_introductions,
     decode_question,
     decode_setup,
     encode,
@@ -38,8 +45,13 @@ from baffle.messages import (
 from baffle.method import State, replay, state_sha256
 from baffle.parcels import unpack_state, unpack_weights
 from baffle.runtimes import Runtime
-from baffle.types import Table, Task, Weights, table_size
+from baffle.secure.letters import Card
+from baffle.types import Reply, Table, Task, Weights, table_size, unpack_int32
 from baffle.wire import decode_row, encode_message
+
+if TYPE_CHECKING:
+    from baffle.secure.client import SecureClient
+    from baffle.secure.masks import Identity
 
 _REASON = 2000  # letters
 
@@ -64,6 +76,8 @@ class Participant:
     """Answers questions about one client's data.
 
     ``build`` is called with each new setup. No question makes it raise: what goes wrong is told to the server.
+    With an ``identity`` it takes part in secure sums, in cohorts of at least ``minimum``; with ``only_secure`` it
+    refuses to give its scalars in any other way.
 
     Examples:
         >>> import torch.nn.functional as F
@@ -76,8 +90,20 @@ class Participant:
         b'\\x82\\xa4type\\xa6failed'
     """
 
-    def __init__(self, name: str, build: Build, memory: Memory | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        build: Build,
+        memory: Memory | None = None,
+        *,
+        identity: Identity | None = None,
+        minimum: int = 3,
+        only_secure: bool = False,
+    ) -> None:
         self._name, self._build, self._memory = name, build, memory or Memory()
+        self._identity, self._minimum, self._only_secure = identity, minimum, only_secure
+        self._cards: dict[int, Card] = {}
+        self._secure: dict[tuple[int, int], SecureClient] = {}  # by run key and number; a run's rounds are not repeated
         self._ready: tuple[str, Runtime, Dataset] | None = None
         self._last: tuple[bytes, bytes] | None = None  # a task, and what was answered
 
@@ -85,7 +111,14 @@ class Participant:
         """What to say, as client number ``client``, to a question, encoded."""
         try:
             asked = decode_question(question)
-            response = self._enrol(asked, parcels) if isinstance(asked, Enrol) else self._work(asked, parcels, client)
+            if isinstance(asked, Enrol):
+                response: Response | bytes = self._enrol(asked, parcels)
+            elif isinstance(asked, Advertise):
+                response = self._advertise(asked, parcels, client)
+            elif isinstance(asked, Unmask):
+                response = self._once(question, lambda: self._sums(asked.key, client).unmask(asked.survivors))
+            else:
+                response = self._work(asked, parcels, client)
             return response if isinstance(response, bytes) else encode(response)
         except BaffleError as error:
             return encode(Failed(printable(str(error), _REASON)))
@@ -104,6 +137,7 @@ class Participant:
             plan=runtime.plan,
             state_sha256=self._memory.state_sha256,
             round=0 if state is None else state.round,
+            card=None if self._identity is None else self._identity.card,
         )
 
     def _work(self, asked: Ask, parcels: Mapping[str, bytes], client: int) -> Response | bytes:
@@ -118,12 +152,56 @@ class Participant:
         kept = b"" if WEIGHTS in parcels else asked.task.state_sha256
         if asked.calibrate:
             return self._calibrate(asked.task, runtime, data, weights, client)
-        key = encode_message(asked.task) + hashlib.sha256(weights.tobytes()).digest() + client.to_bytes(8, "big")
-        if self._last is None or self._last[0] != key:
-            task = asked.task
+        task = asked.task
+        if self._only_secure and not task.secure:
+            raise PlanError("a plain sum: this client takes part in secure sums only")
+        introduced = parcels.get(INTRODUCED, b"")
+
+        def answer() -> Response:
+            sums = self._sums(task.key, client) if task.secure else None
             reply = respond(task, runtime, weights, lambda step: draw(task, data, client, step), client, len(data))
-            self._last = key, encode(Answer(reply, kept))
+            return Answer(reply, kept) if sums is None else self._conceal(sums, task, reply, introduced, kept)
+
+        start = hashlib.sha256(weights.tobytes()).digest()
+        return self._once(encode_message(task) + start + client.to_bytes(8, "big") + introduced, answer)
+
+    def _once(self, key: bytes, answer: Callable[[], Response]) -> bytes:
+        """What the same question was answered, or an answer to it."""
+        if self._last is None or self._last[0] != key:
+            self._last = key, encode(answer())
         return self._last[1]
+
+    def _advertise(self, asked: Advertise, parcels: Mapping[str, bytes], client: int) -> Response:
+        if self._identity is None:
+            raise PlanError("a secure sum: this client has no keys for one")
+        if CARDS in parcels:
+            self._cards |= decode_cards(parcels[CARDS])
+        if (asked.key, client) not in self._secure:
+            from baffle.secure.client import SecureClient  # needs cryptography, which plain sums do without
+
+            self._secure[asked.key, client] = SecureClient(
+                self._identity, client, asked.key, minimum=self._minimum, degree=asked.neighbours
+            )
+        return self._secure[asked.key, client].advertise(asked.round, asked.cohort, self._cards)
+
+    def _sums(self, key: int, client: int) -> SecureClient:
+        found = self._secure.get((key, client))
+        if found is None:
+            raise ReplyError("a secure sum that this client has made no keys for")
+        return found
+
+    def _conceal(
+        self, sums: SecureClient, task: Task, reply: Reply, introduced: bytes, state_sha256: bytes
+    ) -> Concealed:
+        """The reply under masks, and keys for the next round, so that it takes one exchange less."""
+        counts = (reply.weight, reply.clipped, reply.nonfinite)
+        others = decode_introductions(introduced)
+        masked = sums.mask(task.round, others, unpack_int32(reply.scalars), counts)
+        try:
+            advert = sums.advertise(task.round + 1, task.next_cohort, self._cards)
+        except SecureSumError:  # not in that cohort, or with neighbours whose cards are not here
+            advert = None
+        return Concealed(masked=masked, advert=advert, state_sha256=state_sha256)
 
     def _calibrate(self, task: Task, runtime: Runtime, data: Dataset, weights: Weights, client: int) -> Found:
         batch = draw(msgspec.structs.replace(task, batch_size=EXAMPLES), data, client, 0)

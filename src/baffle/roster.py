@@ -32,6 +32,8 @@ class Member(msgspec.Struct, frozen=True):
     name: str
     identity: str
     examples: int
+    card: str = ""
+    """In hexadecimal digits: its keys for secure sums, 64 bytes; empty: it takes part in plain sums only."""
 
 
 class Visit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

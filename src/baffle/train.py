@@ -244,7 +244,9 @@ def _loop(
                 forward_passes=exchange.forward_passes + calibration.forward_passes,
                 samples_forwarded=exchange.samples_forwarded + calibration.samples_forwarded,
             )
-        last, state = method.absorb(state, table, task, cohort, exchange.replies, last, good=lookout.good)
+        last, state = method.absorb(
+            state, table, task, cohort, exchange.total or exchange.replies, last, good=lookout.good
+        )
         due = index % config.evaluate_every == 0
         evaluated = last.restores is None and (due or index == config.rounds)
         loss, accuracy = evaluate(engine, state.average, watched) if evaluated else (None, None)

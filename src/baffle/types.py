@@ -7,6 +7,7 @@ Everything here is immutable. Messages are encoded as MessagePack maps in field 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
 import msgspec
@@ -198,6 +199,21 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     def integers(self) -> Integers:
         """The scalars as int64[vectors, local_steps, K]."""
         return unpack_int32(self.scalars).reshape(-1, self.local_steps, self.num_directions)
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """What the server learns from a round.
+
+    ``vectors`` is int64[V, local_steps, K]: one weighted sum (V = 1) with shared directions, one a participant
+    otherwise.
+    """
+
+    vectors: Integers
+    participants: tuple[int, ...]
+    weight_sum: int
+    clipped: int
+    nonfinite: int
 
 
 def pack_int32(values: Integers) -> bytes:

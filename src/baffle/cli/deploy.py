@@ -42,6 +42,15 @@ def node_command(
             help="This node's private key (ECDSA); by default one for this process.", rich_help_panel=_SECURITY
         ),
     ] = None,
+    only_secure: Annotated[
+        bool,
+        typer.Option(
+            "--only-secure", help="Refuse plain sums: take part in secure ones only.", rich_help_panel=_SECURITY
+        ),
+    ] = False,
+    minimum_cohort: Annotated[
+        int, typer.Option(help="Smallest cohort of a secure sum to hide in.", min=2, rich_help_panel=_SECURITY)
+    ] = 3,
     trust: Annotated[
         list[str] | None,
         typer.Option(
@@ -56,23 +65,31 @@ def node_command(
     Runs no code that comes over the network. What it evaluates is a bundle (a graph) or a model of baffle's own.
     """
     need_flower()
-    from baffle.deploy.adapter import Fleet, read_key
+    from baffle.deploy.adapter import Fleet, read_key, secret_of
     from baffle.deploy.node import run_node
     from baffle.deploy.setups import builder
     from baffle.edge import load_arrays
     from baffle.participant import Participant
     from baffle.runtimes.bundle import Bundle
+    from baffle.secure.masks import Identity
 
     if insecure == (root_certificates is not None):
         raise OptionError("root-certificates", root_certificates and str(root_certificates), "it, or --insecure")
     trusted = [_sha256(text) for text in trust or [_own_app()]]
     own = None if bundle is None else Bundle.load(bundle)
     build = builder(load_arrays(data), threads=threads, bundle=own, model=model)
-    participant = Participant(name or socket.gethostname(), build)
+    own_key = None if key is None else read_key(key)
+    participant = Participant(
+        name or socket.gethostname(),
+        build,
+        identity=Identity.make(None if own_key is None else secret_of(own_key)),
+        minimum=minimum_cohort,
+        only_secure=only_secure,
+    )
     stop = threading.Event()
     _on_signal(stop)
     _speak()
-    with Fleet(superlink, root_certificates, None if key is None else read_key(key)) as fleet:
+    with Fleet(superlink, root_certificates, own_key) as fleet:
         run_node(fleet, participant, trusted=trusted, stop=stop)
 
 

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -63,13 +64,15 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from baffle.engines.flower import PART, Post
 from baffle.errors import FederationError, OptionError
+from baffle.messages import printable
 
 HEARTBEAT = 10
 """Seconds: the shortest interval that Flower allows; a node counts as gone after two."""
 _BEAT_EVERY = 4.0
 _AGAIN = 0.01
 _ATTEMPTS = 8
-_PULL_PATIENCE = 120.0
+_PULL_PATIENCE = 30.0
+_LINGER = 3.0
 _log = logging.getLogger("baffle")
 Result = TypeVar("Result")
 
@@ -219,9 +222,9 @@ class Fleet:
             return method(*request)
         except httpx.HTTPStatusError as error:
             told = FlowerError.from_json(error.response.text)
-            reason = f"{told.message} {told.public_details or ''}" if told is not None else error.response.text[:200]
+            reason = f"{told.message} {told.public_details or ''}" if told is not None else error.response.text
             raise FederationError(
-                f"{self._address} refuses ({error.response.status_code}): {reason.strip()}"
+                f"{self._address} refuses ({error.response.status_code}): {printable(reason, 200)}"
             ) from error
         except httpx.HTTPError as error:
             raise FederationError(f"{self._address} cannot be reached: {error}") from error
@@ -232,19 +235,29 @@ class Fleet:
 class QuickGrid:
     """The Grid of a ServerApp with fewer requests and shorter waits: of a reply only the records are fetched.
 
-    What the SuperLink fails to store (its database may be locked for a moment) is sent again; a message of which it
-    does not has no id. A reply whose parts do not come within seconds is an error message in its place.
+    Raises FederationError for what may go by. What the SuperLink fails to store (its database may be locked for a
+    moment) is sent again; a message of which it does not has no id. A reply whose parts do not come within seconds is
+    an error message in its place. The SuperLink may forget a reply some seconds after it was read: its sender is then
+    done with sending the rest.
     """
 
     def __init__(self, grid: HttpGrid) -> None:
         self._grid, self._client = grid, grid._runtime_client
+        self._read: deque[tuple[float, str]] = deque()  # replies, and when they were read
 
     def get_nodes(self) -> Iterable[NodeInfo]:
         """Who is connected."""
-        return self._grid.get_nodes()
+        return _told(lambda: self._grid.get_nodes())
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Send messages; their ids."""
+        return _told(lambda: self._push(messages))
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """The replies that have come."""
+        return _told(lambda: self._pull(message_ids))
+
+    def _push(self, messages: Iterable[Message]) -> list[str]:
         objects: dict[str, InflatableObject] = {}
         heads, trees = [], []
         with no_object_id_recompute():
@@ -266,22 +279,34 @@ class QuickGrid:
         parts = ({part.object_id for part in iterate_object_tree(tree)} for tree in trees)
         return ["" if lost & ids else id for id, ids in zip(response.message_ids, parts, strict=True)]
 
-    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """The replies that have come."""
+    def _pull(self, message_ids: Iterable[str]) -> list[Message]:
         response = self._client.PullMessages(PullAppMessagesRequest(message_ids=message_ids))
         pairs = zip(response.messages_list, response.message_object_trees, strict=True)
-        return [self._pull(message_from_proto(head), tree) for head, tree in pairs]
+        found = [self._read_whole(message_from_proto(head), tree) for head, tree in pairs]
+        while self._read and self._read[0][0] < time.monotonic() - _LINGER:
+            _, id = self._read.popleft()
+            node, run = self._grid.node, self._grid.run.run_id
+            confirm = ConfirmMessageReceivedRequest(node=node, run_id=run, message_object_id=id)
+            self._client.ConfirmMessageReceived(confirm)
+        return found
 
-    def _pull(self, head: Message, tree: ObjectTree) -> Message:
+    def _read_whole(self, head: Message, tree: ObjectTree) -> Message:
         node, run = self._grid.node, self._grid.run.run_id
         request = partial(PullObjectRequest, node=node, run_id=run)
         try:
             message = _assembled(head, tree, lambda id: _fetch(self._client.PullObject, request(object_id=id), 10))
         except FederationError as error:
             message = make_message(head.metadata, error=Error(ErrorCode.MESSAGE_UNAVAILABLE, str(error)))
-        id = head.metadata.message_id
-        self._client.ConfirmMessageReceived(ConfirmMessageReceivedRequest(node=node, run_id=run, message_object_id=id))
+        self._read.append((time.monotonic(), head.metadata.message_id))
         return message
+
+
+def _told(call: Callable[[], Result]) -> Result:
+    """What the SuperLink cannot do now is no reason for the run to end. Connection errors are waited out by Flower."""
+    try:
+        return call()
+    except httpx.HTTPStatusError as error:
+        raise FederationError(f"the SuperLink answers {error.response.status_code}") from error
 
 
 def quick(grid: Grid) -> Post:
@@ -352,6 +377,11 @@ def read_key(file: Path) -> ec.EllipticCurvePrivateKey:
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise OptionError("key", str(file), f"{expected}, not another kind of key")
     return key
+
+
+def secret_of(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """The number that a private key is: what a node's other long-lived keys are derived from."""
+    return key.private_numbers().private_value.to_bytes(66, "big")
 
 
 def app_sha256(app: Path) -> str:

@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from baffle.aggregate import Aggregate
 from baffle.calibrate import Calibration
 from baffle.data import Dataset
 from baffle.method import State
 from baffle.runtimes import Evaluation
-from baffle.types import Reply, Table, Task, Weights
+from baffle.types import Aggregate, Reply, Table, Task, Weights
 
 
 @dataclass(frozen=True)
@@ -26,12 +25,13 @@ class Exchange:
     examples in them. Bytes are lengths of encoded messages.
     """
 
-    replies: tuple[Reply, ...] | Aggregate
-    """Of each client, or of a secure sum the sum alone."""
+    replies: tuple[Reply, ...]
     forward_passes: int
     samples_forwarded: int
     bytes_up: int
     bytes_down: int
+    total: Aggregate | None = None
+    """In a secure sum, instead of replies: the sum alone."""
 
 
 class Engine(Protocol):

@@ -22,7 +22,8 @@ try:
 except ImportError as error:
     raise MissingExtraError("Flower is not installed: pip install 'baffle[flower]'") from error
 
-from baffle.engines.remote import Arrival, Downlink, Letter, RemoteEngine, Sent
+from baffle.engines.remote import Downlink, RemoteEngine
+from baffle.engines.transport import Arrival, Letter, Sent
 from baffle.messages import Setup
 from baffle.participant import Participant
 from baffle.roster import Roster

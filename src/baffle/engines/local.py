@@ -104,13 +104,14 @@ class LocalEngine:
         state_bytes = sum(a.nbytes for a in (state.weights, *state.slots.values()))
         caught_up = self._history.catch_up(participants, state_bytes, rows)
         return Exchange(
-            replies=tuple(replies) if secure is None else secure.total,
+            replies=tuple(replies) if secure is None else (),
             forward_passes=passes * len(participants),
             samples_forwarded=passes * examples,
             bytes_up=sum(len(encode_message(r)) for r in replies) if secure is None else secure.bytes_up,
             bytes_down=len(encode_message(task)) * len(participants)
             + caught_up
             + (0 if secure is None else secure.bytes_down),
+            total=None if secure is None else secure.total,
         )
 
     def batch(self, task: Task, client: int, step: int) -> Dataset:

@@ -10,37 +10,46 @@ whole state where that is shorter, and proves by a hash that it arrived where th
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from baffle.aggregate import check_reply
+from baffle.aggregate import check_reply, nothing
 from baffle.calibrate import Calibration, agree, check_found
 from baffle.checks import require_between, require_count, require_positive
 from baffle.client import perturbations, weight_of
 from baffle.data import Dataset
 from baffle.engines import Exchange
-from baffle.errors import FederationError, ReplyError, require_choice
+from baffle.engines.history import History
+from baffle.engines.transport import Arrival, Letter, Sent, Transport
+from baffle.errors import FederationError, ReplyError, SecureSumError, require_choice
 from baffle.messages import (
+    CARDS,
+    INTRODUCED,
     LONGEST,
     SETUP,
     STATE,
     WEIGHTS,
+    Advertise,
     Answer,
     Ask,
     Behind,
+    Concealed,
     Enrol,
     Failed,
     Found,
     Present,
+    Question,
     Response,
     Setup,
+    Unmask,
     decode_response,
     encode,
     printable,
@@ -49,63 +58,21 @@ from baffle.method import State
 from baffle.parcels import pack_state, pack_weights
 from baffle.roster import Member, Outcome, Roster, RoundLog, Visit
 from baffle.runtimes import Evaluation, Runtime
-from baffle.types import Cohort, Reply, Table, Task, Weights
-from baffle.wire import decode_row
+from baffle.secure.letters import Advert, Card, Unmasked
+from baffle.types import Aggregate, Cohort, Table, Task, Weights
+
+if TYPE_CHECKING:
+    from baffle.secure.server import SecureRound
 
 Downlink = Literal["replay", "weights"]
+Stage = Literal["enrol", "calibrate", "answer", "advert", "vector", "shares", "lost"]
+"""What is being asked; the last four are those of a secure sum."""
 
 _log = logging.getLogger("baffle")
 _MOST_EXAMPLES = 2**40
 _MOST_ATTEMPTS = 4  # questions to one client until the deadline, each answered by what it lacks
 _POLL, _SLOWEST_POLL = 0.05, 0.25  # seconds between looks for answers
 _LOOK_AROUND = 1.0  # seconds between looks at who is connected
-
-
-@dataclass(frozen=True)
-class Letter:
-    """A question to a node, with its parcels."""
-
-    node: int
-    question: bytes
-    parcels: Mapping[str, bytes] = field(default_factory=dict)
-    client: int = 0
-    """The number that the node has in this run. All else is the same for all that are asked the same."""
-
-
-@dataclass(frozen=True)
-class Sent:
-    """A letter on its way: what its answer will refer to, and its bytes. Without an ``id`` it was not taken."""
-
-    id: str
-    size: int
-
-
-@dataclass(frozen=True)
-class Arrival:
-    """An answer to the letter ``id``, or the transport's word that there will be none."""
-
-    id: str
-    node: int | None
-    """Who sent it; None: the transport itself."""
-    response: bytes | None
-    error: str | None
-    size: int
-
-
-class Transport(Protocol):
-    """Carries letters. Sizes are bytes of whole messages, as they are sent."""
-
-    def nodes(self) -> Mapping[str, int]:
-        """Who is connected: identity -> address."""
-        ...
-
-    def send(self, letters: Sequence[Letter], ttl: float) -> list[Sent]:
-        """Send letters that may be answered within ``ttl`` seconds. Raises FederationError if now is not the time."""
-        ...
-
-    def receive(self, ids: Sequence[str]) -> list[Arrival]:
-        """The answers that have come to some of these letters; each once."""
-        ...
 
 
 @dataclass
@@ -118,7 +85,7 @@ class _Open:
     round: int
     at: float
     size: int
-    calibrate: bool = False
+    stage: Stage = "enrol"
     whole: bool = False
     """It brought all that a client needs that keeps nothing."""
     again: bool = False
@@ -131,11 +98,21 @@ class _Round:
 
     task: Task
     cohort: Cohort
-    calibrate: bool
-    found: dict[int, Answer | Found] = field(default_factory=dict)
+    stage: Stage
+    began: float
+    asked: Collection[int]
+    """Whom this stage asks."""
+    secure: SecureRound | None = None
+    found: dict[int, Response] = field(default_factory=dict)
     attempts: dict[int, int] = field(default_factory=dict)
     behind: dict[int, Behind] = field(default_factory=dict)
     visits: dict[int, Visit] = field(default_factory=dict)
+
+    def enough(self, need: int) -> bool:
+        """Whether the stage can be closed: so many have answered, or the shares that are there suffice."""
+        if self.secure is not None and self.stage in ("shares", "lost"):
+            return self.secure.opened if self.stage == "shares" else self.secure.ready
+        return len(self.found) >= need
 
 
 class RemoteEngine:
@@ -173,16 +150,18 @@ class RemoteEngine:
         self._setup_sha256 = hashlib.sha256(self._setup).hexdigest()
         self._downlink, self._quorum, self._deadline, self._patience = downlink, quorum, deadline, patience
         self._roster = roster or Roster(None)
-        self._history = _History()
+        self._history = History()
         self._open: dict[str, _Open] = {}
         self._nodes: Mapping[str, int] = {}
         self._looked = -math.inf
         self._pace = 0.0  # seconds until the first answer of the last round came
         self._known: dict[int, int] = {}  # client -> rows that its state is made of
+        self._heard: set[int] = set()  # clients that have said since the engine began what they have
         self._forgot: dict[int, int] = {}  # client -> how often in a row it lacked what it had before
         self._suspects: set[int] = set()
         self._declined: dict[str, int] = {}  # strangers that cannot take part, at which address
         self._plans: dict[str, str | int] = {}
+        self._adverts: dict[tuple[int, tuple[int, ...]], list[Advert]] = {}  # for a round and cohort still to come
         self._newcomers: list[tuple[str, Present]] = []
         self._round: _Round | None = None
         self._before = (0, 0)  # bytes up and down between rounds, until they are counted
@@ -211,27 +190,34 @@ class RemoteEngine:
 
     def calibrate(self, task: Task, participants: Sequence[int], state: State) -> Calibration:
         """Let each participant measure; the sigma is chosen by the median of their errors."""
-        found = self._ask_all(task, participants, state, [], calibrate=True)
-        return agree([f for f in found.values() if isinstance(f, Found)])
+        this = self._begin(task, participants, [], "calibrate")
+        self._ask_all(this, state, [], self._need(participants))
+        self._close(this)
+        return agree([f for f in this.found.values() if isinstance(f, Found)])
 
     def exchange(self, task: Task, participants: Sequence[int], state: State, rows: Sequence[bytes]) -> Exchange:
         """Ask the participants, wait for a quorum. Bytes are those of whole messages, both ways.
 
         Those of newcomers and of a calibration count for the round that follows.
         """
-        found = self._ask_all(task, participants, state, rows, calibrate=False)
-        replies = tuple(f.reply for f in found.values() if isinstance(f, Answer))
+        this = self._begin(task, participants, rows, "advert" if task.secure else "answer")
+        total = self._sum(this, state, rows) if task.secure else None
+        if total is None:
+            self._ask_all(this, state, rows, self._need(participants))
+        replies = tuple(f.reply for f in this.found.values() if isinstance(f, Answer))
+        answered = [r.client for r in replies] if total is None else list(total.participants)
+        self._close(this)
         visits = self._roster.last.visits if self._roster.last is not None else ()
         up, down = self._before
         self._before = 0, 0
         passes = task.local_steps * len(perturbations(task, self.table, 0))
-        examples = sum(min(task.batch_size or self.sizes[r.client], self.sizes[r.client]) for r in replies)
         return Exchange(
             replies,
-            passes * len(replies),
-            passes * examples,
+            passes * len(answered),
+            passes * sum(min(task.batch_size or self.sizes[client], self.sizes[client]) for client in answered),
             up + sum(v.bytes_up for v in visits),
             down + sum(v.bytes_down for v in visits),
+            total,
         )
 
     # -- who is there ------------------------------------------------------------------------------------------------
@@ -261,8 +247,12 @@ class RemoteEngine:
         """See who is connected, and ask strangers who they are."""
         if time.monotonic() - self._looked < _LOOK_AROUND:
             return
-        self._nodes = self._transport.nodes()
         self._looked = time.monotonic()
+        try:
+            self._nodes = self._transport.nodes()
+        except FederationError as error:
+            _log.warning("who is connected is not known: %s", error)
+            return
         asked = {
             letter.identity
             for letter in self._open.values()
@@ -289,12 +279,14 @@ class RemoteEngine:
     def _admit(self) -> None:
         """Number those that have come."""
         for identity, present in sorted(self._newcomers, key=lambda new: (new[1].name, new[0])):
-            client = self._roster.add(Member(printable(present.name, 64), identity, present.examples))
+            name = printable(present.name, 64)
+            client = self._roster.add(Member(name, identity, present.examples, _hex(present.card)))
+            self._heard.add(client)
             # what a resume compares is for the server to say
             self._plans = self._plans or {k: v for k, v in present.plan.items() if k not in ("data", "frozen")}
             if present.state_sha256 and self._history.hash_after(present.round) == present.state_sha256:
                 self._known[client] = present.round
-            _log.info("client %d joined: %s, %d examples", client, printable(present.name, 64), present.examples)
+            _log.info("client %d joined: %s, %d examples", client, name, present.examples)
         self._newcomers.clear()
 
     def _welcome(self, letter: _Open, response: Response) -> None:
@@ -315,19 +307,25 @@ class RemoteEngine:
     def _ttl(self) -> float:
         return max(600.0, 10 * self._deadline)
 
-    def _ask_all(
-        self, task: Task, participants: Sequence[int], state: State, rows: Sequence[bytes], *, calibrate: bool
-    ) -> dict[int, Answer | Found]:
-        """Ask until all that are expected have answered, or a quorum at the deadline."""
+    def _need(self, participants: Collection[int]) -> int:
+        return max(1, math.ceil(self._quorum * len(participants)))
+
+    def _begin(self, task: Task, participants: Sequence[int], rows: Sequence[bytes], stage: Stage) -> _Round:
         if len(rows) < self._history.rows:  # another run
-            self._history, self._known = _History(), {}
+            self._history, self._known = History(), {}
         self._history.read(rows)
         self._admit()
         self._roster.save()
         sizes = self.sizes
         cohort = {client: weight_of(sizes[client], task.quantum) for client in participants}
-        this = self._round = _Round(task, cohort, calibrate)
-        need = max(1, math.ceil(self._quorum * len(participants)))
+        self._round = _Round(task, cohort, stage, time.monotonic(), tuple(cohort))
+        return self._round
+
+    def _ask_all(self, this: _Round, state: State, rows: Sequence[bytes], need: int) -> None:
+        """Ask until all that are expected have answered, or at the deadline as many as are needed.
+
+        Raises FederationError after the patience, SecureSumError if a secure sum can no longer be made.
+        """
         began = time.monotonic()
         deadline, wait = began + self._deadline, max(_POLL, min(_SLOWEST_POLL, 0.6 * self._pace))
         first = math.inf
@@ -339,18 +337,72 @@ class RemoteEngine:
             now = time.monotonic()
             first = min(first, now - began) if came else first
             wait = _POLL if came else min(_SLOWEST_POLL, wait * 1.2)
-            enough = len(this.found) >= need
-            if enough and (now >= deadline or not self._expected(this)):
+            enough = this.enough(need)
+            waiting = bool(self._expected(this))
+            if enough and (now >= deadline or not waiting):
                 break
+            if this.secure is not None and not waiting and any(v.outcome == "failed" for v in this.visits.values()):
+                raise SecureSumError(f"round {this.task.round}: {len(this.found)} of {need} clients can go on")
             if now >= deadline:
                 self._extend(this, need, now - began)
                 deadline = now + self._deadline
         self._pace = first
-        self._close(this, began)
-        return this.found
+
+    def _sum(self, this: _Round, state: State, rows: Sequence[bytes]) -> Aggregate:
+        """A secure sum: keys of those that have sent none yet, masked vectors, shares. Nothing if it cannot be made.
+
+        A client answers a round once, so one that failed is not asked again: the run goes on with the next.
+        """
+        from baffle.secure.graph import threshold
+        from baffle.secure.server import SecureRound  # needs cryptography, which plain sums do without
+
+        task = this.task
+        cards = {
+            client: Card(card[:32], card[32:])
+            for client in this.cohort
+            if (card := bytes.fromhex(self._roster.members[client].card))
+        }
+        need = max(self._need(this.cohort), threshold(len(this.cohort)))
+        if len(cards) < need:
+            raise FederationError(
+                f"round {task.round}: {len(cards)} of {len(this.cohort)} clients have keys for a secure sum: expected "
+                f"{need} of 'baffle node'"
+            )
+        try:
+            size = task.local_steps * task.num_directions
+            this.secure = SecureRound(task.key, task.round, tuple(cards), cards, size, degree=task.secure)
+            for advert in self._adverts.pop((task.round, tuple(cards)), []):
+                with contextlib.suppress(SecureSumError):  # it is asked for another
+                    this.secure.advertise(advert)
+            self._enter(this, "advert", cards.keys() - this.secure.advertised)
+            if this.asked:
+                self._ask_all(this, state, rows, need - len(this.secure.advertised))
+            self._enter(this, "vector", this.secure.advertised)
+            self._ask_all(this, state, rows, need)
+            self._enter(this, "shares", this.secure.survive().clients)
+            self._ask_all(this, state, rows, need)
+            if this.secure.lost:
+                self._enter(this, "lost", this.secure.missing & this.secure.signatures.keys())
+                self._ask_all(this, state, rows, need)
+            vectors, (weight, clipped, nonfinite) = this.secure.total()
+        except SecureSumError as error:
+            _log.warning("no sum: %s", error)
+            return nothing(task)
+        vectors = vectors.reshape(1, task.local_steps, task.num_directions)
+        return Aggregate(vectors, this.secure.survive().clients, weight, clipped, nonfinite)
+
+    def _enter(self, this: _Round, stage: Stage, asked: Collection[int]) -> None:
+        """Go on to another stage of a round."""
+        this.stage, this.asked = stage, tuple(sorted(asked))
+        this.found, this.attempts, this.behind = {}, {}, {}
+        for client in this.asked:
+            if client in this.visits:
+                this.visits[client] = msgspec.structs.replace(this.visits[client], outcome="late")
 
     def _extend(self, this: _Round, need: int, waited: float) -> None:
         """The deadline has come without a quorum: ask again, or give up."""
+        if this.stage in ("shares", "lost") and waited >= 2 * self._deadline:
+            raise SecureSumError(f"round {this.task.round}: too few shares to unmask the sum")
         if waited >= self._patience:
             raise FederationError(
                 f"round {this.task.round}: {len(this.found)} of the {need} replies it needs within "
@@ -366,7 +418,7 @@ class RemoteEngine:
         asked = self._asked(this)
         return [
             client
-            for client in this.cohort
+            for client in this.asked
             if client not in this.found
             and client not in self._suspects
             and self._roster.members[client].identity in self._nodes
@@ -379,7 +431,7 @@ class RemoteEngine:
             letter.client
             for letter in self._open.values()
             if letter.client is not None
-            and (letter.round, letter.calibrate, letter.again) == (this.task.round, this.calibrate, False)
+            and (letter.round, letter.stage, letter.again) == (this.task.round, this.stage, False)
             and letter.node == self._nodes.get(letter.identity)
         }
 
@@ -388,7 +440,7 @@ class RemoteEngine:
         asked = self._asked(this)
         letters: list[Letter] = []
         to: list[int] = []
-        for client in this.cohort:
+        for client in this.asked:
             identity = self._roster.members[client].identity
             exhausted = this.attempts.get(client, 0) >= _MOST_ATTEMPTS
             if client in this.found or client in asked or identity not in self._nodes or exhausted:
@@ -406,7 +458,7 @@ class RemoteEngine:
             whole = not letter.parcels.keys().isdisjoint((STATE, WEIGHTS))
             identity = self._roster.members[client].identity
             self._open[sent.id] = _Open(
-                client, identity, letter.node, this.task.round, time.monotonic(), sent.size, this.calibrate, whole
+                client, identity, letter.node, this.task.round, time.monotonic(), sent.size, this.stage, whole
             )
             self._visit(this, client, bytes_down=sent.size)
 
@@ -418,7 +470,28 @@ class RemoteEngine:
             _log.warning("not sent: %s", error)
             return []
 
-    def _question(self, this: _Round, client: int, state: State, rows: Sequence[bytes]) -> tuple[Ask, dict[str, bytes]]:
+    def _question(
+        self, this: _Round, client: int, state: State, rows: Sequence[bytes]
+    ) -> tuple[Question, dict[str, bytes]]:
+        """What this stage asks of a client."""
+        task, secure = this.task, this.secure
+        if secure is None or this.stage == "vector":
+            ask, parcels = self._task(this, client, state, rows)
+            if secure is not None:
+                parcels[INTRODUCED] = msgspec.msgpack.encode(secure.introduce(client))
+            return ask, parcels
+        if this.stage in ("shares", "lost"):
+            return Unmask(setup=self._setup_sha256, key=task.key, survivors=secure.told(client)), {}
+        advertise = Advertise(
+            setup=self._setup_sha256,
+            key=task.key,
+            round=task.round,
+            neighbours=task.secure,
+            cohort=tuple(secure.cards),
+        )
+        return advertise, {CARDS: msgspec.msgpack.encode(secure.cards_for(client))}
+
+    def _task(self, this: _Round, client: int, state: State, rows: Sequence[bytes]) -> tuple[Ask, dict[str, bytes]]:
         """The task, and what leads to its state from the one that a client has, as far as is known."""
         told = this.behind.get(client)
         parcels: dict[str, bytes] = {}
@@ -435,6 +508,8 @@ class RemoteEngine:
                     has = 0
             elif self._forgot.get(client, 0) > 1:
                 has = None
+            elif has is None and client not in self._heard:  # of a run that is continued: it may have much of it
+                return Ask(setup=self._setup_sha256, task=this.task, rows=()), parcels
             whole = sum(values.nbytes for values in (state.weights, *state.slots.values()))
             if has is None or not self._history.leads_from(has) or self._history.bytes_after(has) > whole:
                 parcels[STATE] = self._pack(this.task.state_sha256, STATE, state)
@@ -444,7 +519,7 @@ class RemoteEngine:
             setup=self._setup_sha256,
             task=this.task,
             rows=tuple(pending),
-            calibrate=this.calibrate,
+            calibrate=this.stage == "calibrate",
         )
         return ask, parcels
 
@@ -463,7 +538,11 @@ class RemoteEngine:
         """Take in what has come; False if nothing has."""
         now = time.monotonic()
         self._open = {id: letter for id, letter in self._open.items() if now - letter.at < self._ttl}
-        arrivals = self._transport.receive(list(self._open)) if self._open else []
+        try:
+            arrivals = self._transport.receive(list(self._open)) if self._open else []
+        except FederationError as error:
+            _log.warning("no answers: %s", error)
+            return False
         for arrival in arrivals:
             letter = self._open.get(arrival.id)
             if letter is None:
@@ -478,8 +557,8 @@ class RemoteEngine:
 
     def _take(self, letter: _Open, arrival: Arrival) -> None:
         this, client = self._round, letter.client
-        asked = None if this is None else (this.task.round, this.calibrate)
-        current = client is not None and (letter.round, letter.calibrate) == asked
+        asked = None if this is None else (this.task.round, this.stage)
+        current = client is not None and (letter.round, letter.stage) == asked
         if current and this is not None and client is not None:
             self._visit(this, client, bytes_up=arrival.size)
         else:
@@ -512,15 +591,19 @@ class RemoteEngine:
             if self._known.pop(client, None) is not None and not response.state_sha256:  # it had one when it answered
                 self._forgot[client] = self._forgot.get(client, 0) + 1
             this.behind[client] = response
+            self._heard.add(client)
             return
         if isinstance(response, Failed):
             self._visit(this, client, outcome="failed", seconds=seconds, reason=printable(response.reason, 200))
             this.attempts[client] = _MOST_ATTEMPTS + 1
             _log.warning("%s: %s", self._name(letter), printable(response.reason))
             return
-        if isinstance(response, Answer) and not letter.calibrate:
+        secure = this.secure
+        if isinstance(response, Answer) and letter.stage == "answer":
             self._check(this, client, response)
-        elif isinstance(response, Found) and letter.calibrate:
+        elif secure is not None and client not in this.found and self._conceals(this, secure, client, letter, response):
+            pass
+        elif isinstance(response, Found) and letter.stage == "calibrate":
             check_found(this.task, client, response, [f for f in this.found.values() if isinstance(f, Found)])
         else:
             raise ReplyError(f"{type(response).__name__}: expected an answer to the task")
@@ -528,22 +611,44 @@ class RemoteEngine:
             self._late(client, letter, response)
             return
         this.found[client] = response
-        if self._downlink == "replay":
+        if self._downlink == "replay" and letter.stage not in ("advert", "shares", "lost"):
             self._known[client] = self._history.rows
         if not letter.whole:
             self._forgot.pop(client, None)
         self._suspects.discard(client)
         self._visit(this, client, outcome="ok", seconds=seconds)
 
+    def _conceals(self, this: _Round, secure: SecureRound, client: int, letter: _Open, response: Response) -> bool:
+        """Take in what a stage of a secure sum asked for; False if this is something else. Raises ReplyError."""
+        try:
+            if isinstance(response, Advert) and letter.stage == "advert":
+                _check_owner(client, response.client)
+                secure.advertise(response)
+            elif isinstance(response, Concealed) and letter.stage == "vector":
+                _check_owner(client, response.masked.client)
+                self._check_state(this, response.state_sha256)
+                secure.add(response.masked)
+                if response.advert is not None:
+                    following = this.task.round + 1, this.task.next_cohort
+                    self._adverts = {k: v for k, v in self._adverts.items() if k[0] > this.task.round}
+                    self._adverts.setdefault(following, []).append(response.advert)
+            elif isinstance(response, Unmasked) and letter.stage in ("shares", "lost"):
+                _check_owner(client, response.client)
+                secure.unmask(response)
+            else:
+                return False
+        except SecureSumError as error:
+            raise ReplyError(str(error)) from error
+        return True
+
     def _check(self, this: _Round, client: int, answer: Answer) -> None:
-        reply: Reply = answer.reply
-        if reply.client != client:
-            raise ReplyError(f"a reply of client {reply.client}: expected its own")
-        if self._downlink == "replay" and answer.state_sha256 != this.task.state_sha256:
-            raise ReplyError(
-                f"evaluated at state {answer.state_sha256.hex()[:12]}: expected {this.task.state_sha256.hex()[:12]}"
-            )
-        check_reply(this.task, this.cohort, reply)
+        _check_owner(client, answer.reply.client)
+        self._check_state(this, answer.state_sha256)
+        check_reply(this.task, this.cohort, answer.reply)
+
+    def _check_state(self, this: _Round, found: bytes) -> None:
+        if self._downlink == "replay" and found != this.task.state_sha256:
+            raise ReplyError(f"evaluated at state {found.hex()[:12]}: expected {this.task.state_sha256.hex()[:12]}")
 
     def _late(self, client: int, letter: _Open, response: Response) -> None:
         """An answer after its round was closed: not used, but its client is back."""
@@ -582,24 +687,26 @@ class RemoteEngine:
             reason=reason or old.reason,
         )
 
-    def _close(self, this: _Round, began: float) -> None:
+    def _close(self, this: _Round) -> None:
+        silent = {letter.client for letter in self._open.values() if letter.round == this.task.round}
         for client in this.cohort:
+            visit = this.visits.get(client)
             if client in this.found:
                 continue
-            visit = this.visits.get(client)
-            if visit is None:
-                this.visits[client] = Visit(client=client, outcome="offline")
-            elif visit.outcome == "late" and client not in self._suspects:
+            if visit is None or (visit.outcome == "late" and self._roster.members[client].identity not in self._nodes):
+                visit = visit or Visit(client=client, outcome="offline")
+                this.visits[client] = msgspec.structs.replace(visit, outcome="offline")
+            elif visit.outcome == "late" and client in silent - self._suspects:
                 self._suspects.add(client)
                 _log.warning("client %d missed the deadline of round %d", client, this.task.round)
         visits = tuple(this.visits[client] for client in sorted(this.visits))
-        if this.calibrate:
+        if this.stage == "calibrate":
             self._before = (
                 self._before[0] + sum(v.bytes_up for v in visits),
                 self._before[1] + sum(v.bytes_down for v in visits),
             )
         else:
-            self._roster.close(RoundLog(round=this.task.round, seconds=time.monotonic() - began, visits=visits))
+            self._roster.close(RoundLog(round=this.task.round, seconds=time.monotonic() - this.began, visits=visits))
         self._round = None
 
     def _name(self, letter: _Open) -> str:
@@ -607,35 +714,11 @@ class RemoteEngine:
         return f"{who} {letter.identity[:12]}"
 
 
-class _History:
-    """What rows lead from where: lengths, hashes, and returns to an earlier state, which no client keeps."""
+def _hex(card: Card | None) -> str:
+    usable = card is not None and len(card.signing) == len(card.sealing) == 32
+    return (card.signing + card.sealing).hex() if usable and card is not None else ""
 
-    def __init__(self) -> None:
-        self._ends = [0]
-        self._hashes: list[bytes] = []
-        self._return = 0  # rows up to and with the newest return
 
-    @property
-    def rows(self) -> int:
-        return len(self._hashes)
-
-    def read(self, rows: Sequence[bytes]) -> None:
-        """Take in rows that are new."""
-        for data in rows[len(self._hashes) :]:
-            row = decode_row(data)
-            self._hashes.append(row.state_sha256)
-            self._ends.append(self._ends[-1] + len(data))
-            if row.restores is not None:
-                self._return = len(self._hashes)
-
-    def hash_after(self, rows: int) -> bytes | None:
-        """Hash of the state that so many rows lead to, if any do."""
-        return self._hashes[rows - 1] if 1 <= rows <= len(self._hashes) else None
-
-    def leads_from(self, rows: int) -> bool:
-        """Whether the state after so many rows leads to the newest."""
-        return self._return <= rows <= len(self._hashes)
-
-    def bytes_after(self, rows: int) -> int:
-        """Bytes of the rows behind."""
-        return self._ends[-1] - self._ends[rows]
+def _check_owner(client: int, told: int) -> None:
+    if told != client:
+        raise ReplyError(f"a reply of client {told}: expected its own")

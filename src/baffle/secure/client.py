@@ -46,6 +46,8 @@ class _Keys:
     held: dict[int, bytes] = field(default_factory=dict)
     """By client that was introduced: its two shares that this one holds; empty if they were not what it said."""
     masked: bool = False
+    told: tuple[int, ...] | None = None
+    """The survivors that it signed."""
 
 
 class SecureClient:
@@ -135,7 +137,11 @@ class SecureClient:
         )
 
     def unmask(self, told: Survivors) -> Unmasked:
-        """One share of everyone around: never both. After this the round's keys are forgotten."""
+        """One share of everyone around: never both. When all are given the round's keys are forgotten.
+
+        First it gives shares of the survivors' self-masks and signs who they are, once. The others' mask keys it
+        gives when it sees that the threshold around it has signed the same, so that there is one set of survivors.
+        """
         keys = self._keys.get(told.round)
         if keys is None or not keys.masked:
             raise SecureSumError(f"round {told.round}: unmasked before, or never masked: expected a round in progress")
@@ -155,14 +161,31 @@ class SecureClient:
         near = sum(other in alive for other in known)
         if near < threshold(len(keys.around)):
             raise SecureSumError(f"round {told.round}: {near} survivors around this client: expected the threshold")
-        del self._keys[told.round]
-        shares = [held[SECRET:] if other in alive else held[:SECRET] for other, held in sorted(known.items())]
+        first, signed = keys.told is None, signed_survivors(self._key, told.round, told.clients)
+        if keys.told is None:
+            keys.told = told.clients
+            shares = [held[SECRET:] if other in alive else b"" for other, held in sorted(known.items())]
+        else:
+            if told.clients != keys.told or not self._agreed(keys, told, signed):
+                raise SecureSumError(
+                    f"round {told.round}: told of survivors again: expected the same, signed by "
+                    f"{threshold(len(keys.around))} around this client"
+                )
+            shares = [b"" if other in alive else held[:SECRET] for other, held in sorted(known.items())]
+        if not first or alive >= known.keys():
+            del self._keys[told.round]
         return Unmasked(
             round=told.round,
             client=self._client,
             shares=tuple(shares),
-            signature=self._identity.signing.sign(signed_survivors(self._key, told.round, told.clients)),
+            signature=self._identity.signing.sign(signed),
         )
+
+    def _agreed(self, keys: _Keys, told: Survivors, signed: bytes) -> bool:
+        """Whether the threshold of survivors around this client, and itself, signed the survivors that it was told."""
+        given = {c: s for c, s in told.signatures[: len(keys.around)] if c in keys.around and c in told.clients}
+        agreed = {c for c, signature in given.items() if verify(keys.cards[c], signature, signed)} | {self._client}
+        return len(agreed) >= threshold(len(keys.around))
 
     def _meet(self, round: int, keys: _Keys, introduced: Sequence[Introduced]) -> dict[int, bytes]:
         """Check who is introduced; the shares that each has for this client."""

@@ -4,7 +4,12 @@ Advert     client -> server   a round's mask key and sealed shares; rides on the
 Introduced server -> client   what the others advertised, as far as it is for this client
 Masked     client -> server   the masked vector
 Survivors  server -> client   whose vectors have come
-Unmasked   client -> server   shares: of the self-masks of these, of the mask keys of the others
+Unmasked   client -> server   shares of the self-masks of these, and a signature of who they are
+
+And if somebody was lost after the introductions:
+
+Survivors  server -> client   the same, with the signatures of those that were told the same
+Unmasked   client -> server   shares of the mask keys of the lost
 """
 
 from __future__ import annotations
@@ -15,6 +20,13 @@ import msgspec
 
 COMMITMENT = 16
 """Bytes of a commitment to a share or a seed: a hash of 128 random bits, cut to 128."""
+
+
+class Card(msgspec.Struct, frozen=True):
+    """The public half of an identity: 32 bytes each."""
+
+    signing: bytes
+    sealing: bytes
 
 
 class Advert(msgspec.Struct, frozen=True, kw_only=True, tag="advert"):
@@ -63,6 +75,8 @@ class Survivors(msgspec.Struct, frozen=True, kw_only=True, tag="survivors"):
 
     round: int
     clients: tuple[int, ...]
+    signatures: tuple[tuple[int, bytes], ...] = ()
+    """Client and signature, of neighbours that were told the same; empty at first."""
 
 
 class Unmasked(msgspec.Struct, frozen=True, kw_only=True, tag="unmasked"):
@@ -71,7 +85,7 @@ class Unmasked(msgspec.Struct, frozen=True, kw_only=True, tag="unmasked"):
     round: int
     client: int
     shares: tuple[bytes, ...]
-    """Of the self-mask seed of a survivor, of the mask seed of another; empty where there is none."""
+    """At first of the self-mask seeds of survivors, then of the mask seeds of others; empty where there is none."""
     signature: bytes
     """Of :func:`signed_survivors`: what this client was told."""
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from baffle.errors import MissingExtraError, SecureSumError
+from baffle.secure.letters import Card as Card
 
 try:
     from cryptography.exceptions import InvalidSignature, InvalidTag
@@ -30,13 +30,6 @@ except ImportError as error:
 Words = npt.NDArray[np.uint32]
 """Integers modulo 2^32."""
 _ZERO = bytes(12)  # nonce: each key encrypts once, for contexts are new
-
-
-class Card(msgspec.Struct, frozen=True):
-    """The public half of an identity: 32 bytes each."""
-
-    signing: bytes
-    sealing: bytes
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,7 @@ class SecureRound:
         self._complaints: set[tuple[int, int]] = set()  # holder, dealer
         self._survivors: tuple[int, ...] | None = None
         self._shares: dict[int, dict[int, bytes]] = {}  # holder -> dealer -> share
+        self._done: set[int] = set()  # holders that have given all
         self.signatures: dict[int, bytes] = {}
         """What clients signed of the survivors they were told of."""
 
@@ -87,6 +88,15 @@ class SecureRound:
         if self._introduced is not None:
             raise SecureSumError(f"{where}: an advert after the round began: expected one before")
         self._adverts[client], self._rests[client] = advert, rest
+
+    @property
+    def cards(self) -> Mapping[int, Card]:
+        """The keys of the cohort, by client."""
+        return self._cards
+
+    def cards_for(self, client: int) -> dict[int, Card]:
+        """The keys of a client's neighbours."""
+        return {other: self._cards[other] for other in self._around[client]}
 
     @property
     def advertised(self) -> frozenset[int]:
@@ -130,27 +140,47 @@ class SecureRound:
         return frozenset(self._vectors)
 
     def survive(self) -> Survivors:
-        """Close the round to further vectors; what to tell those that survived.
+        """Close the round to further vectors; what to tell those that survived, at first.
 
-        Raises SecureSumError if some neighbourhood is left with too few to unmask.
+        Raises SecureSumError, and leaves the round open, if some neighbourhood has too few to unmask.
         """
-        if self._survivors is None:
-            self._survivors = tuple(sorted(self._vectors))
-        if not self._survivors:
+        if not self._vectors:
             raise SecureSumError(f"round {self._round}: no vector came: expected at least the threshold")
-        for dealer in self._introduced or ():
-            left = [h for h in self._around[dealer] if h in self._vectors and (h, dealer) not in self._complaints]
-            self._require(dealer, len(left))
+        if self._survivors is None:
+            for dealer in self._introduced or ():
+                left = [h for h in self._around[dealer] if h in self._vectors and (h, dealer) not in self._complaints]
+                self._require(dealer, len(left))
+            self._survivors = tuple(sorted(self._vectors))
         return Survivors(round=self._round, clients=self._survivors)
+
+    @property
+    def lost(self) -> frozenset[int]:
+        """Who was introduced and did not survive: those that did are told twice, see :meth:`told`."""
+        return frozenset(self._introduced or ()) - frozenset(self._survivors or ())
+
+    def told(self, client: int) -> Survivors:
+        """What to tell a survivor; once it has signed them, with the signatures around it.
+
+        Raises SecureSumError if too few have signed.
+        """
+        told = self.survive()
+        if client not in self.signatures:
+            return told
+        signed = tuple((other, self.signatures[other]) for other in self._around[client] if other in self.signatures)
+        self._require(client, len(signed))
+        return Survivors(round=told.round, clients=told.clients, signatures=signed)
 
     # -- shares ------------------------------------------------------------------------------------------------------
 
     def unmask(self, unmasked: Unmasked) -> None:
-        """Take a survivor's shares in. Raises SecureSumError naming it if one is not what its dealer committed to."""
+        """Take a survivor's shares in: first those of survivors, then those of the lost.
+
+        Raises SecureSumError naming it if one is not what its dealer committed to.
+        """
         holder, survivors = unmasked.client, self._survivors or ()
         where = f"round {self._round}, client {holder}"
-        if unmasked.round != self._round or holder not in survivors or holder in self._shares:
-            raise SecureSumError(f"{where}: shares for round {unmasked.round}: expected one survivor's, once")
+        if unmasked.round != self._round or holder not in survivors or holder in self._done:
+            raise SecureSumError(f"{where}: shares for round {unmasked.round}: expected a survivor's, once")
         signed = signed_survivors(self._key, self._round, survivors)
         if not verify(self._cards[holder], unmasked.signature, signed):
             raise SecureSumError(f"{where}: did not sign the survivors: expected its signature")
@@ -158,24 +188,33 @@ class SecureRound:
         if len(unmasked.shares) != len(dealers):
             raise SecureSumError(f"{where}: {len(unmasked.shares)} shares: expected {len(dealers)}")
         found = dict(zip(dealers, unmasked.shares, strict=True))
+        first = holder not in self.signatures
         for dealer, share in found.items():
-            complained = (holder, dealer) in self._complaints
-            if (complained and share) or (not complained and not self._fits(dealer, holder, share)):
+            due = (dealer in survivors) == first and (holder, dealer) not in self._complaints
+            if bool(share) != due or (due and not self._fits(dealer, holder, share)):
                 raise SecureSumError(f"{where}: lied about its share of client {dealer}; it is left out")
-        self._shares[holder] = {dealer: share for dealer, share in found.items() if share}
+        self._shares.setdefault(holder, {}).update({dealer: share for dealer, share in found.items() if share})
         self.signatures[holder] = unmasked.signature
+        if not first or not self.lost & set(dealers):
+            self._done.add(holder)
 
     @property
     def missing(self) -> frozenset[int]:
-        """Survivors whose shares are still to come."""
-        return frozenset(self._survivors or ()) - frozenset(self._shares)
+        """Survivors that have shares to give, still."""
+        return frozenset(self._survivors or ()) - self._done
+
+    @property
+    def opened(self) -> bool:
+        """Whether there are enough shares of all survivors, and so enough signatures around each."""
+        return self._survivors is not None and self._enough(self._survivors)
 
     @property
     def ready(self) -> bool:
         """Whether there are enough shares of everyone."""
-        return self._survivors is not None and all(
-            len(self._holders(dealer)) >= threshold(len(self._around[dealer])) for dealer in self._introduced or ()
-        )
+        return self._survivors is not None and self._enough(self._introduced or ())
+
+    def _enough(self, dealers: Sequence[int]) -> bool:
+        return all(len(self._holders(dealer)) >= threshold(len(self._around[dealer])) for dealer in dealers)
 
     def total(self) -> tuple[Integers, tuple[int, int, int]]:
         """The sum of the survivors' scalars, int64[size], and of their weights, clipped and nonfinite scalars.

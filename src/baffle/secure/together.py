@@ -10,19 +10,19 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from baffle.aggregate import Aggregate
 from baffle.secure.client import SecureClient
 from baffle.secure.server import SecureRound
-from baffle.types import Reply, Task, unpack_int32
+from baffle.types import Aggregate, Reply, Task, unpack_int32
 
 
 @dataclass(frozen=True)
 class Lost:
-    """Clients that are lost before they advertise, before their vector, before their shares."""
+    """Clients that are lost before they advertise, before their vector, before their shares of either kind."""
 
     before_advert: Collection[int] = field(default_factory=tuple)
     before_vector: Collection[int] = field(default_factory=tuple)
     before_shares: Collection[int] = field(default_factory=tuple)
+    before_last_shares: Collection[int] = field(default_factory=tuple)
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,14 @@ def sum_together(
             up += len(msgspec.msgpack.encode(masked))
             here.add(masked)
     survivors = here.survive()
-    for client in survivors.clients:
-        down += len(msgspec.msgpack.encode(survivors))
-        if client not in lost.before_shares:
-            unmasked = clients[client].unmask(survivors)
-            up += len(msgspec.msgpack.encode(unmasked))
-            here.unmask(unmasked)
+    for gone in (lost.before_shares, {*lost.before_shares, *lost.before_last_shares}):
+        for client in sorted(here.missing):  # all, then if somebody was lost all again
+            told = here.told(client)
+            down += len(msgspec.msgpack.encode(told))
+            if client not in gone:
+                unmasked = clients[client].unmask(told)
+                up += len(msgspec.msgpack.encode(unmasked))
+                here.unmask(unmasked)
     total, (weight, clipped, nonfinite) = here.total()
     vectors = total.reshape(1, task.local_steps, task.num_directions)
     return Summed(Aggregate(vectors, survivors.clients, weight, clipped, nonfinite), up, down)
