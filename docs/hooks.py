@@ -6,4 +6,4 @@ import re
 def on_page_content(html: str, **_: object) -> str:
     """Point ``docs/images/x.png`` to ``images/x.png`` and ``docs/x.md`` to ``x/``."""
     html = html.replace('src="docs/', 'src="')
-    return re.sub(r'href="docs/(\w+)\.md"', r'href="\1/"', html)
+    return re.sub(r'href="docs/([\w-]+)\.md"', r'href="\1/"', html)

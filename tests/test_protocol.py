@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
+from unittest.mock import patch
 
 import msgspec
 import numpy as np
@@ -15,16 +16,33 @@ import pytest
 from msgspec import inspect as schema
 
 from baffle import gaussian, optim, pipes
-from baffle.aggregate import FIRST_EXPONENT, calibrates, next_exponent
+from baffle.aggregate import FIRST_EXPONENT, calibrates, next_exponent, nothing
 from baffle.client import Encoded, encode, finite_differences, local_update, perturbations, weight_of
 from baffle.directions import Directions
 from baffle.errors import ReplyError
 from baffle.estimate import FAST, estimate
 from baffle.journal import Journal, Record, RunConfig
+from baffle.messages import Advertise, Concealed, Unmask, decode_introductions
 from baffle.method import Method, State, quantum_for, replay, state_sha256, weights_sha256
 from baffle.philox import Purpose, philox, word3
 from baffle.quantize import MOST_CODES, lattice_steps, row_scales, unscale
 from baffle.quantize import encode as encode_rows
+from baffle.secure.client import SecureClient
+from baffle.secure.graph import neighbourhoods, threshold
+from baffle.secure.letters import (
+    Advert,
+    Card,
+    Introduced,
+    Masked,
+    Survivors,
+    Unmasked,
+    commitment,
+    context,
+    sealing,
+)
+from baffle.secure.masks import Identity, mask_key, pair_mask, self_mask
+from baffle.secure.server import SecureRound
+from baffle.secure.shares import recombine, split
 from baffle.types import (
     LIMIT,
     MAX_WEIGHT,
@@ -387,6 +405,94 @@ def check_exponents(v: Vector) -> None:
         assert not calibrates(msgspec.structs.replace(row, round=3))
 
 
+def draws(texts: Sequence[str]) -> Callable[[int], bytes]:
+    """In place of the operating system's entropy: these bytes, in this order."""
+    left = [bytes.fromhex(text) for text in texts]
+
+    def draw(size: int) -> bytes:
+        assert len(left[0]) == size
+        return left.pop(0)
+
+    return draw
+
+
+def check_secure_keys(v: Vector) -> None:
+    own = Identity.make(bytes.fromhex(v["secret"]))
+    assert (v["signing"], v["sealing"]) == (own.card.signing.hex(), own.card.sealing.hex())
+    private, self_seed = mask_key(bytes.fromhex(v["mask_seed"])), bytes.fromhex(v["self_seed"])
+    public = private.public_key().public_bytes_raw()
+    pair, sealed = v["pair_mask"], v["sealed"]
+    client, other = pair["clients"]
+    here = context(v["key"], v["round"], client)
+    assert (v["mask_public"], v["context"]) == (public.hex(), here.hex())
+    assert v["self_commitment"] == commitment(here, self_seed).hex()
+    assert v["self_mask"] == self_mask(self_seed, here, len(v["self_mask"])).tolist()
+    both = context(v["key"], v["round"], client, other)
+    words = pair_mask(private, bytes.fromhex(pair["mask_public"]), both, len(pair["words"]))
+    assert pair["words"] == words.tolist()
+    there = sealing(v["key"], v["round"], client, sealed["holder"], public)
+    card, shares = Card(b"", bytes.fromhex(sealed["card"])), bytes.fromhex(sealed["shares"])
+    assert sealed["bytes"] == own.seal(card, there, shares).hex()
+
+
+def check_graph(v: Vector) -> None:
+    cohort, degree = v["cohort"], v["neighbours"]
+    last = word3(Purpose.GRAPH)
+    drawn = [word for i in range(-(-len(cohort) // 4)) for word in block([v["key"], v["round"]], [i, 0, 0, last])]
+    assert words(v["words"]) == drawn[: len(cohort)]
+    assert v["circle"] == [cohort[i] for i in sorted(range(len(cohort)), key=lambda i: drawn[i])]
+    for place, client in enumerate(v["circle"]):
+        near = [v["circle"][(place + step) % len(cohort)] for step in range(-(degree // 2), degree // 2 + 1)]
+        assert v["holders"][str(client)] == sorted(near)
+    around = neighbourhoods(cohort, (v["key"], v["round"]), degree)
+    assert v["holders"] == {str(client): list(near) for client, near in around.items()}
+    assert v["thresholds"] == {n: threshold(int(n)) for n in v["thresholds"]}
+
+
+def check_shares(v: Vector) -> None:
+    secret, need = bytes.fromhex(v["secret"]), len(v["coefficients"]) + 1
+    with patch("os.urandom", draws(v["coefficients"])):
+        assert v["shares"] == [share.hex() for share in split(secret, need, len(v["shares"]))]
+    last = range(len(v["shares"]) - need, len(v["shares"]))
+    assert recombine([[i + 1 for i in last]], [[bytes.fromhex(v["shares"][i]) for i in last]]) == [secret]
+
+
+def check_secure_round(v: Vector) -> None:
+    """Clients and server say what the document says they do, from the same random bytes."""
+    identities = {c["client"]: Identity.make(bytes.fromhex(c["secret"])) for c in v["clients"]}
+    cards = {client: identity.card for client, identity in identities.items()}
+    clients = {client: SecureClient(identity, client, v["key"]) for client, identity in identities.items()}
+    server = SecureRound(v["key"], v["round"], list(cards), cards, len(v["total"]))
+    pack = msgspec.msgpack.encode
+    for case in v["clients"]:
+        card = cards[case["client"]]
+        assert case["card"] == {"signing": card.signing.hex(), "sealing": card.sealing.hex()}
+        with patch("os.urandom", draws([case["mask_seed"], case["self_seed"], *case["coefficients"]])):
+            advert = clients[case["client"]].advertise(v["round"], list(cards), cards)
+        assert case["advert"] == pack(advert).hex()
+        server.advertise(advert)
+    alive = {case["client"]: case for case in v["clients"] if "unmasked_first" in case}
+    for case in v["clients"]:
+        client, values = case["client"], np.array(case["values"], np.int64)
+        assert case["introduced"] == pack(server.introduce(client)).hex()
+        introduced = decode_introductions(bytes.fromhex(case["introduced"]))
+        masked = clients[client].mask(v["round"], introduced, values, case["counts"])
+        assert case["masked"] == pack(masked).hex()
+        if client in alive:
+            server.add(masked)
+    assert list(server.survive().clients) == list(alive)
+    for name, told in zip(("unmasked_first", "unmasked_last"), v["survivors"], strict=True):
+        assert told == pack(server.told(v["clients"][0]["client"])).hex()
+        for client, case in alive.items():
+            unmasked = clients[client].unmask(server.told(client))
+            assert case[name] == pack(unmasked).hex()
+            server.unmask(unmasked)
+    total, counts = server.total()
+    assert (v["total"], v["counts"]) == (total.tolist(), list(counts))
+    plain = [np.array([*case["values"], *case["counts"]]) for case in alive.values()]
+    assert v["total"] + v["counts"] == np.sum(plain, axis=0).tolist()
+
+
 CHECKS: dict[str, Callable[[Vector], None]] = {
     name.removeprefix("check_"): check
     for name, check in list(globals().items())
@@ -455,21 +561,34 @@ def kind_of(field: schema.Type) -> str:
             return "boolean"
         case schema.UnionType(types=types) if len(types) == 2 and isinstance(types[1], schema.NoneType):
             return f"{kind_of(types[0])} or nil"
+        case schema.VarTupleType(item_type=schema.TupleType(item_types=items)) if len(items) == 2:
+            return "array of pairs"
         case schema.VarTupleType(item_type=item):
             return f"array of {kind_of(item)}"
+        case schema.StructType():
+            return "map"
         case schema.DictType(key_type=key, value_type=value):
             return f"map of {kind_of(key)} to {kind_of(value)}"
     raise AssertionError(f"{field}: the document has no word for it")
 
 
-@pytest.mark.parametrize("message", DECODERS)
-def test_tables_of_fields(message: type[Task | Reply | Row]) -> None:
+LETTERS: list[type[msgspec.Struct]] = [Card, Advert, Introduced, Masked, Survivors, Unmasked]
+CARRIERS: list[type[msgspec.Struct]] = [Advertise, Concealed, Unmask]
+DEFAULTS = {"secure": 0, "next_cohort": [], "complaints": [], "signatures": [], "state_sha256": b""}
+
+
+@pytest.mark.parametrize("message", [*DECODERS, *LETTERS, *CARRIERS])
+def test_tables_of_fields(message: type[msgspec.Struct]) -> None:
     section = TEXT.split(f"\n### {message.__name__}\n")[1].split("\n#")[0]
     listed = re.findall(r"^\| `(\w+)` \| ([\w ]+) \| \S.* \|$", section, re.MULTILINE)
     info = schema.type_info(message)
     assert isinstance(info, schema.StructType)
     assert listed == [(field.encode_name, kind_of(field.type)) for field in info.fields]
-    assert all(field.required for field in info.fields)
+    left_out = {f.encode_name: f.default for f in info.fields if not f.required}
+    assert {name: list(v) if isinstance(v, tuple) else v for name, v in left_out.items()} == {
+        name: DEFAULTS[name] for name in left_out
+    }
+    assert info.tag in (None, message.__name__.lower())
 
 
 def test_tables_of_purposes_and_families() -> None:
@@ -495,10 +614,34 @@ def test_what_a_receiver_takes_and_refuses(case: Vector) -> None:
     for name, value in msgspec.structs.asdict(decode(msgspec.msgpack.encode(fields | whole))).items():
         assert name not in whole or (value == 2 and type(value) is float)
     for name in fields:
-        with pytest.raises(refused, match=name):
-            decode(msgspec.msgpack.encode({n: value for n, value in fields.items() if n != name}))
+        lacking = msgspec.msgpack.encode({n: value for n, value in fields.items() if n != name})
+        if kind is Task and name in ("secure", "next_cohort"):  # what they are then is said
+            assert decode(lacking) == message
+            assert f"lacks `{name}`" in TEXT
+        else:
+            with pytest.raises(refused, match=name):
+                decode(lacking)
         with pytest.raises(refused, match=name):
             decode(msgspec.msgpack.encode(fields | {name: [b"?"]}))
     for end in range(len(data)):
         with pytest.raises(refused):
             decode(data[:end])
+
+
+def test_a_void_row() -> None:
+    """What the document says of a row without a sum: nothing is applied, and the scale stays."""
+    task = make_task()
+    total = nothing(task)
+    row = make_row(
+        total.vectors.tolist(),
+        participants=total.participants,
+        weight_sum=total.weight_sum,
+        clipped=total.clipped,
+        nonfinite=total.nonfinite,
+        applied=False,
+        round=9,
+    )
+    assert (row.participants, row.weight_sum, row.clipped) == ((), 1, 0)
+    assert row.nonfinite == task.local_steps * task.num_directions
+    assert not row.integers.any()
+    assert next_exponent(row) == row.exponent

@@ -546,7 +546,7 @@ def test_late_answers_are_counted_and_their_client_is_waited_for_again(fed: Fede
     assert [log.visits[1].outcome for log in logs] == ["late", "ok", "ok", "ok"]
     assert [(log.late, log.refused) for log in logs] == [(0, 0), (1, 0), (0, 0), (0, 0)]
     assert 0.8 * DEADLINE <= logs[1].seconds < DEADLINE
-    assert logs[1].visits[1].seconds == pytest.approx(0.8 * DEADLINE, abs=0.3)
+    assert logs[1].visits[1].seconds == pytest.approx(0.8 * DEADLINE, abs=0.6)
     assert (
         run.weights_sha256 == local(fed.data, rounds=3, answers=lambda r, client: (r, client) != (0, 1)).weights_sha256
     )
@@ -566,7 +566,7 @@ def test_without_a_quorum_all_are_asked_again_and_either_answer_counts_once(fed:
     assert run.weights_sha256 == local(fed.data, rounds=30).weights_sha256
     logs = read_rounds(tmp_path / "run")
     assert DEADLINE < logs[1].seconds < 2 * DEADLINE
-    assert logs[1].visits[1].seconds == pytest.approx(1.5 * DEADLINE, abs=0.3)
+    assert logs[1].visits[1].seconds == pytest.approx(1.5 * DEADLINE, abs=0.6)
     assert (sum(log.late for log in logs), sum(log.refused for log in logs)) == (1, 0)  # the answer to the other one
 
 

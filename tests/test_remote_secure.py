@@ -16,6 +16,7 @@ import baffle as bf
 from baffle.engines.transport import Arrival, Letter
 from baffle.journal import Record
 from baffle.messages import (
+    STATE,
     Advertise,
     Answer,
     Ask,
@@ -32,6 +33,7 @@ from baffle.secure.letters import Advert, Unmasked
 from baffle.secure.masks import Identity
 from baffle.wire import decode_row
 from remote_helpers import (
+    DEADLINE,
     METHOD,
     RUNTIME,
     TRAIN,
@@ -167,6 +169,21 @@ def test_a_client_that_restarts_makes_new_keys(fed: Federation, tmp_path: Path) 
     plain = local(fed.data, answers=lambda round, client: client in there[round])
     assert run.weights_sha256 == plain.weights_sha256
     assert read_members(tmp_path / "run")[1].card
+
+
+def test_a_vector_that_comes_too_late_tells_what_its_client_has(fed: Federation, tmp_path: Path) -> None:
+    slow = fed.nodes[1]
+
+    def twist(letter: Letter, arrival: Arrival) -> list[Arrival]:
+        question = decode_question(letter.question)
+        slow.seconds = 1.05 * DEADLINE if isinstance(question, Ask) and question.task.round == 0 else 0.1
+        return [arrival]
+
+    slow.twist = twist
+    fed.train(tmp_path / "run", method=SECURE)
+    assert 1 not in who_answered(tmp_path / "run")[0]
+    assert 1 in who_answered(tmp_path / "run")[-1]
+    assert [STATE in parcels for _, parcels in fed.office.asked(slow)].count(True) == 1
 
 
 def test_a_client_that_lies_about_its_shares_is_named_and_left_out(

@@ -576,6 +576,17 @@ def test_no_server_isolates_a_client_by_lies_about_survivors() -> None:
     assert all(len(of_mask[client]) == len(colluders) for client in lost)  # no honest client gave one
 
 
+def test_a_client_that_signed_one_set_of_survivors_gives_nothing_for_another() -> None:
+    clients = make_clients(4)
+    driver = Driver(clients, make_replies(clients, 2))
+    driver.advertise()
+    driver.mask()
+    clients[0].unmask(Survivors(round=0, clients=(0, 3, 6)))
+    other = Survivors(round=0, clients=(0, 3, 9))
+    signatures = tuple((client, clients[client].unmask(other).signature) for client in (3, 9))
+    refused(clients[0].unmask, msgspec.structs.replace(other, signatures=signatures))
+
+
 def test_clients_believe_no_survivors_that_they_have_not_met() -> None:
     clients = make_clients(3, minimum=3)
     driver = Driver(clients, make_replies(clients, 2))
@@ -605,6 +616,14 @@ def test_clients_refuse_cohorts_that_give_one_client_many_shares() -> None:
     refused(clients[0].advertise, -1, [0, 3, 6], cards)
     refused(clients[0].advertise, 2**70, [0, 3, 6], cards)
     clients[0].advertise(0, [0, 3, 6], cards)
+
+
+@pytest.mark.parametrize("degree", [-1, 0, 1, 10_000])
+def test_clients_refuse_neighbourhoods_of_one_or_of_too_many(degree: int) -> None:
+    client = SecureClient(Identity.make(), 0, KEY, degree=degree)
+    cards = {other: Card(other.to_bytes(32, "little"), client.card.sealing) for other in range(300)}
+    with pytest.raises(SecureSumError, match=r"round 0: a neighbourhood of .*: expected 2 to 255"):
+        client.advertise(0, range(300), {**cards, 0: client.card})
 
 
 def test_nothing_is_encrypted_twice_with_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -664,8 +683,13 @@ def garbled(advert: Advert, parts: Sequence[int]) -> Advert:
     return msgspec.structs.replace(advert, sealed=tuple(sealed))
 
 
-def test_holders_complain_of_shares_that_cannot_be_opened() -> None:
-    driver = round_with(lambda advert: garbled(advert, [0]))
+def committed_to_others(advert: Advert) -> Advert:
+    return msgspec.structs.replace(advert, commitments=bytes(32) + advert.commitments[32:])
+
+
+@pytest.mark.parametrize("change", [lambda advert: garbled(advert, [0]), committed_to_others])
+def test_holders_complain_of_shares_that_are_not_those_committed_to(change: Callable[[Advert], Advert]) -> None:
+    driver = round_with(change)
     driver.mask()
     assert driver.vectors[0].complaints == (3,)
     driver.unmask()

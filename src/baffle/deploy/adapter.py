@@ -71,7 +71,7 @@ HEARTBEAT = 10
 _BEAT_EVERY = 4.0
 _AGAIN = 0.01
 _ATTEMPTS = 8
-_PULL_PATIENCE = 30.0
+_PULL_PATIENCE = 60.0
 _LINGER = 3.0
 _log = logging.getLogger("baffle")
 Result = TypeVar("Result")
@@ -156,7 +156,11 @@ class Fleet:
         request = partial(PullObjectRequest, node=self._node, run_id=head.metadata.run_id)
         pull = partial(self._call, self._client.PullObject)
         tree = response.message_object_trees[0]
-        return _assembled(head, tree, lambda id: _fetch(pull, request(object_id=id), _PULL_PATIENCE))
+        try:
+            return _assembled(head, tree, lambda id: _fetch(pull, request(object_id=id), _PULL_PATIENCE))
+        except FederationError as error:  # it is not sent to this node again unless its sender knows
+            self.send(refusal(head, str(error)))
+            raise
 
     def confirm(self, message: Message) -> None:
         """Let the SuperLink forget a message's parts."""
@@ -318,14 +322,15 @@ def _fetch(
     call: Callable[[PullObjectRequest], PullObjectResponse], request: PullObjectRequest, patience: float
 ) -> bytes:
     """An object, as soon as its sender has put it there."""
-    give_up = time.monotonic() + patience
+    give_up, pause = time.monotonic() + patience, _AGAIN
     while True:
         response = call(request)
         if response.object_available:
             return response.object_content
         if not response.object_found or time.monotonic() > give_up:
             raise FederationError(f"part {request.object_id[:12]} of a message is not there")
-        time.sleep(_AGAIN)
+        time.sleep(pause)
+        pause = min(1.0, 1.5 * pause)  # many may be waiting for the same
 
 
 def _records_last(ids: Iterable[str], objects: Mapping[str, InflatableObject]) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Collection
 
 from flwr.app import Message
@@ -18,7 +19,8 @@ from baffle.engines.flower import reply_to
 from baffle.errors import FederationError, OptionError
 from baffle.participant import Participant
 
-_FASTEST, _SLOWEST = 0.1, 0.5
+_FASTEST, _SLOWEST = 0.05, 2.0  # seconds between two looks for work
+_SHARE = 0.15  # of the time since the last answer: so much later than it came a task may be found
 _SHORTEST_WAIT, _LONGEST_WAIT = 0.5, 10.0  # seconds until it is tried again
 _TLS = ("certificate", "wrong version number", "tlsv1 alert")
 
@@ -53,20 +55,24 @@ def run_node(
 
 
 def _serve(fleet: Fleet, participant: Participant, trusted: Collection[str], stop: threading.Event) -> None:
-    """Look for work, often while there is some."""
-    pause = _FASTEST
+    """Look for work: first when it came last time after an answer, then less and less often.
+
+    Each look costs the SuperLink as much as part of a task does, and many clients look.
+    """
+    answered, gap = time.monotonic(), 0.0
     while not stop.is_set():
         message = fleet.receive()
+        waited = time.monotonic() - answered
         if message is None:
-            stop.wait(pause)
-            pause = min(_SLOWEST, pause * 1.15)
+            stop.wait(min(_SLOWEST, max(_FASTEST, _SHARE * waited)))
             continue
-        pause = _FASTEST
         try:
             fleet.send(_answer(fleet, participant, trusted, message))
         except FederationError as error:  # its run may have ended: the next message tells
             _log.warning("not answered: %s", error)
         fleet.confirm(message)
+        answered, gap = time.monotonic(), waited if gap == 0 else 0.5 * (gap + waited)
+        stop.wait(min(_SLOWEST, 0.6 * gap))
 
 
 def _answer(fleet: Fleet, participant: Participant, trusted: Collection[str], message: Message) -> Message:

@@ -71,7 +71,7 @@ Stage = Literal["enrol", "calibrate", "answer", "advert", "vector", "shares", "l
 _log = logging.getLogger("baffle")
 _MOST_EXAMPLES = 2**40
 _MOST_ATTEMPTS = 4  # questions to one client until the deadline, each answered by what it lacks
-_POLL, _SLOWEST_POLL = 0.05, 0.25  # seconds between looks for answers
+_POLL, _SLOWEST_POLL = 0.05, 0.5  # seconds between looks for answers
 _LOOK_AROUND = 1.0  # seconds between looks at who is connected
 
 
@@ -240,7 +240,7 @@ class RemoteEngine:
                 _log.info("waiting for clients: %d of %d", len(self._newcomers), wanted)
             self._look_around()
             if not self._receive():
-                time.sleep(_SLOWEST_POLL / 2)
+                time.sleep(2 * _POLL)
         self._admit()
 
     def _look_around(self) -> None:
@@ -336,7 +336,7 @@ class RemoteEngine:
             came = self._receive()
             now = time.monotonic()
             first = min(first, now - began) if came else first
-            wait = _POLL if came else min(_SLOWEST_POLL, wait * 1.2)
+            wait = min(_SLOWEST_POLL, max(_POLL, 0.1 * (now - began)), max(_POLL, deadline - now))
             enough = this.enough(need)
             waiting = bool(self._expected(this))
             if enough and (now >= deadline or not waiting):
@@ -653,7 +653,7 @@ class RemoteEngine:
     def _late(self, client: int, letter: _Open, response: Response) -> None:
         """An answer after its round was closed: not used, but its client is back."""
         self._suspects.discard(client)
-        if isinstance(response, Answer) and self._history.hash_after(letter.round) == response.state_sha256:
+        if isinstance(response, Answer | Concealed) and self._history.hash_after(letter.round) == response.state_sha256:
             self._known[client] = letter.round
         self._roster.count_late()
         _log.info("%s answered round %d too late (%s)", self._name(letter), letter.round, type(response).__name__)

@@ -28,7 +28,7 @@ from baffle.secure.letters import (
     signed_survivors,
 )
 from baffle.secure.masks import Card, Identity, mask_key, pair_mask, self_mask, verify
-from baffle.secure.shares import SECRET, split
+from baffle.secure.shares import MOST_HOLDERS, SECRET, split
 from baffle.types import MAX_WEIGHT_SUM, Integers
 
 
@@ -80,6 +80,8 @@ class SecureClient:
         around = neighbourhoods(cohort, (self._key, round), self._degree).get(self._client)
         if around is None or any(other not in cards for other in around):
             raise SecureSumError(f"round {round}: a cohort without this client, or without the cards of its neighbours")
+        if not threshold(len(around)) <= len(around) <= MOST_HOLDERS:
+            raise SecureSumError(f"round {round}: a neighbourhood of {len(around)}: expected 2 to {MOST_HOLDERS}")
         if cards[self._client] != self.card or len({cards[other] for other in around}) < len(around):
             raise SecureSumError(f"round {round}: a wrong card for this client, or one for two: expected one each")
         mask_seed, self_seed = os.urandom(SECRET), os.urandom(SECRET)

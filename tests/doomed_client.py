@@ -1,0 +1,65 @@
+"""A client of a federation that is killed, or stands still, when it is asked one thing in one round: a script.
+
+    python doomed_client.py SUPERLINK CERTIFICATES KEY DATA NAME STAGE ROUND SIGNAL
+
+It is a warm node with keys for secure sums in all else.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from baffle.deploy.adapter import Fleet, app_sha256, read_key, secret_of
+from baffle.deploy.node import run_node
+from baffle.deploy.places import app_folder
+from baffle.deploy.setups import builder
+from baffle.edge import load_arrays
+from baffle.messages import Advertise, Ask, Question, Unmask, decode_question
+from baffle.participant import Build, Participant
+from baffle.secure.masks import Identity
+
+
+class Doomed(Participant):
+    """Sends its own process a signal instead of answering a stage's question in a round."""
+
+    def __init__(self, name: str, build: Build, identity: Identity, fate: tuple[str, int], number: int) -> None:
+        super().__init__(name, build, identity=identity, only_secure=True)
+        self._fate, self._signal = fate, number
+
+    def answer(self, question: bytes, parcels: Mapping[str, bytes], client: int = 0) -> bytes:
+        if stage_of(decode_question(question)) == self._fate:
+            os.kill(os.getpid(), self._signal)
+        return super().answer(question, parcels, client)
+
+
+def stage_of(asked: Question) -> tuple[str, int]:
+    """What is asked, in which round; the shares of the lost are asked for with the signatures of the survivors."""
+    if isinstance(asked, Advertise):
+        return "advert", asked.round
+    if isinstance(asked, Ask):
+        return "vector", asked.task.round
+    if isinstance(asked, Unmask):
+        return "lost" if asked.survivors.signatures else "shares", asked.survivors.round
+    return "enrol", -1
+
+
+def main(
+    superlink: str, certificates: str, key: str, data: str, name: str, stage: str, round: str, number: str
+) -> None:
+    """Be this client until the end that it was given, or the test's."""
+    logging.basicConfig(format="%(asctime)s %(message)s")
+    logging.getLogger("baffle").setLevel(logging.INFO)
+    own = read_key(Path(key))
+    identity = Identity.make(secret_of(own))
+    doomed = Doomed(name, builder(load_arrays(data)), identity, (stage, int(round)), signal.Signals[number])
+    with Fleet(superlink, Path(certificates), own) as fleet:
+        run_node(fleet, doomed, trusted=[app_sha256(app_folder())])
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
