@@ -148,7 +148,7 @@ def wire(letter: Letter) -> Letter:
 @st.composite
 def rounds(draw: st.DrawFn) -> tuple[int, int, int, Lost]:
     count = draw(st.integers(2, 9))
-    degree = draw(st.sampled_from([2, 4, 6, 100]))
+    degree = draw(st.sampled_from([4, 6, 100]))
     numbers = [3 * i for i in range(count)]
     few = st.lists(st.sampled_from(numbers), max_size=max(1, count // 3), unique=True)
     return count, degree, draw(st.integers(1, 5)), Lost(draw(few), draw(few), draw(few), draw(few))
@@ -618,9 +618,15 @@ def test_clients_refuse_cohorts_that_give_one_client_many_shares() -> None:
     clients[0].advertise(0, [0, 3, 6], cards)
 
 
-@pytest.mark.parametrize("degree", [-1, 0, 1, 10_000])
-def test_clients_refuse_neighbourhoods_of_one_or_of_too_many(degree: int) -> None:
-    client = SecureClient(Identity.make(), 0, KEY, degree=degree)
+@pytest.mark.parametrize("degree", [-1, 0, 1, 2, 3])
+def test_clients_refuse_to_have_few_neighbours(degree: int) -> None:
+    """With two or three, lost clients cut the circle into parts that each have a sum of their own."""
+    with pytest.raises(SecureSumError, match="neighbours at most: expected at least 4"):
+        SecureClient(Identity.make(), 0, KEY, degree=degree)
+
+
+def test_clients_refuse_neighbourhoods_of_too_many() -> None:
+    client = SecureClient(Identity.make(), 0, KEY, degree=10_000)
     cards = {other: Card(other.to_bytes(32, "little"), client.card.sealing) for other in range(300)}
     with pytest.raises(SecureSumError, match=r"round 0: a neighbourhood of .*: expected 2 to 255"):
         client.advertise(0, range(300), {**cards, 0: client.card})
@@ -975,7 +981,7 @@ def test_what_cannot_be_summed_is_refused_before_training() -> None:
         bf.Method(sharing="per-client", aggregate=bf.secure_sum())
     for wrong, message in (
         ({"minimum": 1}, r"secure_sum.minimum = 1: expected an integer >= 2"),
-        ({"neighbours": 1}, r"secure_sum.neighbours = 1: expected an integer >= 2 and <= 250"),
+        ({"neighbours": 1}, r"secure_sum.neighbours = 1: expected an integer >= 4 and <= 250"),
         ({"neighbours": 251}, r"secure_sum.neighbours = 251"),
     ):
         with pytest.raises(OptionError, match=message):

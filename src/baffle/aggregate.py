@@ -10,6 +10,7 @@ import numpy as np
 
 from baffle.checks import require_count
 from baffle.errors import PlanError, ReplyError
+from baffle.secure.graph import FEWEST_NEIGHBOURS
 from baffle.types import LIMIT, Aggregate, Cohort, Integers, Reply, Row, Task, unpack_int32
 
 FIRST_EXPONENT = -8
@@ -60,7 +61,7 @@ class SecureSum(msgspec.Struct, frozen=True, tag="secure_sum"):
 
     def __post_init__(self) -> None:
         require_count("secure_sum.minimum", self.minimum, 2)
-        require_count("secure_sum.neighbours", self.neighbours, 2, 250)
+        require_count("secure_sum.neighbours", self.neighbours, FEWEST_NEIGHBOURS, 250)
 
     def combine(self, task: Task, cohort: Cohort, replies: Sequence[Reply] | Aggregate) -> Aggregate:
         """The sum that the engine and the clients have made, checked against the public weights of who is in it.

@@ -176,6 +176,8 @@ class Participant:
             raise PlanError("a secure sum: this client has no keys for one")
         if CARDS in parcels:
             self._cards |= decode_cards(parcels[CARDS])
+        if any(key == asked.key and number != client for key, number in self._secure):
+            raise PlanError(f"client number {client}: expected the one that this client had in this run before")
         if (asked.key, client) not in self._secure:
             from baffle.secure.client import SecureClient  # needs cryptography, which plain sums do without
 

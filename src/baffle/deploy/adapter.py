@@ -7,6 +7,7 @@ flwr 1.41; ``tests/test_adapter.py`` says what it relies on.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import threading
@@ -223,7 +224,7 @@ class Fleet:
 
     def _call(self, method: Callable[..., Result], *request: object) -> Result:
         try:
-            return method(*request)
+            return _patient(lambda: method(*request))
         except httpx.HTTPStatusError as error:
             told = FlowerError.from_json(error.response.text)
             reason = f"{told.message} {told.public_details or ''}" if told is not None else error.response.text
@@ -271,38 +272,58 @@ class QuickGrid:
                 trees.append(get_object_tree(message))
                 objects.update(get_all_nested_objects(message))
             request = PushAppMessagesRequest(messages_list=heads, message_object_trees=trees)
-            response = self._client.PushMessages(request)
+            response = _patient(lambda: self._client.PushMessages(request))
             push = partial(
                 PushObjectRequest, node=self._grid.node, run_id=self._grid.run.run_id, session_id=response.session_id
             )
             lost = {
                 id
                 for id in _records_last(response.objects_to_push, objects)
-                if not _stored(self._client.PushObject, push(object_id=id, object_content=objects[id].deflate()))
+                if not _stored(self._push_object, push(object_id=id, object_content=objects[id].deflate()))
             }
         parts = ({part.object_id for part in iterate_object_tree(tree)} for tree in trees)
         return ["" if lost & ids else id for id, ids in zip(response.message_ids, parts, strict=True)]
 
     def _pull(self, message_ids: Iterable[str]) -> list[Message]:
-        response = self._client.PullMessages(PullAppMessagesRequest(message_ids=message_ids))
+        request = PullAppMessagesRequest(message_ids=message_ids)
+        response = _patient(lambda: self._client.PullMessages(request))
         pairs = zip(response.messages_list, response.message_object_trees, strict=True)
         found = [self._read_whole(message_from_proto(head), tree) for head, tree in pairs]
         while self._read and self._read[0][0] < time.monotonic() - _LINGER:
             _, id = self._read.popleft()
             node, run = self._grid.node, self._grid.run.run_id
             confirm = ConfirmMessageReceivedRequest(node=node, run_id=run, message_object_id=id)
-            self._client.ConfirmMessageReceived(confirm)
+            with contextlib.suppress(httpx.HTTPStatusError):  # it is forgotten with the run at the latest
+                self._client.ConfirmMessageReceived(confirm)
         return found
+
+    def _push_object(self, request: PushObjectRequest) -> PushObjectResponse:
+        return _patient(lambda: self._client.PushObject(request))
+
+    def _pull_object(self, request: PullObjectRequest) -> PullObjectResponse:
+        return _patient(lambda: self._client.PullObject(request))
 
     def _read_whole(self, head: Message, tree: ObjectTree) -> Message:
         node, run = self._grid.node, self._grid.run.run_id
         request = partial(PullObjectRequest, node=node, run_id=run)
         try:
-            message = _assembled(head, tree, lambda id: _fetch(self._client.PullObject, request(object_id=id), 10))
+            message = _assembled(head, tree, lambda id: _fetch(self._pull_object, request(object_id=id), 10))
         except FederationError as error:
             message = make_message(head.metadata, error=Error(ErrorCode.MESSAGE_UNAVAILABLE, str(error)))
         self._read.append((time.monotonic(), head.metadata.message_id))
         return message
+
+
+def _patient(call: Callable[[], Result]) -> Result:
+    """What is asked of the SuperLink, again if it fails inside, as when its database is locked for a moment."""
+    for attempt in range(_ATTEMPTS):
+        try:
+            return call()
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code < 500:
+                raise
+            time.sleep(_AGAIN * 2**attempt)
+    return call()
 
 
 def _told(call: Callable[[], Result]) -> Result:

@@ -163,7 +163,10 @@ class Federation:
     def outcome(self, run: int) -> tuple[str, str]:
         """Where a run stands, and why it failed if it did."""
         found = self.flwr("list", "--run-id", str(run), "local", "--format", "json")
-        answer = msgspec.json.decode(found[found.index("{") :], type=_Runs)
+        try:
+            answer = msgspec.json.decode(found[found.index("{") :], type=_Runs)
+        except (ValueError, msgspec.DecodeError) as error:  # flwr ends with 0 whatever happens
+            raise FederationError(f"flwr list: {' '.join(found.split())[-300:]}") from error
         return answer.runs[0].status, answer.runs[0].status_details
 
     def server_apps(self) -> list[int]:

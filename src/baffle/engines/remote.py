@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
+import numpy as np
 
 from baffle.aggregate import check_reply, nothing
 from baffle.calibrate import Calibration, agree, check_found
@@ -58,8 +59,9 @@ from baffle.method import State
 from baffle.parcels import pack_state, pack_weights
 from baffle.roster import Member, Outcome, Roster, RoundLog, Visit
 from baffle.runtimes import Evaluation, Runtime
+from baffle.secure.graph import threshold
 from baffle.secure.letters import Advert, Card, Unmasked
-from baffle.types import Aggregate, Cohort, Table, Task, Weights
+from baffle.types import LIMIT, Aggregate, Cohort, Table, Task, Weights
 
 if TYPE_CHECKING:
     from baffle.secure.server import SecureRound
@@ -256,7 +258,9 @@ class RemoteEngine:
         asked = {
             letter.identity
             for letter in self._open.values()
-            if letter.client is None and letter.node == self._nodes.get(letter.identity)
+            if letter.client is None
+            and letter.node == self._nodes.get(letter.identity)
+            and time.monotonic() - letter.at < self._deadline
         }
         came = {identity for identity, _ in self._newcomers}
         strangers = [
@@ -353,15 +357,12 @@ class RemoteEngine:
 
         A client answers a round once, so one that failed is not asked again: the run goes on with the next.
         """
-        from baffle.secure.graph import threshold
-        from baffle.secure.server import SecureRound  # needs cryptography, which plain sums do without
+        from baffle.secure.masks import usable  # needs cryptography, which plain sums do without
+        from baffle.secure.server import SecureRound
 
         task = this.task
-        cards = {
-            client: Card(card[:32], card[32:])
-            for client in this.cohort
-            if (card := bytes.fromhex(self._roster.members[client].card))
-        }
+        told = {client: bytes.fromhex(self._roster.members[client].card) for client in this.cohort}
+        cards = {c: card for c, data in told.items() if data and usable(card := Card(data[:32], data[32:]))}
         need = max(self._need(this.cohort), threshold(len(this.cohort)))
         if len(cards) < need:
             raise FederationError(
@@ -385,11 +386,15 @@ class RemoteEngine:
                 self._enter(this, "lost", this.secure.missing & this.secure.signatures.keys())
                 self._ask_all(this, state, rows, need)
             vectors, (weight, clipped, nonfinite) = this.secure.total()
+            survivors = this.secure.survive().clients
+            expected = sum(this.cohort[client] for client in survivors)
+            if weight != expected or int(np.abs(vectors).max(initial=0)) > LIMIT * expected:
+                raise SecureSumError(f"round {task.round}: weights of {weight}, expected {expected}: one sent another")
         except SecureSumError as error:
             _log.warning("no sum: %s", error)
             return nothing(task)
         vectors = vectors.reshape(1, task.local_steps, task.num_directions)
-        return Aggregate(vectors, this.secure.survive().clients, weight, clipped, nonfinite)
+        return Aggregate(vectors, survivors, weight, clipped, nonfinite)
 
     def _enter(self, this: _Round, stage: Stage, asked: Collection[int]) -> None:
         """Go on to another stage of a round."""

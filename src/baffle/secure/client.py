@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from baffle.errors import SecureSumError
-from baffle.secure.graph import MOST_NEIGHBOURS, neighbourhoods, threshold
+from baffle.secure.graph import FEWEST_NEIGHBOURS, MOST_NEIGHBOURS, neighbourhoods, threshold
 from baffle.secure.letters import (
     Advert,
     Introduced,
@@ -62,6 +62,8 @@ class SecureClient:
     def __init__(
         self, identity: Identity, client: int, key: int, *, minimum: int = 3, degree: int = MOST_NEIGHBOURS
     ) -> None:
+        if degree < FEWEST_NEIGHBOURS:
+            raise SecureSumError(f"{degree} neighbours at most: expected at least {FEWEST_NEIGHBOURS}")
         self._identity, self._client, self._key = identity, client, key
         self._minimum, self._degree = minimum, degree
         self._keys: dict[int, _Keys] = {}

@@ -14,6 +14,8 @@ import numpy as np
 from baffle.philox import Purpose, stream, word3
 
 MOST_NEIGHBOURS = 100
+FEWEST_NEIGHBOURS = 4
+"""With two or three a circle falls apart where clients are lost, and each part has a sum of its own."""
 
 
 def neighbourhoods(

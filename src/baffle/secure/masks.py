@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -102,6 +103,17 @@ def stream(key: bytes, size: int) -> Words:
     """The first words of ChaCha20 (RFC 8439) under a key that is used for nothing else: uint32[size], uniform."""
     encryptor = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()
     return np.frombuffer(encryptor.update(bytes(4 * size)), "<u4").astype(np.uint32)
+
+
+@lru_cache(maxsize=4096)
+def usable(card: Card) -> bool:
+    """Whether others can seal for the holder of a card, and check what it signed."""
+    try:
+        agree(X25519PrivateKey.generate(), card.sealing, b"")
+        Ed25519PublicKey.from_public_bytes(card.signing)
+    except (SecureSumError, ValueError):
+        return False
+    return True
 
 
 def verify(card: Card, signature: bytes, data: bytes) -> bool:
