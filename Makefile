@@ -31,7 +31,7 @@ format: .venv/installed  ## Format the code.
 
 test: export OMP_NUM_THREADS = 1
 test: lint  ## Lint, types, tests, and every snippet of README and docs.
-	$(BIN)/pytest -q -n 2 -m 'not slow'
+	$(BIN)/pytest -q -n 2 --dist loadfile -m 'not slow'
 
 test-all: test docs  ## Also what takes long: docs, wheels, full fault tests.
 	$(BIN)/pytest -q -m slow

@@ -878,12 +878,21 @@ def test_guard_stop_ends_with_the_last_good_weights(tmp_path: Path) -> None:
 # --- help
 
 OPTIONS: dict[str, set[str]] = {
-    "train": {"out", "json", *(field.replace("_", "-") for field in TrainConfig.__struct_fields__)},
-    "resume": {"rounds", "repair", "json"},
+    "train": {"out", "json", "tensorboard", *(field.replace("_", "-") for field in TrainConfig.__struct_fields__)},
+    "resume": {"rounds", "repair", "tensorboard", "json"},
+    "status": {"watch", "json"},
     "replay": {"round", "threads", "block", "slow", "json"},
     "evaluate": {"json"},
     "report": {"out", "json"},
     "compare": {"out", "json"},
+    "node": {
+        *("superlink", "data", "name", "bundle", "model", "threads", "root-certificates", "insecure", "key"),
+        *("only-secure", "minimum-cohort", "trust"),
+    },
+    "up": {
+        *("clients", "out", "secure", "folder", "tensorboard", "downlink", "quorum", "deadline", "json"),
+    },
+    "app": {"json"},
     "export": {
         *("to", "out", "dataset", "data", "activation", "norm", "start", "trainable", "prune", "prune-by", "seed"),
         *("precision", "branches", "json"),

@@ -837,7 +837,7 @@ BAD_CALIBRATIONS: dict[str, tuple[tuple[str, ...], str]] = {
     "directions": (("--num-directions", "0"), "num_directions = 0: expected an integer >= 1 and <= 1048576"),
     "batch": (("--batch-size", "0"), "batch_size = 0: expected an integer >= 1"),
     "precision": (("--precision", "int8"), "precision = 'int8': expected one of fp32, bf16, fp16"),
-    "sigma": (("--sigma", "0.1"), "No such option: --sigma (see --help)"),
+    "sigma": (("--sigma", "0.1"), "No such option...--sigma... (see --help)"),
     "file": (("nosuch.toml",), "nosuch.toml: cannot be read: No such file or directory"),
     "start": (("--start", "nosuch"), "nosuch: expected a run folder or a .safetensors file ..."),
 }

@@ -154,6 +154,7 @@ def test_purposes_are_frozen() -> None:
         "PARTICIPANTS": 5,
         "BATCH": 6,
         "PARTITION": 7,
+        "GRAPH": 8,
     }
     assert BLOCK_BITS == 256
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from baffle.assemble import splits
+from baffle.checks import require_between
 from baffle.cli.common import Json, print_json
 from baffle.config import TrainConfig, train_config
 from baffle.data import DATASETS, Dataset
@@ -38,6 +39,7 @@ def models_command(
 
     For ten classes of grey images of 28 x 28 pixels and of colour images of 32 x 32.
     """
+    require_between("--seconds", seconds, 0, 600)  # nan is between any two in some versions of typer
     from torch.nn.functional import cross_entropy
 
     from baffle.models import MODELS, build
