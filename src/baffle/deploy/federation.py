@@ -110,7 +110,7 @@ class Federation:
         file = self.folder / f"{name}.key"
         if not file.exists():
             key = ec.generate_private_key(ec.SECP384R1())
-            write_secret(file, private_bytes(key))
+            write_secret(file, private_bytes(key, serialization.PrivateFormat.OpenSSH))  # what flower-supernode reads
         public = file.with_suffix(".pub")
         encoding, kind = serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
         public.write_bytes(read_key(file).public_key().public_bytes(encoding, kind) + b"\n")
@@ -286,10 +286,11 @@ def _alternative(host: str) -> x509.GeneralName:
         return x509.DNSName(host)
 
 
-def private_bytes(key: ec.EllipticCurvePrivateKey) -> bytes:
+def private_bytes(
+    key: ec.EllipticCurvePrivateKey, kind: serialization.PrivateFormat = serialization.PrivateFormat.PKCS8
+) -> bytes:
     """A private key as PEM, without a passphrase."""
-    encoding, kind = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
-    return key.private_bytes(encoding, kind, serialization.NoEncryption())
+    return key.private_bytes(serialization.Encoding.PEM, kind, serialization.NoEncryption())
 
 
 def write_secret(file: Path, data: bytes) -> None:
