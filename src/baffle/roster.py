@@ -76,17 +76,21 @@ class Roster:
     """
 
     def __init__(self, folder: Path | None) -> None:
-        self.members: list[Member] = [] if folder is None else list(read_members(folder))
+        self.members: list[Member] = []
         self.last: RoundLog | None = None
+        self._numbers: dict[str, int] = {}
+        for member in () if folder is None else read_members(folder):
+            self.add(member)
         self._folder, self._saved = folder, len(self.members)
         self._late = self._refused = 0
 
     def number(self, identity: str) -> int | None:
         """The client with this identity."""
-        return next((i for i, member in enumerate(self.members) if member.identity == identity), None)
+        return self._numbers.get(identity)
 
     def add(self, member: Member) -> int:
         """Give a new client its number."""
+        self._numbers.setdefault(member.identity, len(self.members))
         self.members.append(member)
         return len(self.members) - 1
 

@@ -23,8 +23,8 @@ from baffle.data import Dataset
 from baffle.deploy.adapter import quick
 from baffle.deploy.setups import data_for, runtime_for, setup_of
 from baffle.edge import load_arrays
-from baffle.engines.flower import FlowerEngine, reply_to
-from baffle.engines.remote import Downlink
+from baffle.engines.flower import GridTransport, reply_to
+from baffle.engines.remote import Downlink, RemoteEngine
 from baffle.errors import OptionError
 from baffle.journal import Journal, Record, read_config
 from baffle.messages import Setup, decode_setup, encode
@@ -82,8 +82,8 @@ def serve(grid: Grid, context: Context) -> Run:
     if out is not None:
         _drop_unbegun(out)
     server = assemble_server(options)
-    engine = FlowerEngine(
-        quick(grid),
+    engine = RemoteEngine(
+        GridTransport(quick(grid)),
         server.runtime,
         setup_of(options, server),
         clients=config.clients,
@@ -103,7 +103,7 @@ def _train(
     options: TrainConfig,
     config: AppConfig,
     server: Server,
-    engine: FlowerEngine,
+    engine: RemoteEngine,
     out: Path | None,
     progress: Callable[[Record], None],
 ) -> Run:

@@ -7,6 +7,7 @@ options of one of baffle's own models; one of the user's is built only where the
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 import msgspec
 import numpy as np
@@ -63,7 +64,7 @@ def runtime_for(setup: Setup, threads: int | None, trusted: Bundle | None = None
         if trusted is not None:
             raise BundleError("the server has no bundle (runtime torch): expected the one that this client trusts")
         return _torch(options, setup, threads, model)
-    bundle = Bundle.decode(setup.bundle)
+    bundle = _bundle(setup.bundle)
     if trusted is not None and bundle.sha256 != trusted.sha256:
         raise BundleError(f"the server's bundle is {bundle.sha256[:12]}: expected {trusted.sha256[:12]}, trusted here")
     return inferring(msgspec.structs.replace(options, threads=threads), bundle)
@@ -77,7 +78,7 @@ def data_for(setup: Setup, data: Dataset, runtime: Runtime) -> Dataset:
             raise DataError(f"{data.name}.x: {data.x.min()} to {data.x.max()}: expected pixels, 0 to 255 each")
         data = replace(data, x=data.x.astype(np.uint8, copy=False), scaling=Scaling(setup.mean, setup.std))
     if setup.bundle is not None:
-        check_labels(runtime, Bundle.decode(setup.bundle), data)
+        check_labels(runtime, _bundle(setup.bundle), data)
         return data
     if tuple(data.x.shape[1:]) != setup.shape:
         raise DataError(f"{data.name}.x: examples of shape {list(data.x.shape[1:])}: expected {list(setup.shape)}")
@@ -91,6 +92,12 @@ def data_for(setup: Setup, data: Dataset, runtime: Runtime) -> Dataset:
         )
     data.check_labels(setup.classes)
     return data
+
+
+@lru_cache(maxsize=1)
+def _bundle(data: bytes) -> Bundle:
+    """Unpacked and checked once, for the runtime and for all clients of the process."""
+    return Bundle.decode(data)
 
 
 def _options(setup: Setup) -> TrainConfig:

@@ -22,12 +22,8 @@ try:
 except ImportError as error:
     raise MissingExtraError("Flower is not installed: pip install 'baffle[flower]'") from error
 
-from baffle.engines.remote import Downlink, RemoteEngine
 from baffle.engines.transport import Arrival, Letter, Sent
-from baffle.messages import Setup
 from baffle.participant import Participant
-from baffle.roster import Roster
-from baffle.runtimes import Runtime
 
 _PIECE = 2**20
 _CLIENT = "client-"
@@ -66,41 +62,12 @@ class Post(Protocol):
         ...
 
 
-class FlowerEngine(RemoteEngine):
-    """Train with the nodes of a Flower federation: a :class:`RemoteEngine` on the ``grid`` of a ServerApp.
-
-    ``baffle.deploy.app.serve`` is the whole ServerApp; this is for one of your own, and ``baffle.deploy.adapter.quick``
-    makes its grid faster.
-    """
-
-    def __init__(
-        self,
-        grid: Post,
-        runtime: Runtime,
-        setup: Setup,
-        *,
-        clients: int = 2,
-        downlink: Downlink = "replay",
-        quorum: float = 0.5,
-        deadline: float = 60.0,
-        patience: float = 3600.0,
-        roster: Roster | None = None,
-    ) -> None:
-        super().__init__(
-            GridTransport(grid),
-            runtime,
-            setup,
-            clients=clients,
-            downlink=downlink,
-            quorum=quorum,
-            deadline=deadline,
-            patience=patience,
-            roster=roster,
-        )
-
-
 class GridTransport:
-    """Letters as Flower messages. A node is known by the hash of its public key, which the SuperLink has checked."""
+    """Letters as Flower messages: ``RemoteEngine(GridTransport(grid), ...)`` trains with the nodes of a federation.
+
+    A node is known by the hash of its public key, which the SuperLink has checked. ``baffle.deploy.app.serve`` is the
+    whole ServerApp; this is for one of your own, and ``baffle.deploy.adapter.quick`` makes its grid faster.
+    """
 
     def __init__(self, grid: Post) -> None:
         self._grid = grid

@@ -86,7 +86,6 @@ class _Open:
     node: int
     round: int
     at: float
-    size: int
     stage: Stage = "enrol"
     whole: bool = False
     """It brought all that a client needs that keeps nothing."""
@@ -212,11 +211,11 @@ class RemoteEngine:
         visits = self._roster.last.visits if self._roster.last is not None else ()
         up, down = self._before
         self._before = 0, 0
-        passes = task.local_steps * len(perturbations(task, self.table, 0))
+        passes, sizes = task.local_steps * len(perturbations(task, self.table, 0)), self.sizes
         return Exchange(
             replies,
             passes * len(answered),
-            passes * sum(min(task.batch_size or self.sizes[client], self.sizes[client]) for client in answered),
+            passes * sum(min(task.batch_size or sizes[client], sizes[client]) for client in answered),
             up + sum(v.bytes_up for v in visits),
             down + sum(v.bytes_down for v in visits),
             total,
@@ -277,7 +276,7 @@ class RemoteEngine:
         for (identity, node), sent in zip(strangers, self._send(letters), strict=False):
             if not sent.id:
                 continue
-            self._open[sent.id] = _Open(None, identity, node, -1, time.monotonic(), sent.size)
+            self._open[sent.id] = _Open(None, identity, node, -1, time.monotonic())
             self._before = self._before[0], self._before[1] + sent.size
 
     def _admit(self) -> None:
@@ -463,7 +462,7 @@ class RemoteEngine:
             whole = not letter.parcels.keys().isdisjoint((STATE, WEIGHTS))
             identity = self._roster.members[client].identity
             self._open[sent.id] = _Open(
-                client, identity, letter.node, this.task.round, time.monotonic(), sent.size, this.stage, whole
+                client, identity, letter.node, this.task.round, time.monotonic(), this.stage, whole
             )
             self._visit(this, client, bytes_down=sent.size)
 
@@ -506,7 +505,7 @@ class RemoteEngine:
         if self._downlink == "weights":
             parcels[WEIGHTS] = self._pack(this.task.state_sha256, WEIGHTS, state)
         else:
-            has = self._known.get(client, self._under_way(client))
+            has = self._known[client] if client in self._known else self._under_way(client)
             if told is not None:
                 has = told.round if self._history.hash_after(told.round) == told.state_sha256 else None
                 if told.round == 0 and told.state_sha256 == this.task.state_sha256:
