@@ -249,7 +249,7 @@ def test_perturbations_equal_the_slow_form(
     weights.setflags(write=False)
     scratch = np.full_like(weights, np.nan)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(perturb, "_BUDGET", budget)  # as many directions at once as fit: one, some, all
+        patch.setattr(perturb, "BUDGET", budget)  # as many directions at once as fit: one, some, all
         passes = [w.copy() for w in perturbations.weights(weights, scratch)]
     assert [w.tobytes() for w in passes] == [w.tobytes() for w in slow_perturbations(perturbations, weights)]
     assert len(passes) == len(perturbations) == baseline + count * len(steps)

@@ -233,7 +233,7 @@ def test_passes_equal_the_loop_and_so_do_portions(
     asked = Perturbations(Directions(table, family, (3, 1)), 3, (0.01, -0.01), baseline, 2, lattice=codes)
     expected = [w.tobytes() for w in slow_passes(asked, weights)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(perturb, "_BUDGET", budget)  # as many directions at once as fit: one, some, all
+        patch.setattr(perturb, "BUDGET", budget)  # as many directions at once as fit: one, some, all
         whole = [w.tobytes() for w in asked.weights(weights, np.empty_like(weights))]
     portions = [w.tobytes() for p in asked.split(parts) for w in p.weights(weights, np.empty_like(weights))]
     assert whole == expected == portions

@@ -1,33 +1,59 @@
-"""Weights plus a multiple of a direction, one evaluation after another, out of place.
+"""Weights plus a multiple of a direction, one evaluation after another, out of place, where a kernel wants them.
 
-A perturbed copy is always made from the unperturbed weights (never undone in place: W + d - d drifts), into
-one scratch buffer that the caller owns. Directions are drawn a block of them at a time, so memory stays
-bounded whatever their number.
+A perturbed copy is always made from the unperturbed weights (never undone in place: W + d - d drifts), in a buffer
+that the caller owns, in the order and precision in which it is read (:class:`Slot`). What all passes of a call have
+in common is prepared once, in a :class:`Point` that its workers share:
+
+* in float32 an entry is w + step * d, one product and one sum;
+* in fewer bits an entry of a sign direction has two values, so both are rounded once, and a pass only selects.
+
+Directions are drawn a block of them at a time, so memory stays bounded whatever their number.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from baffle.directions import Bytes, Directions, Entries
+from baffle.directions import Directions
 from baffle.errors import PlanError
-from baffle.quantize import lattice_steps, on_lattice
-from baffle.types import Weights
+from baffle.quantize import encode, lattice_steps, on_lattice
+from baffle.types import ParamSpec, Weights
 
-_BUDGET = 16 * 2**20  # bytes of directions drawn at once
+BUDGET = 4 * 2**20
+"""Bytes of directions drawn at once, unless told otherwise."""
+_WHOLE = 2**18  # entries of a matrix up to which it is perturbed in one go
 
+Array = npt.NDArray[Any]
+Bits = npt.NDArray[np.unsignedinteger[Any]]
 Float32 = npt.NDArray[np.float32]
 Factors = Mapping[int, tuple[Float32, Float32]]
+Kind = Literal["fp32", "bf16", "fp16", "int8", "branch"]
+_WORDS: dict[Kind, type[np.unsignedinteger[Any]]] = {"bf16": np.uint16, "fp16": np.uint16, "int8": np.uint8}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """How a tensor is wanted: ``kind`` float32, bfloat16 or float16 (as bits), int8 codes (of ``scales`` float32[out]),
+    or unperturbed beside its rank-1 branch.
+
+    ``axes`` is the order of its dimensions in memory, where that is another; the first stays the first.
+    """
+
+    kind: Kind = "fp32"
+    axes: tuple[int, ...] | None = None
+    scales: Float32 | None = None
 
 
 @dataclass(frozen=True)
 class Perturbations:
-    """The evaluations that one client makes at one point: W itself if ``baseline``, then W + step * d_k.
+    """The evaluations that one client makes at one point: W itself ``baseline`` times, then W + step * d_k.
 
     ``steps`` are (sigma,) for forward and (sigma, -sigma) for central differences; the order of passes is
     baseline, then direction by direction, step by step.
@@ -44,7 +70,7 @@ class Perturbations:
     directions: Directions
     num_directions: int
     steps: tuple[float, ...]
-    baseline: bool
+    baseline: int
     first: int = 0
     """Number of the first direction."""
     lattice: int = 0
@@ -52,9 +78,12 @@ class Perturbations:
 
     def split(self, parts: int) -> list[Perturbations]:
         """The same passes in the same order, in at most ``parts`` portions for as many workers."""
+        if not self.num_directions:
+            ends = [self.baseline * i // parts for i in range(parts + 1)]
+            return [replace(self, baseline=e - s) for s, e in itertools.pairwise(ends) if e > s]
         ends = [self.num_directions * i // parts for i in range(parts + 1)]
         portions = [
-            replace(self, num_directions=end - start, baseline=self.baseline and i == 0, first=self.first + start)
+            replace(self, num_directions=end - start, baseline=self.baseline * (i == 0), first=self.first + start)
             for i, (start, end) in enumerate(itertools.pairwise(ends))
         ]
         return [p for p in portions if len(p)]
@@ -70,81 +99,244 @@ class Perturbations:
         written there. Raises PlanError if one of them is pruned: a product cannot leave entries out.
         """
         branches, table = branches or {}, self.directions.table
-        for i in branches:
-            if table[i].kept:
-                raise PlanError(f"{table[i].name}: pruned, with a rank-1 branch: expected one or the other")
-        relative: dict[int, Float32] = {}
-        if self.lattice and self.steps:
-            relative = lattice_steps(table, weights, max(self.steps), self.lattice)
-        if self.lattice:
-            weights = on_lattice(table, weights)
-        scratch[:] = weights
-        for left, right in branches.values():
-            left[:], right[:] = 0, 1
-        if self.baseline:
+        point = Point(self, weights, [Slot("branch" if i in branches else "fp32") for i in range(len(table))])
+        for evaluated in point.passes(self):
+            for i, spec in enumerate(table):
+                evaluated.write(i, scratch[spec.slice])
+                if i in branches:
+                    evaluated.branch(i, *branches[i])
             yield scratch
-        per_block = _directions_per_block(self.directions)
-        end = self.first + self.num_directions
-        for start in range(self.first, end, per_block):
-            block = _Block(self.directions, slice(start, min(start + per_block, end)), relative)
-            for k in range(block.size):
-                for step in self.steps:
-                    block.perturb(k, np.float32(step), weights, scratch, branches)
-                    yield scratch
 
 
-def _directions_per_block(directions: Directions) -> int:
-    """How many directions fit the budget as they are kept: factors in float32, signs packed, grid in int16."""
-    size = 0.0
-    for i, spec in enumerate(directions.table):
-        if directions.is_rank1(i):
-            size += 4 * sum(spec.matrix or ())
-        else:
-            size += spec.size * (2 if directions.family == "gaussian" else 1 / 8)
-    return max(1, int(_BUDGET // max(size, 1)))
+class Point:
+    """Weights (float32[n]) ready to be perturbed as asked, into ``slots``, one a tensor; workers may share it.
+
+    Raises PlanError for the branch of a pruned tensor: a product cannot leave entries out.
+    """
+
+    def __init__(self, asked: Perturbations, weights: Weights, slots: Sequence[Slot]) -> None:
+        directions, table = asked.directions, asked.directions.table
+        self.directions, self.slots = directions, tuple(slots)
+        self.rows: Mapping[int, Float32] = {}  # how many times the step a row of a matrix moves
+        if asked.lattice and asked.steps:
+            self.rows = lattice_steps(table, weights, max(asked.steps), asked.lattice)
+        if asked.lattice:
+            weights = on_lattice(table, weights)
+        self.masks: dict[int, npt.NDArray[np.bool_]] = {}
+        self.plain: list[Array] = []  # unperturbed, in the slot's order and precision
+        self.base: list[Float32 | None] = []  # the same in float32, where passes need it
+        self.pairs: dict[tuple[int, np.float32], tuple[Bits, Bits]] = {}
+        for i, (spec, slot) in enumerate(zip(table, self.slots, strict=True)):
+            if slot.kind == "branch" and spec.kept:
+                raise PlanError(f"{spec.name}: pruned, with a rank-1 branch: expected one or the other")
+            if (mask := spec.mask) is not None:
+                self.masks[i] = self.order(i, mask)
+            values, cast = self.order(i, weights[spec.slice]), self.cast(i)
+            self.plain.append(cast(values))
+            exact = slot.kind == "fp32" or directions.family == "gaussian"
+            self.base.append(values if exact else None)
+            for step in set() if exact or slot.kind == "branch" else {abs(np.float32(s)) for s in asked.steps}:
+                self.pairs[i, step] = self._pair(i, values, step, cast)
+
+    def passes(self, part: Perturbations, budget: int | None = None) -> Iterator[Pass]:
+        """The passes of a portion of what was asked, in order; directions in blocks of ``budget`` bytes."""
+        for _ in range(part.baseline):
+            yield Pass(self, None, 0, np.float32(0))
+        for block in self.blocks(part, budget):
+            for k, step in itertools.product(range(block.size), part.steps):
+                yield Pass(self, block, k, np.float32(step))
+
+    def blocks(self, part: Perturbations, budget: int | None = None, most: int | None = None) -> Iterator[Block]:
+        """The directions of a portion, so many at a time as fit ``budget`` bytes, and at most ``most``."""
+        fit = max(1, int((budget or BUDGET) // max(self._direction_bytes(), 1)))
+        size, end = min(fit, most or fit), part.first + part.num_directions
+        for start in range(part.first, end, size):
+            yield Block(self, slice(start, min(start + size, end)))
+
+    def order(self, tensor: int, values: Array) -> Array:
+        """A tensor's flat values in the order of its slot: [out, rest] for matrices, else [size]."""
+        spec, axes = self.directions.table[tensor], self.slots[tensor].axes
+        if axes is not None:
+            values = np.ascontiguousarray(values.reshape(spec.shape).transpose(axes))
+        return values.reshape(spec.matrix or (spec.size,))
+
+    def order_columns(self, tensor: int, columns: Array) -> Array:
+        """Right factors [K, rest] in the order of the slot."""
+        spec, axes = self.directions.table[tensor], self.slots[tensor].axes
+        if axes is None:
+            return columns
+        return columns.reshape(-1, *spec.shape[1:]).transpose(0, *axes[1:]).reshape(columns.shape)
+
+    def cast(self, tensor: int) -> Callable[[Float32], Array]:
+        """Float32 values in slot order -> what the slot holds."""
+        slot = self.slots[tensor]
+        if slot.kind == "int8":
+            assert slot.scales is not None
+            return partial(_codes, slot.scales)
+        return {"bf16": _bfloat16, "fp16": _float16}.get(slot.kind, _itself)
+
+    def _pair(
+        self, tensor: int, values: Float32, step: np.float32, cast: Callable[[Float32], Array]
+    ) -> tuple[Bits, Bits]:
+        """The value of an entry that goes up, and the bits in which one that goes down differs."""
+        move: Any = step
+        if tensor in self.rows:
+            move = (self.rows[tensor] * step)[:, None]
+        if tensor in self.masks:
+            move = move * self.masks[tensor]
+        up, down = cast(values + move), cast(values - move)
+        return up, np.bitwise_xor(up, down)
+
+    def _direction_bytes(self) -> float:
+        """Of one direction, as it is kept: factors in float32, signs packed, grid in int16; vectors in float32."""
+        size = 0.0
+        for i, spec in enumerate(self.directions.table):
+            if self.directions.is_rank1(i):
+                size += 4 * sum(spec.matrix or ())
+            elif self.directions.family == "gaussian":
+                size += 2 * spec.size
+            else:
+                size += spec.size / 8
+        return size
 
 
-class _Block:
-    """Some directions, drawn: factors for rank-1 tensors, packed bits or grid integers for the rest."""
+class Block:
+    """Some directions, drawn: signs for rank-1 tensors, packed bits or grid integers for the rest."""
 
-    def __init__(self, directions: Directions, ks: slice, relative: Mapping[int, Float32]) -> None:
-        self.directions, self.size, self.relative = directions, ks.stop - ks.start, relative
-        self.masks = {i: mask for i, spec in enumerate(directions.table) if (mask := spec.mask) is not None}
-        self.factors: dict[int, tuple[Float32, Float32]] = {
-            i: (a.astype(np.float32), b.astype(np.float32)) for i, (a, b) in directions.factors(ks).items()
-        }
-        for i, rows in relative.items():
-            if i in self.factors:
-                self.factors[i] = (self.factors[i][0] * rows, self.factors[i][1])
-        self.bits: dict[int, Bytes] = {}
-        self.grid: dict[int, Entries] = {}
+    def __init__(self, point: Point, ks: slice) -> None:
+        directions = point.directions
+        self.size, self._point = ks.stop - ks.start, point
+        self._signs = {i: (a, point.order_columns(i, b)) for i, (a, b) in directions.factors(ks).items()}
+        self._floats: dict[int, tuple[Float32, Float32]] = {}
+        self._bits: dict[int, tuple[Bits, Bits]] = {}
+        self._drawn: dict[int, Array] = {}
         for i, spec in enumerate(directions.table):
             if directions.family == "gaussian":
-                self.grid[i] = directions.entries(i, ks)
-            elif i not in self.factors:
-                self.bits[i] = directions.sign_bits(i, ks, 0, -(-spec.size // 256))
+                self._drawn[i] = directions.entries(i, ks)
+            elif i not in self._signs:
+                self._drawn[i] = directions.sign_bits(i, ks, 0, -(-spec.size // 256))
 
-    def perturb(self, k: int, step: np.float32, weights: Weights, out: Weights, branches: Factors) -> None:
-        """out = weights + step * direction k. Sign entries are rounded once, in the sum."""
-        for i, spec in enumerate(self.directions.table):
-            w, o = weights[spec.slice], out[spec.slice]
-            if i in branches:
-                left, right = branches[i]
-                np.multiply(self.factors[i][0][k], step, out=left)
-                right[:] = self.factors[i][1][k]
-                continue
-            if i in self.factors:
-                a, b = self.factors[i][0][k], self.factors[i][1][k]
-                matrix = o.reshape(len(a), len(b))
-                np.multiply((a * step)[:, None], b, out=matrix)
-            elif i in self.bits:
-                bits = np.unpackbits(self.bits[i][k], count=spec.size, bitorder="little")
-                np.multiply(bits, 2 * step, out=o, casting="unsafe")
-                np.subtract(o, step, out=o)
-                if i in self.relative:
-                    o.reshape(spec.matrix or (0, 0))[:] *= self.relative[i][:, None]
-            else:
-                np.multiply(self.grid[i][k], step * np.float32(self.directions.unit), out=o)
-            if i in self.masks:
-                np.multiply(o, self.masks[i], out=o)
-            np.add(w, o, out=o)
+    def factors(self, tensor: int) -> tuple[Float32, Float32] | None:
+        """(a float32[K, out], b float32[K, rest] in slot order) of a rank-1 direction; None if it is not one."""
+        if tensor in self._signs and tensor not in self._floats:
+            a, b = (f.astype(np.float32) for f in self._signs[tensor])
+            self._floats[tensor] = a * self._point.rows[tensor] if tensor in self._point.rows else a, b
+        return self._floats.get(tensor)
+
+    def entries(self, tensor: int, k: int) -> Float32:
+        """A direction's entries in slot order where it is not a product: [out, rest] or [size]."""
+        point, spec = self._point, self._point.directions.table[tensor]
+        if point.directions.family == "gaussian":
+            values = self._drawn[tensor][k] * np.float32(point.directions.unit)
+        else:
+            values = np.unpackbits(self._drawn[tensor][k], count=spec.size, bitorder="little") * np.float32(2)
+            values -= np.float32(1)
+        ordered: Float32 = point.order(tensor, values)
+        return ordered * point.rows[tensor][:, None] if tensor in point.rows else ordered
+
+    def select(self, tensor: int, k: int, step: np.float32, out: Bits) -> None:
+        """Write an entry's value up or down, by its sign."""
+        up, differ = self._point.pairs[tensor, abs(step)]
+        word = out.dtype.type
+        if tensor in self._signs:
+            if tensor not in self._bits:
+                a, b = self._signs[tensor]
+                self._bits[tensor] = _all_bits(a, word), _all_bits(b, word)
+            left, right = self._bits[tensor][0][k], self._bits[tensor][1][k]
+            np.bitwise_xor((left if step > 0 else ~left)[:, None], right, out=out)
+        else:
+            spec = self._point.directions.table[tensor]
+            bits = self._point.order(tensor, np.unpackbits(self._drawn[tensor][k], count=spec.size, bitorder="little"))
+            np.subtract(bits, word(1 if step > 0 else 0), out=out, dtype=word, casting="unsafe")
+            if step < 0:
+                np.negative(out, out=out)
+        np.bitwise_and(out, differ, out=out)
+        np.bitwise_xor(out, up, out=out)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One evaluation: the weights of any tensor, when they are needed."""
+
+    point: Point
+    block: Block | None
+    k: int
+    step: np.float32
+
+    def write(self, tensor: int, out: Array) -> None:
+        """Write a tensor's weights into its slot; entries of sign directions are rounded once, in the sum."""
+        point, slot = self.point, self.point.slots[tensor]
+        plain = point.plain[tensor]
+        out = out.view(plain.dtype).reshape(plain.shape)
+        if self.block is None or slot.kind == "branch":
+            np.copyto(out, plain)
+        elif (base := point.base[tensor]) is None:
+            self.block.select(tensor, self.k, self.step, out)
+        elif slot.kind == "fp32":
+            self._add(tensor, base, out)
+        else:
+            values = np.empty(base.shape, np.float32)
+            self._add(tensor, base, values)
+            np.copyto(out, point.cast(tensor)(values))
+
+    def branch(self, tensor: int, left: Float32, right: Float32) -> None:
+        """Write the factors (step * a, b) of a tensor's rank-1 branch; (0, 1) if it is not perturbed."""
+        factors = None if self.block is None else self.block.factors(tensor)
+        if factors is None:
+            left[:], right[:] = 0, 1
+        else:
+            np.multiply(factors[0][self.k], self.step, out=left)
+            right[:] = factors[1][self.k]
+
+    def _add(self, tensor: int, base: Float32, out: Float32) -> None:
+        assert self.block is not None
+        mask = self.point.masks.get(tensor)
+        factors = self.block.factors(tensor)
+        if factors is None:
+            np.multiply(self.block.entries(tensor, self.k), self.step, out=out)
+            if mask is not None:
+                np.multiply(out, mask, out=out)
+            np.add(base, out, out=out)
+            return
+        a, b = (factors[0][self.k] * self.step)[:, None], factors[1][self.k]
+        height = max(1, _WHOLE // max(1, len(b)))
+        for start in range(0, len(a), height):
+            rows = slice(start, start + height)
+            np.multiply(a[rows], b, out=out[rows])
+            if mask is not None:
+                np.multiply(out[rows], mask[rows], out=out[rows])
+            np.add(base[rows], out[rows], out=out[rows])
+
+
+def slot_array(spec: ParamSpec, kind: Kind) -> Array:
+    """Memory of a tensor's slot, as the bits that are written there."""
+    return np.zeros(spec.size, _WORDS.get(kind, np.float32))
+
+
+def _itself(values: Float32) -> Array:
+    return values
+
+
+def _float16(values: Float32) -> Bits:
+    with np.errstate(over="ignore", invalid="ignore"):
+        return values.astype(np.float16).view(np.uint16)
+
+
+def _bfloat16(values: Float32) -> Bits:
+    """Rounded to the nearest, halves to the even one; NaN stays."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    rounded = (bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16
+    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
+
+
+def _codes(scales: Float32, values: Float32) -> Bits:
+    codes = np.empty(values.shape, np.int8)
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        encode(values, scales, codes)
+    return codes.view(np.uint8)
+
+
+def _all_bits(signs: npt.NDArray[np.int8], word: type[np.unsignedinteger[Any]]) -> Bits:
+    """+-1 -> no bit for +1, all for -1."""
+    wide = (signs >> 7).astype(np.dtype(word).str.replace("u", "i"))
+    return wide.view(word)

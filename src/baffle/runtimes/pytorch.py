@@ -1,8 +1,7 @@
 """Forward passes of any ``torch.nn.Module``, without ever building an autograd graph.
 
-A replica is a copy of the model whose trainable parameters are views of one flat scratch buffer, so writing
-perturbed weights into the buffer is all it takes to evaluate them. The model that was handed over, its buffers
-and its frozen parameters stay untouched.
+Each thread has a replica of the model (``baffle.runtimes.replica``); the model that was handed over, its buffers and
+its frozen parameters stay untouched.
 
 Convolutions are fastest with channels last: four-dimensional weights and inputs are laid out so, if the model
 stands it (one that calls ``view`` on a convolution's output does not).
@@ -28,12 +27,14 @@ import numpy.typing as npt
 
 from baffle.checks import require_count
 from baffle.data import Dataset
-from baffle.errors import MissingExtraError, ModelError
-from baffle.perturb import Perturbations
+from baffle.directions import Directions
+from baffle.errors import MissingExtraError, ModelError, require_choice
+from baffle.perturb import BUDGET, Perturbations, Point
 from baffle.runtimes import Evaluation
+from baffle.runtimes.allocator import keep_freed_memory
 from baffle.runtimes.bundle import require_precision
 from baffle.runtimes.cores import cores
-from baffle.types import Losses, Masks, Table, Weights, make_table, table_size
+from baffle.types import Losses, Masks, Table, Weights, make_table
 
 try:
     import torch
@@ -44,10 +45,15 @@ try:
 except ImportError as error:
     raise MissingExtraError("PyTorch is not installed: pip install 'baffle[torch]'") from error
 
-_CHUNK_INPUTS = 2**15  # numbers in the inputs of one forward pass, so that activations stay in the cache
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from baffle.runtimes.budget import Sizes, activation_bytes, weight_bytes, within
+from baffle.runtimes.replica import Chunk, Replica, frozen_tensors, slots_of, stack_losses
+from baffle.runtimes.stacked import NotStackable
 
-Chunk: TypeAlias = tuple[Tensor, Tensor]
+_CHUNK_INPUTS = 2**15  # numbers in the inputs of one forward pass, so that activations stay in the cache
+_STACKED_ROWS = 2**10  # examples times directions that go through the model at once
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+STRATEGIES = ("copies", "stacked", "streaming")
+
 Hits: TypeAlias = npt.NDArray[np.bool_]
 Result = TypeVar("Result")
 
@@ -58,8 +64,15 @@ class TorchRuntime:
     ``loss(output, target)`` must give one number an example; the losses of ``torch.nn.functional`` and
     ``torch.nn`` are switched to ``reduction="none"``. ``precision`` is that in which the model computes, fp32, bf16
     or fp16; the loss is taken in float32. ``masks`` say where entries of pruned tensors were kept. ``threads`` is the
-    number of passes evaluated side by side on a CPU, by default one a core. Raises ModelError for BatchNorm or
-    dropout in training mode, for trainable parameters that are not float32, and if there are none.
+    number of passes evaluated side by side on a CPU, by default one a core.
+
+    ``strategy``: "copies" writes all perturbed weights into buffers; "stacked" evaluates several directions in one
+    batch, linear layers by the rank-1 form; "streaming" makes a layer's perturbed weight just before it runs.
+    ``memory`` bounds the bytes that an evaluation adds to the model: examples, and directions of a stack, evaluated
+    at once.
+
+    Raises ModelError for BatchNorm or dropout in training mode, for trainable parameters that are not float32, and
+    if there are none; PlanError if ``memory`` is too small for one example.
 
     Examples:
         >>> import torch.nn.functional as F
@@ -78,8 +91,11 @@ class TorchRuntime:
         *,
         precision: str = "fp32",
         masks: Masks | None = None,
+        strategy: str = "copies",
+        memory: int | None = None,
     ) -> None:
         require_precision(precision, "torch", tuple(_DTYPES))
+        require_choice("strategy", strategy, STRATEGIES)
         _check_modules(model)
         if threads is not None:
             require_count("threads", threads, 1, 1024)
@@ -89,20 +105,23 @@ class TorchRuntime:
                 raise ModelError(f"{name}: dtype {p.dtype}: expected float32; convert it, or freeze it")
         if not trainable:
             raise ModelError("the model has no trainable parameter: expected at least one with requires_grad=True")
-        self._loss = per_example(loss)
         self._table = make_table({name: tuple(p.shape) for name, p in trainable.items()}, masks)
         flat = [p.detach().to("cpu").reshape(-1) for p in trainable.values()]
         self._initial: Weights = torch.cat(flat).numpy().copy()
         for spec in self._table:
             if spec.mask is not None:
                 self._initial[spec.slice][~spec.mask] = 0
-        self._precision, self._frozen = precision, _frozen_sha256(model)
+        self._precision, self._strategy, self._memory = precision, strategy, memory
+        self._dtype, self._frozen = _DTYPES[precision], _frozen_sha256(model)
         self._device = next(iter(trainable.values())).device
-        count = (threads or cores()) if self._device.type == "cpu" else 1
-        self._replicas = [
-            _Replica(model, self._table, self._loss, self._device, _DTYPES[precision]) for _ in range(count)
-        ]
+        on_cpu = self._device.type == "cpu"
+        if on_cpu:
+            keep_freed_memory()
+        count = (threads or cores()) if on_cpu else 1
+        each, frozen = per_example(loss), frozen_tensors(model, self._dtype)
+        self._lanes = tuple(_Lane(self, Replica(model, self._table, each, self._dtype, frozen)) for _ in range(count))
         self._channels_last: bool | None = None  # known from the first images on
+        self._sizes: dict[tuple[int, ...], Sizes] = {}
 
     @property
     def table(self) -> Table:
@@ -110,17 +129,28 @@ class TorchRuntime:
         return self._table
 
     @property
+    def lanes(self) -> tuple[_Lane, ...]:
+        """The runtime one thread at a time: each evaluates losses alone, and all may do so at once."""
+        return self._lanes
+
+    @property
     def plan(self) -> dict[str, str | int]:
         """How passes are evaluated."""
         frozen: dict[str, str | int] = {"frozen": self._frozen} if self._frozen else {}
-        return frozen | {
-            "runtime": "torch",
-            "torch": str(torch.__version__),
-            "device": str(self._device),
-            "precision": self._precision,
-            "chunk_inputs": _CHUNK_INPUTS,
-            "threads": len(self._replicas),
-        }
+        budget: dict[str, str | int] = {} if self._memory is None else {"memory": self._memory}
+        return (
+            frozen
+            | budget
+            | {
+                "runtime": "torch",
+                "torch": str(torch.__version__),
+                "device": str(self._device),
+                "precision": self._precision,
+                "strategy": self._strategy,
+                "chunk_inputs": _CHUNK_INPUTS,
+                "threads": len(self._lanes),
+            }
+        )
 
     def initial_weights(self) -> Weights:
         """The model's weights when the runtime was made: float32[n]."""
@@ -128,27 +158,58 @@ class TorchRuntime:
 
     def losses(self, weights: Weights, perturbations: Perturbations, batch: Dataset) -> Losses:
         """Losses of every pass: float32[passes, examples]."""
-        chunks = self._chunks(batch)
-        parts = perturbations.split(len(self._replicas))
-        return np.concatenate(self._run(lambda replica, i: replica.losses(weights, parts[i], chunks), len(parts)))
+        return self.losses_on(self._lanes, weights, perturbations, batch)
+
+    def losses_on(
+        self, lanes: Sequence[_Lane], weights: Weights, perturbations: Perturbations, batch: Dataset
+    ) -> Losses:
+        """Losses of every pass, shared by some lanes: float32[passes, examples]."""
+        sizes, chunks = self._prepare(batch)
+        point = Point(perturbations, weights, slots_of(self._table, self._dtype, bool(self._channels_last)))
+        parts = perturbations.split(len(lanes))
+
+        def run(i: int) -> Losses:
+            replica, part = lanes[i].replica, parts[i]
+            replica.start(chunks)
+            try:
+                if self._strategy == "copies":
+                    rows = replica.copies(point, part, chunks, sizes.directions)
+                elif self._strategy == "streaming":
+                    rows = replica.streaming(point, part, chunks, sizes.directions)
+                else:
+                    rows = replica.stacked(point, part, chunks, sizes.directions, sizes.rows)
+                return stack_losses(rows, len(part), len(batch), self._device)
+            except NotStackable as error:
+                raise ModelError(f"strategy stacked: {error}: expected copies or streaming for this model") from error
+            finally:
+                replica.finish()
+
+        return np.concatenate(self._run(run, len(parts)))
 
     def evaluate(self, weights: Weights, data: Dataset) -> Evaluation:
         """Losses, and hits of the largest output where targets are integer labels of a 2-D output."""
-        chunks = self._chunks(data)
-        parts = [list(p) for p in np.array_split(np.arange(len(chunks)), len(self._replicas)) if len(p)]
-        done = self._run(lambda replica, i: replica.evaluate(weights, [chunks[c] for c in parts[i]]), len(parts))
-        losses, correct = zip(*itertools.chain.from_iterable(done), strict=True)
+        _, chunks = self._prepare(data)
+        none = Perturbations(Directions(self._table, "rank1", (0, 0)), 0, (), baseline=1)
+        point = Point(none, weights, slots_of(self._table, self._dtype, bool(self._channels_last)))
+        parts = [list(p) for p in np.array_split(np.arange(len(chunks)), len(self._lanes)) if len(p)]
+
+        def run(i: int) -> list[tuple[Losses, Hits | None]]:
+            mine = [chunks[c] for c in parts[i]]
+            found = self._lanes[i].replica.evaluate(point, mine, self._strategy == "copies")
+            return [_judged(output, loss, chunk.y) for (output, loss), chunk in zip(found, mine, strict=True)]
+
+        losses, correct = zip(*itertools.chain.from_iterable(self._run(run, len(parts))), strict=True)
         hits = [c for c in correct if c is not None]
         return Evaluation(np.concatenate(losses), np.concatenate(hits) if len(hits) == len(losses) else None)
 
-    def _run(self, work: Callable[[_Replica, int], Result], parts: int) -> list[Result]:
-        """Let replica i do part i, each on one thread of its own."""
+    def _run(self, work: Callable[[int], Result], parts: int) -> list[Result]:
+        """Do part i on one thread of its own."""
 
         def call(i: int) -> Result:
             with torch.inference_mode():
                 if self._device.type == "cpu":
                     torch.set_num_threads(1)
-                return work(self._replicas[i], i)
+                return work(i)
 
         before = torch.get_num_threads()
         try:
@@ -159,116 +220,62 @@ class TorchRuntime:
         finally:
             torch.set_num_threads(before)
 
-    def _chunks(self, batch: Dataset) -> list[Chunk]:
+    def _prepare(self, batch: Dataset) -> tuple[Sizes, list[Chunk]]:
+        """How much to evaluate at once, and the batch cut so, laid out as the kernels like it."""
         x, y = to_tensors(batch, self._device)
         if x.ndim == 4 and x.is_floating_point() and self._takes_channels_last(x.shape[1:]):
             x = x.contiguous(memory_format=torch.channels_last)
-        size = max(32, min(128, _CHUNK_INPUTS // max(1, x[:1].numel())))
-        return [(x[s : s + size], y[s : s + size]) for s in range(0, len(x), size)]
+        shape = tuple(x.shape[1:])
+        if shape not in self._sizes:
+            self._sizes[shape] = self._choose_sizes(x[:1], y[:1])
+        sizes = self._sizes[shape]
+        cut = [slice(s, s + sizes.examples) for s in range(0, len(x), sizes.examples)]
+        return sizes, [Chunk(x[part], y[part]) for part in cut]
+
+    def _choose_sizes(self, x: Tensor, y: Tensor) -> Sizes:
+        usual = Sizes(max(32, min(128, _CHUNK_INPUTS // max(1, x.numel()))), _STACKED_ROWS, BUDGET)
+        if self._memory is None:
+            return usual
+        replica, none = self._lanes[0].replica, Perturbations(Directions(self._table, "rank1", (0, 0)), 0, (), 1)
+        point = Point(none, self._initial, slots_of(self._table, self._dtype, bool(self._channels_last)))
+        return within(
+            self._memory // len(self._lanes),
+            usual,
+            activations=lambda: self._run(lambda _: activation_bytes(replica, point, Chunk(x, y)), 1)[0],
+            weights=weight_bytes(self._table, self._dtype.itemsize, self._strategy),
+        )
 
     def _takes_channels_last(self, shape: Sequence[int]) -> bool:
         """Whether the model has convolutions and computes the same with channels last; tried once."""
         if self._channels_last is None:
-            self._channels_last = any(len(spec.shape) == 4 for spec in self._table)
-            if self._channels_last:
-                outputs = partial(self._replicas[0].outputs, self._initial)
-                self._channels_last = takes_channels_last(outputs, shape, self._device)
-            layout = torch.channels_last if self._channels_last else torch.contiguous_format
-            for replica in self._replicas:
-                replica.lay_out(layout)
+            none = Perturbations(Directions(self._table, "rank1", (0, 0)), 0, (), baseline=1)
+            replica = self._lanes[0].replica
+
+            def outputs(x: Tensor, layout: torch.memory_format) -> object:
+                last = layout is torch.channels_last
+                return replica.outputs(Point(none, self._initial, slots_of(self._table, self._dtype, last)), x)
+
+            self._channels_last = any(len(spec.shape) == 4 for spec in self._table) and takes_channels_last(
+                outputs, shape, self._device
+            )
         return self._channels_last
 
 
-class _Replica:
-    """A copy of the model on a scratch buffer of its own."""
+class _Lane:
+    """One thread's share of a runtime, which evaluates losses alone."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        table: Table,
-        loss: Callable[..., Tensor],
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        # torch aligns its memory, so the kernels see the same addresses modulo a cache line in every process
-        self._host = torch.empty(table_size(table), dtype=torch.float32)
-        self._scratch: Weights = self._host.numpy()
-        self._flat = self._host if device.type == "cpu" else self._host.to(device)
-        self._loss = loss
-        frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
-        self._dtype = dtype
-        self._model = copy.deepcopy(model, frozen)
-        if dtype is not torch.float32:
-            self._model = copy.deepcopy(self._model).to(dtype)  # frozen tensors too
-        self._parameters = [p.requires_grad_(False) for _, p in trainable_parameters(self._model)]
-        self._views = [self._flat[spec.slice].view(spec.shape) for spec in table]
-        self._copies: list[tuple[Tensor, Tensor]] = []
-        self.lay_out(torch.contiguous_format)
+    def __init__(self, runtime: TorchRuntime, replica: Replica) -> None:
+        self._runtime, self.replica = runtime, replica
 
-    def lay_out(self, layout: torch.memory_format) -> None:
-        """Point parameters at the scratch buffer, or, where their layout differs from it, at memory of their own."""
-        self._copies = []
-        for p, view in zip(self._parameters, self._views, strict=True):
-            p.data = view
-            channels_last = view.ndim == 4 and layout is not torch.contiguous_format
-            if channels_last or self._dtype is not torch.float32:
-                kept = layout if channels_last else torch.contiguous_format
-                p.data = torch.empty_like(view, dtype=self._dtype, memory_format=kept)
-                self._copies.append((p, view))
+    def losses(self, weights: Weights, perturbations: Perturbations, batch: Dataset) -> Losses:
+        """Losses of every pass: float32[passes, examples]."""
+        return self._runtime.losses_on([self], weights, perturbations, batch)
 
-    def outputs(self, weights: Weights, x: Tensor, layout: torch.memory_format) -> object:
-        """What the model makes of inputs, itself and they laid out so."""
-        self.lay_out(layout)
-        np.copyto(self._scratch, weights)
-        self._upload()
-        return self._model(x.to(self._dtype))
 
-    def losses(self, weights: Weights, perturbations: Perturbations, chunks: list[Chunk]) -> Losses:
-        examples = sum(len(x) for x, _ in chunks)
-        out = torch.empty((len(perturbations), examples), dtype=torch.float32, device=self._flat.device)
-        for row, _ in zip(out, perturbations.weights(weights, self._scratch), strict=True):
-            self._upload()
-            row.copy_(torch.cat([self._forward(x, y)[1] for x, y in chunks]))
-        return np.asarray(out.cpu().numpy())
-
-    def evaluate(self, weights: Weights, chunks: list[Chunk]) -> list[tuple[Losses, Hits | None]]:
-        np.copyto(self._scratch, weights)
-        self._upload()
-        results: list[tuple[Losses, Hits | None]] = []
-        for x, y in chunks:
-            output, loss = self._forward(x, y)
-            labels = output.ndim == 2 and y.ndim == 1 and not y.is_floating_point()
-            hits = (output.argmax(dim=1) == y).cpu().numpy() if labels else None
-            results.append((loss.cpu().numpy(), hits))
-        return results
-
-    def _upload(self) -> None:
-        """Bring the scratch weights to the model's device and layout."""
-        if self._flat is not self._host:
-            self._flat.copy_(self._host)
-        for p, view in self._copies:
-            p.data.copy_(view)
-
-    def _forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        try:
-            output = self._model(x.to(self._dtype) if x.is_floating_point() else x)
-        except Exception as error:  # of the user's own code
-            raise ModelError(f"the model failed on inputs {tuple(x.shape)} of {x.dtype}: {error}") from error
-        if not isinstance(output, Tensor):
-            raise ModelError(f"the model gives a {type(output).__name__}: expected one tensor of outputs")
-        output = output if self._dtype is torch.float32 else output.float()
-        try:
-            loss = self._loss(output, y)
-        except (IndexError, RuntimeError, TypeError) as error:
-            raise ModelError(
-                f"the loss failed on outputs {tuple(output.shape)} and targets {tuple(y.shape)} of {y.dtype}: {error}"
-            ) from error
-        if loss.shape != (len(x),):
-            raise ModelError(
-                f"the loss has shape {tuple(loss.shape)} for {len(x)} examples: expected one number an example "
-                "(reduction='none', averaged over any further dimension)"
-            )
-        return output, loss.to(torch.float32)
+def _judged(output: Tensor, loss: Tensor, y: Tensor) -> tuple[Losses, Hits | None]:
+    """Losses, and where the largest output is the label."""
+    labels = output.ndim == 2 and y.ndim == 1 and not y.is_floating_point()
+    return loss.cpu().numpy(), (output.argmax(dim=1) == y).cpu().numpy() if labels else None
 
 
 def _frozen_sha256(model: nn.Module) -> str:
@@ -292,7 +299,7 @@ def load_into(model: nn.Module, table: Table, weights: Weights) -> None:
             p.copy_(torch.from_numpy(weights[spec.slice].copy()).view(spec.shape))
 
 
-def to_tensors(batch: Dataset, device: torch.device) -> Chunk:
+def to_tensors(batch: Dataset, device: torch.device) -> tuple[Tensor, Tensor]:
     """Inputs and targets as tensors of their own, with the usual strides (numpy's, where a size is 1, are any)."""
     x, y = (torch.from_numpy(np.array(a, order="C")).to(device) for a in (batch.inputs(), batch.y))
     return x, y

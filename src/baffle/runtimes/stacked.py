@@ -1,0 +1,229 @@
+"""Several directions in one batch: the examples once for each, stacked, so that the model runs once for all of them.
+
+Whatever treats examples alone works on a stack as on any batch. Where a trained tensor is used, each part of the
+stack gets its own: a linear layer as x Wᵀ + (x b) (step a)ᵀ, one product with the unperturbed weight and two with
+vectors (EGGROLL, Sarkar et al. 2025); the first trained layer sees the same examples for all directions, so what it
+makes of them is computed once. Which functions use trained tensors is found by interception, so a model need not be
+traced. What is not known how to do for a stack is refused (:class:`NotStackable`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from baffle.runtimes.intercept import asks_about, leaves
+
+Factors = tuple[Tensor, Tensor]
+_ELEMENTWISE = frozenset({"add", "sub", "mul", "div", "rsub", "true_divide", "multiply", "subtract"})
+
+
+class NotStackable(Exception):  # noqa: N818  # no error of the user's: another strategy is taken
+    """A model uses a trained tensor in a way that is not known how to do for a stack."""
+
+
+class Stack(TorchFunctionMode):
+    """The meaning of a model's trained tensors for ``passes`` directions at once, on ``examples`` of a batch.
+
+    ``index`` numbers the trained parameters by id; ``plain(i)`` is one unperturbed, ``factors(i)`` its (a [S, out],
+    already times the step, b [S, *rest]) if its directions have rank 1, ``each(i)`` all S perturbed ones [S, *shape].
+    """
+
+    def __init__(
+        self,
+        index: Mapping[int, int],
+        passes: int,
+        examples: int,
+        plain: Callable[[int], Tensor],
+        factors: Callable[[int], Factors | None],
+        each: Callable[[int], Tensor],
+    ) -> None:
+        super().__init__()
+        self._index, self._passes, self._examples = index, passes, examples
+        self._plain, self._factors, self._each = plain, factors, each
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Call the function, or what it is for a stack if it is given a trained tensor."""
+        kwargs = kwargs or {}
+        if asks_about(func) or not any(id(a) in self._index for a in leaves((args, kwargs))):
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", "").strip("_")
+        try:
+            if name in _ELEMENTWISE or name[1:] in _ELEMENTWISE:
+                return self._elementwise(func, args, kwargs)
+            rules: dict[str, Callable[..., Tensor]] = {
+                "linear": self._linear,
+                "conv1d": partial(self._convolution, func),
+                "conv2d": partial(self._convolution, func),
+                "embedding": self._embedding,
+                "layer_norm": self._layer_norm,
+                "group_norm": self._group_norm,
+                "batch_norm": self._batch_norm,
+            }
+            rule = rules[name]
+        except KeyError:
+            raise NotStackable(f"a trained tensor in {name}()") from None
+        return rule(*args, **kwargs)
+
+    def stacked(self, x: Tensor) -> bool:
+        """Whether a tensor has the examples of every direction, or of one that stands for all."""
+        if len(x) == self._passes * self._examples:
+            return True
+        if len(x) == self._examples:
+            return False
+        raise NotStackable(f"a tensor {tuple(x.shape)} beside {self._examples} examples")
+
+    def _number(self, tensor: Tensor | None) -> int | None:
+        return self._index.get(id(tensor))
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # PyTorch's
+        s, stacked = self._passes, self.stacked(input)
+        x = input.reshape(s if stacked else 1, -1, input.shape[-1])
+        number = self._number(weight)
+        factors = None if number is None else self._factors(number)
+        if number is None:
+            y = F.linear(x, weight)
+        elif factors is None:
+            y = torch.matmul(x, self._each(number).mT)
+        else:
+            a, b = factors
+            y = F.linear(x, self._plain(number))
+            along = torch.bmm(x, b[:, :, None]) if stacked else F.linear(x[0], b).t()[:, :, None]
+            y = y.addcmul_(along, a[:, None]) if stacked else torch.addcmul(y, along, a[:, None])
+        if bias is not None:
+            y = self._per_direction(torch.Tensor.add, y, bias, 1)
+        leading = (len(y) * (self._examples if not stacked else len(input) // s), *input.shape[1:-1])
+        return y.reshape(*leading, y.shape[-1])
+
+    def _convolution(
+        self,
+        convolve: Callable[..., Tensor],
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Tensor:
+        def apply(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+            return convolve(x, w, b, stride, padding, dilation, groups)
+
+        stacked, number, free = self.stacked(input), self._number(weight), self._number(bias)
+        if number is None:
+            y = apply(input, weight)
+        elif (factors := self._factors(number)) is not None and not stacked and groups == 1:
+            a, b = factors
+            y = apply(input, self._plain(number)).movedim(1, -1)  # channels last in memory already, if the input is
+            along = apply(input, b.reshape(len(b), *weight.shape[1:])).movedim(1, 0)[..., None]
+            shape = (len(a), *[1] * (y.ndim - 1), a.shape[1])
+            y = torch.addcmul(y, along, a.reshape(shape)).flatten(0, 1).movedim(-1, 1)
+        else:
+            weights = self._each(number)
+            parts = input.chunk(self._passes) if stacked else [input] * self._passes
+            y = torch.cat([apply(x, w) for x, w in zip(parts, weights, strict=True)])
+        if bias is None:
+            return y
+        if free is None:
+            return y + bias.reshape(-1, *[1] * (y.ndim - 2))
+        return self._channelwise(torch.Tensor.add, y, bias)
+
+    def _embedding(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        number = self._number(weight)
+        assert number is not None
+        factors = self._factors(number)
+        if self.stacked(input) or factors is None:
+            raise NotStackable("an embedding of another family than rank1, or behind a trained layer")
+        a, b = factors
+        found = F.embedding(input, self._plain(number), *args, **kwargs)
+        right = b.reshape(len(b), *[1] * input.ndim, -1)
+        return torch.addcmul(found, a[:, input][..., None], right).flatten(0, 1)
+
+    def _layer_norm(
+        self,
+        input: Tensor,
+        normalized_shape: Sequence[int],
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        y = F.layer_norm(input, list(normalized_shape), None, None, eps)
+        for operation, tensor in ((torch.Tensor.mul, weight), (torch.Tensor.add, bias)):
+            if tensor is not None:
+                y = self._elementwise(operation, (y, tensor), {})
+        return y
+
+    def _group_norm(
+        self,
+        input: Tensor,
+        num_groups: int,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        y = F.group_norm(input, num_groups, None, None, eps)
+        return self._scaled(y, weight, bias)
+
+    def _batch_norm(
+        self,
+        input: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        y = F.batch_norm(input, running_mean, running_var, None, None, training, momentum, eps)
+        return self._scaled(y, weight, bias)
+
+    def _scaled(self, y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        for operation, tensor in ((torch.Tensor.mul, weight), (torch.Tensor.add, bias)):
+            if tensor is not None:
+                y = self._channelwise(operation, y, tensor)
+        return y
+
+    def _channelwise(self, operation: Callable[..., Tensor], y: Tensor, tensor: Tensor) -> Tensor:
+        """Of images [n, channels, ...] with a vector of their channels."""
+        last = y.movedim(1, -1)
+        return self._elementwise(operation, (last, tensor), {}).movedim(-1, 1)
+
+    def _elementwise(self, func: Callable[..., Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+        """An operation of one tensor of examples with one trained tensor, in any order."""
+        x = next((a for a in args[:2] if isinstance(a, Tensor) and id(a) not in self._index), None)
+        if x is None or len(args) < 2:
+            raise NotStackable("an operation on a trained tensor alone")
+        stack = x.reshape(self._passes, -1, *x.shape[1:]) if self.stacked(x) else x[None]
+
+        def given(value: Any) -> Any:
+            number = self._number(value)
+            if value is x:
+                return stack
+            return value if number is None else _beside(self._each(number), stack)
+
+        return func(*[given(a) for a in args], **kwargs).flatten(0, 1)
+
+    def _per_direction(self, operation: Callable[..., Tensor], y: Tensor, tensor: Tensor, rows: int) -> Tensor:
+        """Of rows [S or 1, rows, out] with a vector of theirs."""
+        number = self._number(tensor)
+        return operation(y, tensor if number is None else _beside(self._each(number), y))
+
+
+def _beside(each: Tensor, stack: Tensor) -> Tensor:
+    """[S, *shape] -> the same with as many dimensions as the stack, 1 where it says nothing."""
+    shape = each.shape[1:]
+    if len(shape) >= stack.ndim - 1 and len(shape) and shape[0] == 1:  # a leading 1 that stands for the examples
+        shape = shape[1:]
+    missing = stack.ndim - 1 - len(shape)
+    if missing < 1 and len(shape):
+        raise NotStackable(f"a trained tensor {tuple(each.shape[1:])} beside examples {tuple(stack.shape[2:])}")
+    return each.reshape(len(each), *[1] * missing, *shape)
