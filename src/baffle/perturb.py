@@ -24,7 +24,7 @@ import numpy.typing as npt
 from baffle.directions import Directions
 from baffle.errors import PlanError
 from baffle.quantize import encode, lattice_steps, on_lattice
-from baffle.types import ParamSpec, Weights
+from baffle.types import Table, Weights
 
 BUDGET = 4 * 2**20
 """Bytes of directions drawn at once, unless told otherwise."""
@@ -40,8 +40,8 @@ _WORDS: dict[Kind, type[np.unsignedinteger[Any]]] = {"bf16": np.uint16, "fp16": 
 
 @dataclass(frozen=True)
 class Slot:
-    """How a tensor is wanted: ``kind`` float32, bfloat16 or float16 (as bits), int8 codes (of ``scales`` float32[out]),
-    or unperturbed beside its rank-1 branch.
+    """How a tensor is wanted: ``kind`` float32, bfloat16 or float16 (as bits), int8 codes, or unperturbed beside its
+    rank-1 branch. With ``scales`` (float32[out]) it is held in int8 codes.
 
     ``axes`` is the order of its dimensions in memory, where that is another; the first stays the first.
     """
@@ -108,6 +108,11 @@ class Perturbations:
             yield scratch
 
 
+def unperturbed(table: Table) -> Perturbations:
+    """One evaluation of the weights as they are."""
+    return Perturbations(Directions(table, "rank1", (0, 0)), 0, (), baseline=1)
+
+
 class Point:
     """Weights (float32[n]) ready to be perturbed as asked, into ``slots``, one a tensor; workers may share it.
 
@@ -138,10 +143,15 @@ class Point:
             for step in set() if exact or slot.kind == "branch" else {abs(np.float32(s)) for s in asked.steps}:
                 self.pairs[i, step] = self._pair(i, values, step, cast)
 
+    @property
+    def unperturbed(self) -> Pass:
+        """The evaluation of the weights as they are."""
+        return Pass(self, None, 0, np.float32(0))
+
     def passes(self, part: Perturbations, budget: int | None = None) -> Iterator[Pass]:
         """The passes of a portion of what was asked, in order; directions in blocks of ``budget`` bytes."""
         for _ in range(part.baseline):
-            yield Pass(self, None, 0, np.float32(0))
+            yield self.unperturbed
         for block in self.blocks(part, budget):
             for k, step in itertools.product(range(block.size), part.steps):
                 yield Pass(self, block, k, np.float32(step))
@@ -170,8 +180,7 @@ class Point:
     def cast(self, tensor: int) -> Callable[[Float32], Array]:
         """Float32 values in slot order -> what the slot holds."""
         slot = self.slots[tensor]
-        if slot.kind == "int8":
-            assert slot.scales is not None
+        if slot.scales is not None:
             return partial(_codes, slot.scales)
         return {"bf16": _bfloat16, "fp16": _float16}.get(slot.kind, _itself)
 
@@ -306,11 +315,6 @@ class Pass:
             if mask is not None:
                 np.multiply(out[rows], mask[rows], out=out[rows])
             np.add(base[rows], out[rows], out=out[rows])
-
-
-def slot_array(spec: ParamSpec, kind: Kind) -> Array:
-    """Memory of a tensor's slot, as the bits that are written there."""
-    return np.zeros(spec.size, _WORDS.get(kind, np.float32))
 
 
 def _itself(values: Float32) -> Array:

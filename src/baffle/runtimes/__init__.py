@@ -24,7 +24,15 @@ class Evaluation:
     correct: npt.NDArray[np.bool_] | None
 
 
-class Runtime(Protocol):
+class Evaluator(Protocol):
+    """What gives losses: a runtime, or one of its lanes (``runtime.lanes``), which is one thread of it."""
+
+    def losses(self, weights: Weights, perturbations: Perturbations, batch: Dataset) -> Losses:
+        """Losses of every pass: float32[passes, examples]. ``weights`` is not changed."""
+        ...
+
+
+class Runtime(Evaluator, Protocol):
     """Forward passes of one model and per-example loss, under any weights."""
 
     @property
@@ -39,10 +47,6 @@ class Runtime(Protocol):
 
     def initial_weights(self) -> Weights:
         """The model's weights as it was handed over: float32[n]."""
-        ...
-
-    def losses(self, weights: Weights, perturbations: Perturbations, batch: Dataset) -> Losses:
-        """Losses of every pass: float32[passes, examples]. ``weights`` is not changed."""
         ...
 
     def evaluate(self, weights: Weights, data: Dataset) -> Evaluation:

@@ -1,8 +1,8 @@
 """What all runtimes of exported graphs share: feeding perturbed weights, batches of one shape, losses, threads.
 
-A worker owns one set of input buffers, bound once. The perturbed weights of a pass are written straight into them
-(float32), or through one scratch array (float16, int8 codes). Batches are cut to chunks of one size and the last is
-padded, so that no engine ever plans for a new shape within a call.
+A worker owns one set of input buffers, bound once. The perturbed weights of a pass are written straight into them.
+Batches are cut to chunks of one size and the last is padded, so that no engine ever plans for a new shape within a
+call. Losses that are taken outside the graph are taken of many passes at once.
 
 Int8 scales come from the unperturbed weights, and activation ranges from an unperturbed pass over the same batch:
 both are fixed for all passes of a call, or their own jumps would drown the differences.
@@ -13,12 +13,11 @@ kernels of maxima and activations may lose it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,17 +25,32 @@ import numpy.typing as npt
 from baffle.checks import require_count
 from baffle.data import Dataset
 from baffle.errors import ModelError, PlanError
-from baffle.perturb import Perturbations
-from baffle.quantize import Float32, encode, row_scales
+from baffle.perturb import Float32, Kind, Pass, Perturbations, Point, Slot, unperturbed
+from baffle.quantize import row_scales
 from baffle.runtimes import Evaluation
-from baffle.runtimes.bundle import Bundle
+from baffle.runtimes.bundle import Bundle, Feed
 from baffle.runtimes.cores import cores
-from baffle.types import Array, Losses, Table, Weights, table_size
+from baffle.runtimes.lanes import Lane, side_by_side
+from baffle.types import Array, Losses, ParamSpec, Table, Weights
 
 _CHUNK_INPUTS = 2**15  # numbers in the inputs of one forward pass, so that activations stay in the cache
+_KEPT_OUTPUTS = 2**18  # numbers in the outputs of passes whose losses are taken together
+KINDS: dict[Feed, Kind] = {
+    "float32": "fp32",
+    "float16": "fp16",
+    "codes": "int8",
+    "branch": "branch",
+    "codes+branch": "branch",
+}
+_DTYPES: dict[str, type[np.generic]] = {
+    "fp32": np.float32,
+    "branch": np.float32,
+    "fp16": np.float16,
+    "bf16": np.uint16,
+    "codes": np.int8,
+}
 
 Buffers = Mapping[str, Array]
-Result = TypeVar("Result")
 
 
 class Program(Protocol):
@@ -65,7 +79,14 @@ class _Chunk:
 class GraphRuntime:
     """Losses of an exported model; the engines' runtimes differ in ``load`` alone."""
 
-    def __init__(self, bundle: Bundle, load: Loader, plan: dict[str, str | int], threads: int | None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        load: Loader,
+        plan: dict[str, str | int],
+        threads: int | None,
+        kinds: Callable[[ParamSpec, Feed], Kind] = lambda _, feed: KINDS[feed],
+    ) -> None:
         if threads is not None:
             require_count("threads", threads, 1, 1024)
         self._bundle, self._engine = bundle, plan
@@ -76,12 +97,19 @@ class GraphRuntime:
             with lock:
                 return load(file, buffers)
 
-        self._workers = [_Worker(bundle, one_at_a_time) for _ in range(threads or cores())]
+        chosen = [kinds(spec, feed) for spec, feed in zip(bundle.manifest.table, bundle.manifest.feeds, strict=True)]
+        workers = [_Worker(bundle, one_at_a_time, chosen) for _ in range(threads or cores())]
+        self._lanes = tuple(Lane(self.losses_on, worker) for worker in workers)
 
     @property
     def table(self) -> Table:
         """The trainable tensors."""
         return self._bundle.manifest.table
+
+    @property
+    def lanes(self) -> tuple[Lane[_Worker], ...]:
+        """The runtime one thread at a time: each evaluates losses alone, and all may do so at once."""
+        return self._lanes
 
     @property
     def plan(self) -> dict[str, str | int]:
@@ -90,7 +118,7 @@ class GraphRuntime:
         found = self._engine | {
             "bundle": self._bundle.sha256,
             "chunk_inputs": _CHUNK_INPUTS,
-            "threads": len(self._workers),
+            "threads": len(self._lanes),
         }
         return found | ({"frozen": frozen} if frozen else {})
 
@@ -100,45 +128,53 @@ class GraphRuntime:
 
     def losses(self, weights: Weights, perturbations: Perturbations, batch: Dataset) -> Losses:
         """Losses of every pass: float32[passes, examples]."""
+        return self.losses_on(self._lanes, weights, perturbations, batch)
+
+    def losses_on(
+        self, lanes: Sequence[Lane[_Worker]], weights: Weights, perturbations: Perturbations, batch: Dataset
+    ) -> Losses:
+        """Losses of every pass, shared by some lanes: float32[passes, examples]."""
         self._bundle.check_data(batch)
         branches = [i for i, feed in enumerate(self._bundle.manifest.feeds) if "branch" in feed]
-        if any(not perturbations.directions.is_rank1(i) for i in branches):
+        if perturbations.num_directions and any(not perturbations.directions.is_rank1(i) for i in branches):
             raise PlanError(
                 f"family {perturbations.directions.family!r} with a bundle of rank-1 branches: expected rank1"
             )
-        chunks = self._chunks(batch)
-        ranges = self._ranges(weights, chunks)
+        chunks = self._chunks(batch, lanes[0].worker)
+        ranges = self._ranges(lanes[0].worker, weights, chunks)
         if not _finite(weights, ranges):
             return np.full((len(perturbations), len(batch)), np.nan, np.float32)
-        parts = perturbations.split(len(self._workers))
-        return np.concatenate(self._run(lambda worker, i: worker.losses(weights, parts[i], chunks, ranges), len(parts)))
+        with unchecked():
+            point = lanes[0].worker.point(perturbations, weights)
+        parts = perturbations.split(len(lanes))
+
+        def run(i: int) -> Losses:
+            return lanes[i].worker.losses(point, parts[i], chunks, ranges)
+
+        return np.concatenate(side_by_side(run, len(parts)))
 
     def evaluate(self, weights: Weights, data: Dataset) -> Evaluation:
         """Losses, and hits of the largest output where targets are integer labels of a 2-D output."""
         self._bundle.check_data(data)
-        chunks = self._chunks(data)
-        ranges = self._ranges(weights, chunks)
-        shares = [list(s) for s in np.array_split(np.arange(len(chunks)), len(self._workers)) if len(s)]
-        found = self._run(
-            lambda worker, i: worker.evaluate(weights, [chunks[c] for c in shares[i]], ranges), len(shares)
-        )
+        chunks = self._chunks(data, self._lanes[0].worker)
+        ranges = self._ranges(self._lanes[0].worker, weights, chunks)
+        shares = [list(s) for s in np.array_split(np.arange(len(chunks)), len(self._lanes)) if len(s)]
+
+        def run(i: int) -> tuple[Losses, npt.NDArray[np.bool_] | None]:
+            return self._lanes[i].worker.evaluate(weights, [chunks[c] for c in shares[i]], ranges)
+
+        found = side_by_side(run, len(shares))
         hits = [h for _, h in found if h is not None]
         losses = np.concatenate([part for part, _ in found])
         if not _finite(weights, ranges):
             losses[:] = np.nan
         return Evaluation(losses, np.concatenate(hits) if len(hits) == len(found) else None)
 
-    def _run(self, work: Callable[[_Worker, int], Result], parts: int) -> list[Result]:
-        if parts == 1:
-            return [work(self._workers[0], 0)]
-        with ThreadPoolExecutor(parts) as pool:
-            return list(pool.map(lambda i: work(self._workers[i], i), range(parts)))
-
-    def _chunks(self, data: Dataset) -> list[_Chunk]:
+    def _chunks(self, data: Dataset, worker: _Worker) -> list[_Chunk]:
         x, y = data.inputs(), data.y
         if y.dtype.kind == "i" and self._bundle.manifest.loss == "cross-entropy":
             if self._classes is None:  # of any example the same: a pass that is taken once
-                self._classes = self._workers[0].classes(x[:1])
+                self._classes = worker.classes(x[:1])
             data.check_labels(self._classes)
         size = min(len(x), max(32, min(128, _CHUNK_INPUTS // max(1, x[:1].size))))
         chunks = []
@@ -150,32 +186,29 @@ class GraphRuntime:
             chunks.append(_Chunk(np.ascontiguousarray(a), np.ascontiguousarray(b), size - missing))
         return chunks
 
-    def _ranges(self, weights: Weights, chunks: list[_Chunk]) -> dict[str, tuple[float, float]]:
+    def _ranges(self, worker: _Worker, weights: Weights, chunks: list[_Chunk]) -> dict[str, tuple[float, float]]:
         """The least and the largest value of each quantised activation over a batch."""
         names = self._bundle.manifest.activations
         if not names:
             return {}
-        return self._workers[0].ranges(weights, chunks, names)
+        return worker.ranges(weights, chunks, names)
 
 
 class _Worker:
     """Buffers of one thread, and the programs that read them."""
 
-    def __init__(self, bundle: Bundle, load: Loader) -> None:
-        self.bundle, self.load = bundle, load
+    def __init__(self, bundle: Bundle, load: Loader, kinds: Sequence[Kind]) -> None:
+        self.bundle, self.load, self.kinds = bundle, load, kinds
         manifest = bundle.manifest
-        # a flat array that the float32 inputs are views of: perturbed weights land where the engine reads them
-        self.scratch: Weights = _aligned(table_size(manifest.table))
         self.buffers: dict[str, Array] = {}
+        self.written: list[Array] = []  # by tensor, as perturbed weights are written there
         self.branches: dict[int, tuple[Float32, Float32]] = {}
-        for i, (spec, feed) in enumerate(zip(manifest.table, manifest.feeds, strict=True)):
+        for i, (spec, feed, kind) in enumerate(zip(manifest.table, manifest.feeds, kinds, strict=True)):
             out, rest = spec.matrix or (0, 0)
-            if feed in ("float32", "branch"):
-                self.buffers[spec.name] = self.scratch[spec.slice].reshape(spec.shape)
-            elif feed == "float16":
-                self.buffers[spec.name] = np.zeros(spec.shape, np.float16)
-            else:
-                self.buffers[f"{spec.name}.codes"] = np.zeros(spec.shape, np.int8)
+            memory = _aligned(spec.size, _DTYPES["codes" if "codes" in feed else kind]).reshape(spec.shape)
+            self.written.append(memory)
+            self.buffers[f"{spec.name}.codes" if "codes" in feed else spec.name] = memory
+            if "codes" in feed:
                 self.buffers[f"{spec.name}.scale"] = np.ones(out, np.float32)
             if "branch" in feed:
                 left, right = np.zeros(out, np.float32), np.ones(rest, np.float32)
@@ -187,27 +220,40 @@ class _Worker:
             self.buffers[f"{name}.zero"] = np.zeros((), np.uint8)
         self.programs: dict[tuple[str, int], tuple[Program, Array, Array]] = {}
 
+    def point(self, asked: Perturbations, weights: Weights) -> Point:
+        """Weights ready to be written into the buffers."""
+        slots = []
+        for spec, feed, kind in zip(self.bundle.manifest.table, self.bundle.manifest.feeds, self.kinds, strict=True):
+            slots.append(Slot(kind, scales=row_scales(spec, weights) if "codes" in feed else None))
+        return Point(asked, weights, slots)
+
     def losses(
-        self,
-        weights: Weights,
-        perturbations: Perturbations,
-        chunks: list[_Chunk],
-        ranges: Mapping[str, tuple[float, float]],
+        self, point: Point, part: Perturbations, chunks: list[_Chunk], ranges: Mapping[str, tuple[float, float]]
     ) -> Losses:
-        out = np.empty((len(perturbations), sum(c.size for c in chunks)), np.float32)
-        self._prepare(weights, ranges)
-        for row, perturbed in zip(out, perturbations.weights(weights, self.scratch, self.branches), strict=True):
-            self._write(perturbed)
-            row[:] = np.concatenate([loss for loss, _ in self._forward(chunks)])
-        return out
+        losses = np.empty((len(part), sum(c.size for c in chunks)), np.float32)
+        outputs: list[list[Array]] = []  # of passes whose losses are still to be taken
+        self._fix(point, ranges)
+        first = 0
+        for done, evaluated in enumerate(point.passes(part), 1):
+            self._write(evaluated)
+            outputs.append([self._kept(chunk) for chunk in chunks])
+            if done == len(part) or len(outputs) * sum(o.size for o in outputs[0]) >= _KEPT_OUTPUTS:
+                losses[first:done] = self._losses_of(outputs, chunks)
+                outputs, first = [], done
+        return losses
 
     def evaluate(
         self, weights: Weights, chunks: list[_Chunk], ranges: Mapping[str, tuple[float, float]]
     ) -> tuple[Losses, npt.NDArray[np.bool_] | None]:
         self._unperturbed(weights, ranges)
-        found = list(self._forward(chunks, hits=True))
-        hits = [h for _, h in found if h is not None]
-        return np.concatenate([loss for loss, _ in found]), np.concatenate(hits) if len(hits) == len(found) else None
+        losses, hits = [], []
+        for chunk in chunks:
+            found = self._outputs("model.onnx", chunk)
+            outputs = found["outputs"]
+            losses.append(self._losses_of([[outputs if self._outside else found["losses"]]], [chunk])[0])
+            if outputs.ndim == 2 and chunk.y.ndim == 1 and chunk.y.dtype.kind == "i":
+                hits.append((outputs.argmax(axis=1) == chunk.y)[: chunk.size])
+        return np.concatenate(losses), np.concatenate(hits) if len(hits) == len(chunks) else None
 
     def ranges(self, weights: Weights, chunks: list[_Chunk], names: tuple[str, ...]) -> dict[str, tuple[float, float]]:
         self._unperturbed(weights, {})
@@ -225,53 +271,48 @@ class _Worker:
         y = np.zeros((1, *self.bundle.manifest.y.shape), self.bundle.manifest.y.dtype)
         return int(self._outputs("model.onnx", _Chunk(np.ascontiguousarray(x), y, 1))["outputs"].shape[-1])
 
+    @property
+    def _outside(self) -> bool:
+        """Whether losses are taken of the outputs."""
+        return self.bundle.manifest.loss != "graph"
+
     def _unperturbed(self, weights: Weights, ranges: Mapping[str, tuple[float, float]]) -> None:
-        self._prepare(weights, ranges)
-        self.scratch[:] = weights
-        for left, right in self.branches.values():
-            left[:], right[:] = 0, 1
-        self._write(self.scratch)
+        with unchecked():
+            point = self.point(unperturbed(self.bundle.manifest.table), weights)
+        self._fix(point, ranges)
+        self._write(point.unperturbed)
 
-    def _prepare(self, weights: Weights, ranges: Mapping[str, tuple[float, float]]) -> None:
-        """Fix what all passes of a call share: scales, codes beside a branch, activation ranges."""
-        with _unchecked():
-            self._fix(weights, ranges)
-
-    def _fix(self, weights: Weights, ranges: Mapping[str, tuple[float, float]]) -> None:
-        for spec, feed in zip(self.bundle.manifest.table, self.bundle.manifest.feeds, strict=True):
-            if "codes" in feed:
-                scales = row_scales(spec, weights)
-                self.buffers[f"{spec.name}.scale"][:] = scales
-                if feed == "codes+branch":
-                    self._encode(spec.name, weights[spec.slice], scales)
+    def _fix(self, point: Point, ranges: Mapping[str, tuple[float, float]]) -> None:
+        """Fix what all passes of a call share: scales and activation ranges."""
+        for spec, slot in zip(self.bundle.manifest.table, point.slots, strict=True):
+            if slot.scales is not None:
+                self.buffers[f"{spec.name}.scale"][:] = slot.scales
         for name, (low, high) in ranges.items():
-            scale = np.float32(max((high - low) / 255, 1e-12))
-            self.buffers[f"{name}.scale"][...] = scale
-            self.buffers[f"{name}.zero"][...] = np.uint8(np.clip(np.rint(-low / scale), 0, 255))
+            with unchecked():
+                scale = np.float32(max((high - low) / 255, 1e-12))
+                self.buffers[f"{name}.scale"][...] = scale
+                self.buffers[f"{name}.zero"][...] = np.uint8(np.clip(np.rint(-low / scale), 0, 255))
 
-    def _write(self, perturbed: Weights) -> None:
-        """Bring perturbed weights from the scratch to the inputs that are not views of it."""
-        with _unchecked():
-            for spec, feed in zip(self.bundle.manifest.table, self.bundle.manifest.feeds, strict=True):
-                if feed == "float16":
-                    np.copyto(self.buffers[spec.name], perturbed[spec.slice].reshape(spec.shape), casting="unsafe")
-                elif feed == "codes":
-                    self._encode(spec.name, perturbed[spec.slice], self.buffers[f"{spec.name}.scale"])
+    def _write(self, evaluated: Pass) -> None:
+        """Bring perturbed weights to the inputs."""
+        for i, memory in enumerate(self.written):
+            evaluated.write(i, memory)
+        for i, branch in self.branches.items():
+            evaluated.branch(i, *branch)
 
-    def _encode(self, name: str, weights: Weights, scales: Array) -> None:
-        codes = self.buffers[f"{name}.codes"].view(np.int8).reshape(len(scales), -1)
-        encode(weights.reshape(len(scales), -1), scales.astype(np.float32, copy=False), codes)
+    def _kept(self, chunk: _Chunk) -> Array:
+        """What losses are taken of, or are: a copy, since the next run may overwrite it."""
+        found = self._outputs("model.onnx", chunk)
+        return np.array(found["outputs" if self._outside else "losses"])
 
-    def _forward(
-        self, chunks: list[_Chunk], hits: bool = False
-    ) -> Iterator[tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_] | None]]:
-        for chunk in chunks:
-            found = self._outputs("model.onnx", chunk)
-            outputs = found["outputs"]
-            losses = found["losses"] if "losses" in found else _host_loss(self.bundle.manifest.loss, outputs, chunk.y)
-            labels = hits and outputs.ndim == 2 and chunk.y.ndim == 1 and chunk.y.dtype.kind == "i"
-            correct = (outputs.argmax(axis=1) == chunk.y)[: chunk.size] if labels else None
-            yield losses[: chunk.size].astype(np.float32), correct
+    def _losses_of(self, outputs: list[list[Array]], chunks: list[_Chunk]) -> npt.NDArray[np.float32]:
+        """Losses of some passes over all chunks: float32[passes, examples]."""
+        parts = []
+        for number, chunk in enumerate(chunks):
+            of_chunk = np.stack([kept[number] for kept in outputs])
+            losses = _host_loss(self.bundle.manifest.loss, of_chunk, chunk.y) if self._outside else of_chunk
+            parts.append(losses[:, : chunk.size].astype(np.float32))
+        return np.concatenate(parts, axis=1)
 
     def _outputs(self, file: str, chunk: _Chunk) -> Mapping[str, Array]:
         key = file, len(chunk.x)
@@ -283,7 +324,7 @@ class _Worker:
         return program.run()
 
 
-def _unchecked() -> np.errstate:
+def unchecked() -> np.errstate:
     """Weights that are not finite are fed as whatever they become."""
     return np.errstate(over="ignore", invalid="ignore", divide="ignore")
 
@@ -304,19 +345,21 @@ def explained(what: str) -> Iterator[None]:
 
 
 def _host_loss(loss: str, outputs: Array, y: Array) -> npt.NDArray[np.float64]:
-    """Losses of outputs in float64, so that low precision ends before the loss: [examples]."""
+    """Losses of outputs [passes, examples, ...] in float64, so that low precision ends before the loss."""
     z = outputs.astype(np.float64)
     if loss == "mse":
-        return np.asarray(np.square(z - y.astype(np.float64)).reshape(len(z), -1).mean(axis=1))
-    if z.ndim == 2 and y.ndim == 1:
+        return np.asarray(np.square(z - y.astype(np.float64)).reshape(*z.shape[:2], -1).mean(axis=2))
+    if z.ndim == 3 and y.ndim == 1:
         with np.errstate(over="ignore", invalid="ignore"):
-            z = z - z.max(axis=1, keepdims=True)
-            return np.asarray(np.log(np.exp(z).sum(axis=1)) - z[np.arange(len(z)), y.astype(np.int64)])
-    raise ModelError(f"outputs {outputs.shape} and targets {y.shape}: expected [examples, classes] and [examples]")
+            z -= z.max(axis=2, keepdims=True)
+            right = np.take_along_axis(z, y.astype(np.int64)[None, :, None], axis=2)[..., 0]
+            return np.asarray(np.log(np.exp(z).sum(axis=2)) - right)
+    raise ModelError(f"outputs {outputs.shape[1:]} and targets {y.shape}: expected [examples, classes] and [examples]")
 
 
-def _aligned(size: int) -> Weights:
+def _aligned(size: int, dtype: type[np.generic]) -> Array:
     """An array that starts at a multiple of 64 bytes, as engines like them."""
-    raw = np.empty(size * 4 + 64, np.uint8)
+    bytes_ = size * np.dtype(dtype).itemsize
+    raw = np.zeros(bytes_ + 64, np.uint8)
     start = -raw.ctypes.data % 64
-    return raw[start : start + size * 4].view(np.float32)
+    return raw[start : start + bytes_].view(dtype)

@@ -11,15 +11,19 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from baffle.errors import MissingExtraError, ModelError, OptionError, PlanError
-from baffle.runtimes.bundle import Bundle, require_precision
+from baffle.perturb import Kind
+from baffle.runtimes.bundle import Bundle, Feed, require_precision
 from baffle.runtimes.cores import cores
-from baffle.runtimes.graph import Buffers, GraphRuntime, explained
-from baffle.types import Array
+from baffle.runtimes.graph import KINDS, Buffers, GraphRuntime, explained
+from baffle.types import Array, ParamSpec
 
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None makes its import fail
 try:
     import openvino
+    from openvino.preprocess import PrePostProcessor
 except ImportError as error:
     raise MissingExtraError("OpenVINO is not installed: pip install 'baffle[openvino]'") from error
 
@@ -72,6 +76,7 @@ class OpenVinoRuntime(GraphRuntime):
                 with explained(f"OpenVINO: compiling {file}"):
                     model = core.read_model(bundle.files[file])
                     model.reshape({i: list(buffers[_name(i, buffers)].shape) for i in model.inputs})
+                    model = _with_bfloat16_inputs(model, buffers)
                     settings = {
                         "INFERENCE_PRECISION_HINT": hint,
                         "INFERENCE_NUM_THREADS": count,
@@ -87,7 +92,12 @@ class OpenVinoRuntime(GraphRuntime):
             "device": "cpu",
             "precision": precision,
         }
-        super().__init__(bundle, load, plan, count)
+
+        def kinds(spec: ParamSpec, feed: Feed) -> Kind:
+            """Matrices go in as the kernels want them."""
+            return "bf16" if hint == "bf16" and feed == "float32" and spec.matrix is not None else KINDS[feed]
+
+        super().__init__(bundle, load, plan, count, kinds)
 
 
 class _Program:
@@ -97,7 +107,11 @@ class _Program:
         self._request = compiled.create_infer_request()
         self._buffers = [buffers[_name(i, buffers)] for i in compiled.inputs]
         for i, array in zip(compiled.inputs, self._buffers, strict=True):
-            self._request.set_tensor(i, openvino.Tensor(array, shared_memory=True))
+            if array.dtype == np.uint16:  # bits of bfloat16, which numpy has not
+                tensor = openvino.Tensor(array, i.shape, openvino.Type.bf16)
+            else:
+                tensor = openvino.Tensor(array, shared_memory=True)
+            self._request.set_tensor(i, tensor)
         self._outputs = {
             name: self._request.get_tensor(output).data for output in compiled.outputs for name in output.names
         }
@@ -106,6 +120,15 @@ class _Program:
         with explained("OpenVINO: the model"):
             self._request.infer()
         return self._outputs
+
+
+def _with_bfloat16_inputs(model: Any, buffers: Buffers) -> Any:
+    """The model with inputs of bfloat16 for buffers of its bits."""
+    processor = PrePostProcessor(model)
+    for port in model.inputs:
+        if buffers[_name(port, buffers)].dtype == np.uint16:
+            processor.input(port.any_name).tensor().set_element_type(openvino.Type.bf16)
+    return processor.build()
 
 
 def _name(port: Any, buffers: Buffers) -> str:

@@ -18,8 +18,8 @@ import hashlib
 import inspect
 import itertools
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from threading import Lock
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -27,13 +27,13 @@ import numpy.typing as npt
 
 from baffle.checks import require_count
 from baffle.data import Dataset
-from baffle.directions import Directions
 from baffle.errors import MissingExtraError, ModelError, require_choice
-from baffle.perturb import BUDGET, Perturbations, Point
+from baffle.perturb import BUDGET, Perturbations, Point, Slot, unperturbed
 from baffle.runtimes import Evaluation
 from baffle.runtimes.allocator import keep_freed_memory
 from baffle.runtimes.bundle import require_precision
 from baffle.runtimes.cores import cores
+from baffle.runtimes.lanes import Lane, side_by_side
 from baffle.types import Losses, Masks, Table, Weights, make_table
 
 try:
@@ -48,6 +48,7 @@ except ImportError as error:
 from baffle.runtimes.budget import Sizes, activation_bytes, weight_bytes, within
 from baffle.runtimes.replica import Chunk, Replica, frozen_tensors, slots_of, stack_losses
 from baffle.runtimes.stacked import NotStackable
+from baffle.runtimes.threads import one_thread
 
 _CHUNK_INPUTS = 2**15  # numbers in the inputs of one forward pass, so that activations stay in the cache
 _STACKED_ROWS = 2**10  # examples times directions that go through the model at once
@@ -119,9 +120,12 @@ class TorchRuntime:
             keep_freed_memory()
         count = (threads or cores()) if on_cpu else 1
         each, frozen = per_example(loss), frozen_tensors(model, self._dtype)
-        self._lanes = tuple(_Lane(self, Replica(model, self._table, each, self._dtype, frozen)) for _ in range(count))
+        self._lanes = tuple(
+            Lane(self.losses_on, Replica(model, self._table, each, self._dtype, frozen)) for _ in range(count)
+        )
         self._channels_last: bool | None = None  # known from the first images on
         self._sizes: dict[tuple[int, ...], Sizes] = {}
+        self._trying = Lock()
 
     @property
     def table(self) -> Table:
@@ -129,7 +133,7 @@ class TorchRuntime:
         return self._table
 
     @property
-    def lanes(self) -> tuple[_Lane, ...]:
+    def lanes(self) -> tuple[Lane[Replica], ...]:
         """The runtime one thread at a time: each evaluates losses alone, and all may do so at once."""
         return self._lanes
 
@@ -161,15 +165,15 @@ class TorchRuntime:
         return self.losses_on(self._lanes, weights, perturbations, batch)
 
     def losses_on(
-        self, lanes: Sequence[_Lane], weights: Weights, perturbations: Perturbations, batch: Dataset
+        self, lanes: Sequence[Lane[Replica]], weights: Weights, perturbations: Perturbations, batch: Dataset
     ) -> Losses:
         """Losses of every pass, shared by some lanes: float32[passes, examples]."""
-        sizes, chunks = self._prepare(batch)
-        point = Point(perturbations, weights, slots_of(self._table, self._dtype, bool(self._channels_last)))
+        sizes, chunks = self._prepare(batch, lanes[0].worker)
+        point = Point(perturbations, weights, self._slots())
         parts = perturbations.split(len(lanes))
 
         def run(i: int) -> Losses:
-            replica, part = lanes[i].replica, parts[i]
+            replica, part = lanes[i].worker, parts[i]
             replica.start(chunks)
             try:
                 if self._strategy == "copies":
@@ -188,14 +192,14 @@ class TorchRuntime:
 
     def evaluate(self, weights: Weights, data: Dataset) -> Evaluation:
         """Losses, and hits of the largest output where targets are integer labels of a 2-D output."""
-        _, chunks = self._prepare(data)
-        none = Perturbations(Directions(self._table, "rank1", (0, 0)), 0, (), baseline=1)
-        point = Point(none, weights, slots_of(self._table, self._dtype, bool(self._channels_last)))
+        _, chunks = self._prepare(data, self._lanes[0].worker)
+        none = unperturbed(self._table)
+        point = Point(none, weights, self._slots())
         parts = [list(p) for p in np.array_split(np.arange(len(chunks)), len(self._lanes)) if len(p)]
 
         def run(i: int) -> list[tuple[Losses, Hits | None]]:
             mine = [chunks[c] for c in parts[i]]
-            found = self._lanes[i].replica.evaluate(point, mine, self._strategy == "copies")
+            found = self._lanes[i].worker.evaluate(point, mine, self._strategy == "copies")
             return [_judged(output, loss, chunk.y) for (output, loss), chunk in zip(found, mine, strict=True)]
 
         losses, correct = zip(*itertools.chain.from_iterable(self._run(run, len(parts))), strict=True)
@@ -203,41 +207,36 @@ class TorchRuntime:
         return Evaluation(np.concatenate(losses), np.concatenate(hits) if len(hits) == len(losses) else None)
 
     def _run(self, work: Callable[[int], Result], parts: int) -> list[Result]:
-        """Do part i on one thread of its own."""
+        """Do part i on one thread of its own, which PyTorch's kernels do not leave."""
 
         def call(i: int) -> Result:
-            with torch.inference_mode():
-                if self._device.type == "cpu":
-                    torch.set_num_threads(1)
+            with torch.inference_mode(), one_thread(self._device.type == "cpu"):
                 return work(i)
 
-        before = torch.get_num_threads()
-        try:
-            if parts == 1:
-                return [call(0)]
-            with ThreadPoolExecutor(parts) as pool:
-                return list(pool.map(call, range(parts)))
-        finally:
-            torch.set_num_threads(before)
+        with one_thread(self._device.type == "cpu"):
+            return side_by_side(call, parts)
 
-    def _prepare(self, batch: Dataset) -> tuple[Sizes, list[Chunk]]:
+    def _slots(self) -> list[Slot]:
+        return slots_of(self._table, self._dtype, bool(self._channels_last))
+
+    def _prepare(self, batch: Dataset, replica: Replica) -> tuple[Sizes, list[Chunk]]:
         """How much to evaluate at once, and the batch cut so, laid out as the kernels like it."""
         x, y = to_tensors(batch, self._device)
-        if x.ndim == 4 and x.is_floating_point() and self._takes_channels_last(x.shape[1:]):
-            x = x.contiguous(memory_format=torch.channels_last)
         shape = tuple(x.shape[1:])
-        if shape not in self._sizes:
-            self._sizes[shape] = self._choose_sizes(x[:1], y[:1])
-        sizes = self._sizes[shape]
+        with self._trying:
+            if x.ndim == 4 and x.is_floating_point() and self._takes_channels_last(shape, replica):
+                x = x.contiguous(memory_format=torch.channels_last)
+            if shape not in self._sizes:
+                self._sizes[shape] = self._choose_sizes(x[:1], y[:1], replica)
+            sizes = self._sizes[shape]
         cut = [slice(s, s + sizes.examples) for s in range(0, len(x), sizes.examples)]
         return sizes, [Chunk(x[part], y[part]) for part in cut]
 
-    def _choose_sizes(self, x: Tensor, y: Tensor) -> Sizes:
+    def _choose_sizes(self, x: Tensor, y: Tensor, replica: Replica) -> Sizes:
         usual = Sizes(max(32, min(128, _CHUNK_INPUTS // max(1, x.numel()))), _STACKED_ROWS, BUDGET)
         if self._memory is None:
             return usual
-        replica, none = self._lanes[0].replica, Perturbations(Directions(self._table, "rank1", (0, 0)), 0, (), 1)
-        point = Point(none, self._initial, slots_of(self._table, self._dtype, bool(self._channels_last)))
+        point = Point(unperturbed(self._table), self._initial, self._slots())
         return within(
             self._memory // len(self._lanes),
             usual,
@@ -245,11 +244,10 @@ class TorchRuntime:
             weights=weight_bytes(self._table, self._dtype.itemsize, self._strategy),
         )
 
-    def _takes_channels_last(self, shape: Sequence[int]) -> bool:
+    def _takes_channels_last(self, shape: Sequence[int], replica: Replica) -> bool:
         """Whether the model has convolutions and computes the same with channels last; tried once."""
         if self._channels_last is None:
-            none = Perturbations(Directions(self._table, "rank1", (0, 0)), 0, (), baseline=1)
-            replica = self._lanes[0].replica
+            none = unperturbed(self._table)
 
             def outputs(x: Tensor, layout: torch.memory_format) -> object:
                 last = layout is torch.channels_last
@@ -259,17 +257,6 @@ class TorchRuntime:
                 outputs, shape, self._device
             )
         return self._channels_last
-
-
-class _Lane:
-    """One thread's share of a runtime, which evaluates losses alone."""
-
-    def __init__(self, runtime: TorchRuntime, replica: Replica) -> None:
-        self._runtime, self.replica = runtime, replica
-
-    def losses(self, weights: Weights, perturbations: Perturbations, batch: Dataset) -> Losses:
-        """Losses of every pass: float32[passes, examples]."""
-        return self._runtime.losses_on([self], weights, perturbations, batch)
 
 
 def _judged(output: Tensor, loss: Tensor, y: Tensor) -> tuple[Losses, Hits | None]:

@@ -107,7 +107,7 @@ class Replica:
 
     def evaluate(self, point: Point, chunks: Sequence[Chunk], in_buffers: bool) -> Iterator[tuple[Tensor, Tensor]]:
         """Outputs and losses of each chunk under unperturbed weights."""
-        plain = Pass(point, None, 0, np.float32(0))
+        plain = point.unperturbed
         if not in_buffers:
             with Exchange(self._index, cache(partial(self._written, point, plain))):
                 yield from [self._forward(c.x, c.y) for c in chunks]
@@ -120,7 +120,7 @@ class Replica:
 
     def outputs(self, point: Point, x: Tensor) -> object:
         """What the model makes of inputs under unperturbed weights."""
-        plain = Pass(point, None, 0, np.float32(0))
+        plain = point.unperturbed
         with Exchange(self._index, partial(self._written, point, plain)):
             return self.model(x.to(self._dtype))
 
@@ -173,7 +173,7 @@ class Replica:
         return a.to(self._device, self._dtype), b.to(self._device, self._dtype)
 
     def _plain(self, point: Point, tensor: int) -> Tensor:
-        return self._written(point, Pass(point, None, 0, np.float32(0)), tensor)
+        return self._written(point, point.unperturbed, tensor)
 
     def _written(self, point: Point, evaluated: Pass, tensor: int) -> Tensor:
         """A tensor's perturbed weights in memory of their own."""
