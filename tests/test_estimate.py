@@ -1,6 +1,7 @@
 """The rebuild: exact whatever the order, by hand on a small example, unbiased, and of the error that theory says."""
 
 import math
+import tracemalloc
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from random import Random
@@ -60,8 +61,8 @@ SCALAR = st.one_of(st.integers(-(2**31), 2**31), st.integers(-2, 2), st.sampled_
 SCALARS = st.lists(SCALAR, min_size=1, max_size=40).map(lambda values: np.array(values, np.int64))
 EXECUTIONS = st.builds(
     Execution,
-    threads=st.integers(1, 2),
-    block=st.one_of(st.integers(1, 2**16), st.sampled_from([1, 255, 256, 257, 512])),
+    threads=st.sampled_from([None, 1, 2, 3]),
+    block=st.one_of(st.integers(1, 2**16), st.sampled_from([1, 8, 255, 256, 257, 512])),
 )
 
 
@@ -167,6 +168,56 @@ def test_large_tensors(family: Family, execution: Execution) -> None:
     assert combine(directions, scalars, execution).tobytes() == combine_slowly(directions, scalars).tobytes()
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    st.sampled_from([(3, 700), (700, 3), (67, 70), (1, 513), (513, 1), (2, 9, 30), (1100,)]),
+    st.sampled_from(FAMILIES),
+    st.integers(1, 300),
+    st.one_of(st.integers(1, 2000), st.sampled_from([64, 1024])),
+    st.booleans(),
+    st.integers(0, 2**32),
+)
+def test_seams_of_tiles_change_nothing(
+    shape: tuple[int, ...], family: Family, count: int, block: int, pruned: bool, seed: int
+) -> None:
+    """Tiles that start within a block of bits, of few rows or columns, and more directions than a product takes."""
+    rng = np.random.default_rng(seed)
+    masks = {"w": rng.random(shape) < 0.5} if pruned else None
+    directions = Directions(make_table({"w": shape, "b": (5,)}, masks), family, (seed, 1))
+    scalars = rng.integers(-(2**31), 2**31, count)
+    fast = combine(directions, scalars, Execution(2, block))
+    assert fast.tobytes() == combine_slowly(directions, scalars).tobytes()
+
+
+MEMORY: list[tuple[Family, tuple[int, ...], int]] = [
+    ("rank1", (2000, 1500), 64),
+    ("rank1", (4, 750_000), 256),
+    ("rank1", (3_000_000,), 64),
+    ("rademacher", (2000, 1500), 64),
+    ("gaussian", (2000, 1500), 8),
+]
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize(("family", "shape", "count"), MEMORY)
+def test_memory_beyond_the_result_is_bounded(family: Family, shape: tuple[int, ...], count: int, pruned: bool) -> None:
+    """50 bytes for each entry of a block and 6 MB of bits and products a thread, whatever n, K and steps.
+
+    float64[n] alone would be 24 MB, the drawn signs at least as much, and the Gaussian entries 48 MB.
+    """
+    masks = {"w": np.arange(3_000_000).reshape(shape) % 3 > 0} if pruned else None
+    table = make_table({"w": shape}, masks)
+    row = make_row(family, np.random.default_rng(0).integers(-LIMIT, LIMIT, (1, 2, count)).tolist())
+    for threads, block in ((1, 2**14), (2, 2**16)):
+        tracemalloc.start()
+        try:
+            estimate(table, row, Execution(threads, block))
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert peak - 4 * table_size(table) < threads * (50 * block + 6 * 2**20)
+
+
 def test_exact_up_to_the_last_integer_of_float64_and_not_beyond() -> None:
     directions = Directions(make_table({"w": (4, 4), "v": (9,)}), "rank1", (3, 1))
     for sign in (1, -1):
@@ -174,6 +225,13 @@ def test_exact_up_to_the_last_integer_of_float64_and_not_beyond() -> None:
         assert np.array_equal(combine(directions, inside).astype(np.int64), slow_integers(directions, inside))
         beyond = np.array([2**53, sign], np.int64)
         assert not np.array_equal(combine(directions, beyond).astype(np.int64), slow_integers(directions, beyond))
+
+
+@pytest.mark.parametrize("scalars", [[2**24 - 1, 1], [2**24, 1], [2**24 + 1, 2], [2**24, 0], [2**23 + 1, -(2**23)]])
+def test_sums_around_the_last_integer_of_float32(scalars: list[int]) -> None:
+    directions = Directions(make_table({"w": (9, 20), "v": (9,)}), "rank1", (3, 1))
+    values = np.array(scalars, np.int64)
+    assert combine(directions, values).tobytes() == combine_slowly(directions, values).tobytes()
 
 
 def slow_integers(directions: Directions, scalars: Integers) -> Integers:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from baffle.philox import BLOCK_BITS, U64, Key, Purpose, generator, philox, stream, word3
+from baffle.philox import BLOCK_BITS, U64, Key, Purpose, generator, philox, stream, streams, word3
 
 Counter = tuple[int, int, int, int]
 
@@ -77,6 +77,15 @@ def test_philox_equals_the_slow_reference(key: Key, counters: list[Counter]) -> 
 def test_stream_equals_philox_and_carries_like_one_long_number(key: Key, counter: Counter, blocks: int) -> None:
     counters = [advance(counter, i) for i in range(blocks)]
     assert np.array_equal(stream(key, counter, blocks), philox(key, columns(counters)))
+
+
+@settings(deadline=None, max_examples=50)
+@given(KEYS, COUNTERS, st.integers(0, 5), st.integers(1, 40))
+def test_streams_are_those_of_consecutive_directions(key: Key, counter: Counter, count: int, blocks: int) -> None:
+    found = streams(key, counter, count, blocks)
+    assert found.shape == (count, blocks, 4)
+    for k, words in enumerate(found):
+        assert np.array_equal(words, stream(key, advance(counter, k << 64), blocks))
 
 
 def test_stream_carries_into_the_next_word() -> None:

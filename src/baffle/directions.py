@@ -14,22 +14,41 @@ purpose/client/step (see ``philox.word3``); key: run key and round.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from baffle import gaussian
-from baffle.philox import BLOCK_BITS, U64, Key, Purpose, philox, stream, word3
+from baffle.philox import BLOCK_BITS, U64, Key, Purpose, philox, streams, word3
 from baffle.types import Family, Table
 
 Signs = npt.NDArray[np.int8]
 Bytes = npt.NDArray[np.uint8]
 Entries = npt.NDArray[np.int16]
 
-_LONG = 256  # blocks a direction from which the compiled stream is the faster one
-ENTRIES_PER_BLOCK = {Purpose.SIGNS: BLOCK_BITS, Purpose.GAUSSIAN: BLOCK_BITS // 32}
+_LONG = 24  # blocks a direction from which the compiled stream is the faster one
+FACTORS = (Purpose.LEFT, Purpose.RIGHT)
+ENTRIES_PER_BLOCK = {
+    Purpose.SIGNS: BLOCK_BITS,
+    Purpose.LEFT: BLOCK_BITS,
+    Purpose.RIGHT: BLOCK_BITS,
+    Purpose.GAUSSIAN: BLOCK_BITS // 32,
+}
+
+
+class Run(NamedTuple):
+    """Some blocks of one stream of bits, the same in each direction: what :meth:`Directions.bits` draws."""
+
+    purpose: Purpose
+    tensor: int
+    first: int
+    """Number of the first block."""
+    blocks: int
 
 
 @dataclass(frozen=True)
@@ -71,27 +90,38 @@ class Directions:
         One call of the generator draws them all.
         """
         chosen = [i for i in (range(len(self.table)) if tensors is None else tensors) if self.is_rank1(i)]
-        runs: list[tuple[int, Purpose, int]] = []  # (tensor, purpose, signs)
-        for i in chosen:
-            out, rest = self.table[i].matrix or (0, 0)
-            runs += [(i, Purpose.LEFT, out), (i, Purpose.RIGHT, rest)]
-        if not runs:
-            return {}
-        blocks = [-(-count // BLOCK_BITS) for _, _, count in runs]
-        c0 = np.concatenate([np.arange(b, dtype=np.uint64) for b in blocks])
-        c2 = np.repeat(np.array([i for i, _, _ in runs], np.uint64), blocks)
-        c3 = np.repeat(np.array([self._word3(p) for _, p, _ in runs], np.uint64), blocks)
-        words = philox(self.key, (c0, _column(ks), c2, c3))
-        ends = np.cumsum(blocks)
-        signs = [
-            _to_signs(_as_bytes(words[:, end - size : end]), count)
-            for end, size, (_, _, count) in zip(ends, blocks, runs, strict=True)
-        ]
+        sides = [(i, side) for i in chosen for side in zip(FACTORS, self.table[i].matrix or (), strict=False)]
+        drawn = self.bits([Run(purpose, i, 0, -(-count // BLOCK_BITS)) for i, (purpose, count) in sides], ks)
+        signs = [_to_signs(packed, count) for packed, (_, (_, count)) in zip(drawn, sides, strict=True)]
         return {i: (signs[2 * j], signs[2 * j + 1]) for j, i in enumerate(chosen)}
+
+    def bits(self, runs: Sequence[Run], ks: slice) -> list[Bytes]:
+        """The bits of each run in each direction, 256 a block, lowest bit first: uint8[K, 32 * blocks] a run.
+
+        One call of the generator draws all the short ones.
+
+        Examples:
+            >>> from baffle.types import make_table
+            >>> d = Directions(make_table({"w": (2, 3)}), "rank1", key=(7, 1))
+            >>> left, right = (Run(purpose, 0, 0, 1) for purpose in FACTORS)
+            >>> [packed[:, 0].tolist() for packed in d.bits([left, right], slice(0, 2))]
+            [[189, 200], [244, 70]]
+        """
+        short = [run for run in runs if run.blocks < _LONG]
+        ends = list(accumulate((run.blocks for run in short), initial=0))
+        words = np.empty((ks.stop - ks.start, 0, 4), np.uint64)
+        if short:
+            blocks = [run.blocks for run in short]
+            c0 = np.concatenate([np.arange(run.first, run.first + run.blocks, dtype=np.uint64) for run in short])
+            c2 = np.repeat(np.array([run.tensor for run in short], np.uint64), blocks)
+            c3 = np.repeat(np.array([self._word3(run.purpose) for run in short], np.uint64), blocks)
+            words = philox(self.key, (c0, _column(ks), c2, c3))
+        parts = iter([words[:, start:end] for start, end in pairwise(ends)])
+        return [_as_bytes(next(parts) if run.blocks < _LONG else self._stream(run, ks)) for run in runs]
 
     def sign_bits(self, tensor: int, ks: slice, first_block: int, blocks: int) -> Bytes:
         """Packed sign bits of a tensor, 256 a block, lowest bit first: uint8[K, 32 * blocks]."""
-        return _as_bytes(self._blocks(Purpose.SIGNS, tensor, ks, first_block, blocks))
+        return self.bits([Run(Purpose.SIGNS, tensor, first_block, blocks)], ks)[0]
 
     def entries(self, tensor: int, ks: slice, start: int = 0, stop: int | None = None) -> Entries:
         """Entries ``start:stop`` of a tensor's directions, of any family: int16[K, stop - start], in units.
@@ -115,36 +145,29 @@ class Directions:
         purpose = Purpose.GAUSSIAN if self.family == "gaussian" else Purpose.SIGNS
         per_block = ENTRIES_PER_BLOCK[purpose]
         first = start // per_block
-        words = self._blocks(purpose, tensor, ks, first, -(-stop // per_block) - first)
+        packed = self.bits([Run(purpose, tensor, first, -(-stop // per_block) - first)], ks)[0]
         part = slice(start - first * per_block, stop - first * per_block)
         if purpose is Purpose.GAUSSIAN:
-            draws = np.ascontiguousarray(_flat(words)).astype("<u8").view("<u4")
-            return gaussian.from_bits(draws[:, part])
-        return _to_signs(_as_bytes(words), part.stop)[:, part].astype(np.int16)
+            return gaussian.from_bits(packed.view("<u4")[:, part])
+        return _to_signs(packed, part.stop)[:, part].astype(np.int16)
 
     def _word3(self, purpose: Purpose) -> int:
         return word3(purpose, self.client, self.step)
 
-    def _blocks(self, purpose: Purpose, tensor: int, ks: slice, first: int, blocks: int) -> U64:
+    def _stream(self, run: Run, ks: slice) -> U64:
         """uint64[K, blocks, 4]"""
-        last = self._word3(purpose)
-        if blocks >= _LONG:
-            runs = [stream(self.key, (first, k, tensor, last), blocks) for k in range(ks.start, ks.stop)]
-            return np.stack(runs) if runs else np.empty((0, blocks, 4), np.uint64)
-        c0 = np.arange(first, first + blocks, dtype=np.uint64)
-        return philox(self.key, (c0, _column(ks), np.array([tensor], np.uint64), np.array([last], np.uint64)))
+        counter = (run.first, ks.start, run.tensor, self._word3(run.purpose))
+        return streams(self.key, counter, ks.stop - ks.start, run.blocks)
 
 
 def _column(ks: slice) -> U64:
     return np.arange(ks.start, ks.stop, dtype=np.uint64)[:, None]
 
 
-def _flat(words: U64) -> U64:
-    return words.reshape(words.shape[0], words.shape[1] * 4)
-
-
 def _as_bytes(words: U64) -> Bytes:
-    return np.ascontiguousarray(_flat(words)).astype("<u8", copy=False).view(np.uint8)
+    """uint64[K, blocks, 4] -> uint8[K, 32 * blocks], the lowest byte of a word first."""
+    flat = np.ascontiguousarray(words).reshape(words.shape[0], 4 * words.shape[1])
+    return flat.astype("<u8", copy=False).view(np.uint8)
 
 
 def _to_signs(packed: Bytes, count: int) -> Signs:

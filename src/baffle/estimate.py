@@ -1,37 +1,52 @@
 """The server's rebuild: integers and regenerated directions -> gradient estimate, exactly.
 
 BAFFLE (arXiv 2301.12195), eq. 5: g = 1/K sum_k s_k d_k. Scalars and entries are integers, so the sum is exact
-in float64 whatever its order, as long as no partial sum can reach 2**53 (``check_exact``). Rank-1 directions
-are one matrix product a tensor, sign vectors a table look-up of eight directions at a time.
+in float64 whatever its order, as long as no partial sum can reach 2**53 (``check_exact``).
+
+Each thread sums some tiles at a time: rank-1 directions by matrix products, signs by a table look-up of eight
+directions at once, Gaussian ones one by one. A tile's part of every direction is drawn where it is needed and
+the tile is written when it is complete, so memory is bounded by the tiles at work, whatever n and K.
 ``combine_slowly`` is the obvious loop that all of it must equal bit for bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from math import isqrt
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from baffle.directions import Bytes, Directions
+from baffle.directions import ENTRIES_PER_BLOCK, FACTORS, Bytes, Directions, Run
 from baffle.errors import PlanError
-from baffle.philox import BLOCK_BITS
-from baffle.types import LIMIT, Integers, Row, Table, Weights, table_size
+from baffle.gaussian import from_bits
+from baffle.philox import BLOCK_BITS, Purpose
+from baffle.runtimes.cores import cores
+from baffle.types import LIMIT, Integers, ParamSpec, Row, Table, Weights, table_size
 
 Float64 = npt.NDArray[np.float64]
+Floats: TypeAlias = npt.NDArray[np.floating]
+Terms: TypeAlias = Sequence[tuple[Directions, Integers]]
+"""What is summed: directions, and a scalar for each."""
+
+_DRAWN = 2**15  # blocks of random bits that a thread draws at once: a megabyte
+_PRODUCT = (32, 32, 256)  # rows, columns and directions of one product: OpenBLAS does not split it over threads
+_SIGNS = 2**18  # factors of a product that are kept as float64 at once: two megabytes
+_SMALLEST = 2**14  # entries a thread works on at once, at least: fewer would cost more calls than arithmetic
 
 
 @dataclass(frozen=True)
 class Execution:
     """How to compute a rebuild; no choice changes a bit of the result.
 
-    ``block`` is the number of entries worked on at once, ``slow`` takes the reference loop.
+    ``threads``: None for all cores that the process has. ``block``: entries that a thread works on at once; it
+    needs 50 bytes for each, and up to 6 MB. ``slow`` takes the reference loop.
     """
 
-    threads: int = 1
+    threads: int | None = None
     block: int = 2**16
     slow: bool = False
 
@@ -50,20 +65,8 @@ def combine(directions: Directions, scalars: Integers, execution: Execution = FA
     """
     if execution.slow:
         return combine_slowly(directions, scalars)
-    table, ks = directions.table, slice(0, len(scalars))
-    out = np.zeros(table_size(table), np.float64)
-    factors = directions.factors(ks)
-    with ThreadPoolExecutor(execution.threads) as pool:
-        for i, spec in enumerate(table):
-            part = out[spec.slice]
-            if i in factors:
-                jobs = _matrix_jobs(part.reshape(spec.matrix or (0, 0)), *factors[i], scalars, execution.block)
-            else:
-                jobs = _dense_jobs(directions, i, part, scalars, execution.block)
-            for _ in (job() for job in jobs) if execution.threads == 1 else pool.map(lambda job: job(), jobs):
-                pass
-            if spec.mask is not None:
-                part[~spec.mask] = 0
+    out = np.empty(table_size(directions.table), np.float64)
+    _rebuild([(directions, scalars)], 1.0, out, execution)
     return out
 
 
@@ -81,16 +84,32 @@ def estimate(table: Table, row: Row, execution: Execution = FAST) -> Weights:
 
     With local steps it is the mean over the steps of the clients' averaged estimates.
     """
-    total = np.zeros(table_size(table), np.float64)
-    unit = 1.0
+    terms: list[tuple[Directions, Integers]] = []
     for vector, steps in enumerate(row.integers):
         client = 0 if row.sharing == "shared" else row.participants[vector] + 1
-        for step, scalars in enumerate(steps):
-            directions = Directions(table, row.family, (row.key, row.round), client, step)
-            total += combine(directions, scalars, execution)
-            unit = directions.unit
-    factor = unit * 2.0**row.exponent / (row.num_directions * row.local_steps * max(row.weight_sum, 1))
-    return (total * factor).astype(np.float32)
+        terms += [
+            (Directions(table, row.family, (row.key, row.round), client, step), scalars)
+            for step, scalars in enumerate(steps)
+        ]
+    scale = Directions(table, row.family, (row.key, row.round)).unit * 2.0**row.exponent
+    return scaled(table, terms, scale / (row.num_directions * row.local_steps * max(row.weight_sum, 1)), execution)
+
+
+def scaled(table: Table, terms: Terms, factor: float, execution: Execution = FAST) -> Weights:
+    """factor * the exact sum of all terms, rounded once to float32[n], without float64[n] on the way.
+
+    Examples:
+        >>> from baffle.types import make_table
+        >>> d = Directions(make_table({"w": (2, 3)}), "rank1", key=(7, 1))
+        >>> scaled(d.table, [(d, np.array([10, 1]))], 0.5).tolist()
+        [-4.5, -5.5, 4.5, 5.5, 4.5, -5.5]
+    """
+    out = np.zeros(table_size(table), np.float32)
+    if execution.slow:
+        out[:] = sum((combine_slowly(*term) for term in terms), np.zeros(len(out))) * factor
+    elif terms:
+        _rebuild(terms, factor, out, execution)
+    return out
 
 
 def check_exact(directions: Directions, num_directions: int, local_steps: int, weight_sum: int) -> None:
@@ -104,68 +123,194 @@ def check_exact(directions: Directions, num_directions: int, local_steps: int, w
         )
 
 
-def _matrix_jobs(
-    out: Float64, a: npt.NDArray[np.int8], b: npt.NDArray[np.int8], scalars: Integers, block: int
-) -> list[Callable[[], None]]:
-    """A^T diag(s) B by tiles of at most ``block`` entries."""
-    weighted = b.astype(np.float64) * scalars[:, None].astype(np.float64)
-    width = min(out.shape[1], block)
-    height = max(1, block // width)
+class _Tile(NamedTuple):
+    """Part of a tensor seen as a matrix: (out, rest) with rank-1 directions, else one row."""
 
-    def tile(row: int, column: int) -> None:
-        rows, columns = slice(row, row + height), slice(column, column + width)
-        np.matmul(a[:, rows].T.astype(np.float64), weighted[:, columns], out=out[rows, columns])
+    tensor: int
+    rows: slice
+    columns: slice
 
-    return [partial(tile, r, c) for r in range(0, out.shape[0], height) for c in range(0, out.shape[1], width)]
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
 
 
-def _dense_jobs(
-    directions: Directions, tensor: int, out: Float64, scalars: Integers, block: int
-) -> list[Callable[[], None]]:
-    """Blocks of entries: Gaussian ones as small matrix products, signs by look-up."""
-    ks = slice(0, len(scalars))
+def _rebuild(terms: Terms, factor: float, out: Floats, execution: Execution) -> None:
+    """out = factor * the sum of all terms, rounded once to the type of ``out``."""
+    first = terms[0][0]
+    threads = execution.threads or cores()
+    block = min(execution.block, max(_SMALLEST, out.size // (2 * threads)))
 
-    def gaussian(start: int, stop: int) -> None:
-        for k in range(0, len(scalars), 64):
-            part = slice(k, min(k + 64, len(scalars)))
-            entries = directions.entries(tensor, part, start, stop).astype(np.float64)
-            out[start:stop] += scalars[part].astype(np.float64) @ entries
+    def work(tiles: list[_Tile]) -> None:
+        for tile, total in zip(tiles, _totals(terms, tiles), strict=True):
+            spec, matrix = first.table[tile.tensor], _matrix(first, tile.tensor)
+            if spec.kept:
+                total[~_kept(spec, tile, matrix[1])] = 0
+            total *= factor
+            out[spec.slice].reshape(matrix)[tile.rows, tile.columns] = total
 
-    def signs(start: int, stop: int) -> None:
-        first, blocks = start // BLOCK_BITS, -(-(stop - start) // BLOCK_BITS)
-        bits = directions.sign_bits(tensor, ks, first, blocks)
-        out[start:stop] = _look_up(bits, scalars)[: stop - start]
-
-    work = gaussian if directions.family == "gaussian" else signs
-    size = directions.table[tensor].size
-    step = max(BLOCK_BITS, block // BLOCK_BITS * BLOCK_BITS)
-    return [partial(work, start, min(start + step, size)) for start in range(0, size, step)]
+    groups = list(_groups(_tiles(first, block), block))
+    if threads == 1 or len(groups) == 1:
+        for tiles in groups:
+            work(tiles)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(work, groups))
 
 
+def _matrix(directions: Directions, tensor: int) -> tuple[int, int]:
+    spec = directions.table[tensor]
+    return (directions.is_rank1(tensor) and spec.matrix) or (1, spec.size)
+
+
+def _tiles(directions: Directions, block: int) -> Iterator[_Tile]:
+    """Tiles of at most ``block`` entries, about square, whose sides start at multiples of 8."""
+    for i in range(len(directions.table)):
+        rows, columns = _matrix(directions, i)
+        height = min(rows, _eights(max(isqrt(block), block // max(columns, 1))))
+        width = min(columns, _eights(block // height))
+        for r in range(0, rows, height):
+            for c in range(0, columns, max(width, 1)):
+                yield _Tile(i, slice(r, min(r + height, rows)), slice(c, min(c + width, columns)))
+
+
+def _eights(count: int) -> int:
+    """The next multiple of 8 below, or 8."""
+    return max(count // 8 * 8, 8)
+
+
+def _groups(tiles: Iterable[_Tile], block: int) -> Iterator[list[_Tile]]:
+    """Tiles of about ``block`` entries together, so that small tensors share a call of the generator."""
+    group: list[_Tile] = []
+    size = 0
+    for tile in tiles:
+        entries = tile.shape[0] * tile.shape[1]
+        if group and size + entries > block:
+            yield group
+            group, size = [], 0
+        group.append(tile)
+        size += entries
+    if group:
+        yield group
+
+
+def _totals(terms: Terms, tiles: Sequence[_Tile]) -> list[Float64]:
+    """The sum of all terms in each tile."""
+    totals = [np.zeros(tile.shape) for tile in tiles]
+    for directions, integers in terms:
+        scalars = integers.astype(np.float64)
+        runs = [run for tile in tiles for run in _runs(directions, tile)]
+        at_once = max(1, _DRAWN // sum(run.blocks for run in runs))
+        for start in range(0, len(scalars), at_once):
+            ks = slice(start, min(start + at_once, len(scalars)))
+            drawn = iter(directions.bits(runs, ks))
+            for tile, total in zip(tiles, totals, strict=True):
+                if directions.is_rank1(tile.tensor):
+                    left, right = _from(tile.rows, next(drawn)), _from(tile.columns, next(drawn))
+                    _add_products(total, left, right, scalars[ks])
+                elif directions.family == "gaussian":
+                    _add_gaussian(total[0], next(drawn), scalars[ks])
+                else:
+                    _add_signs(total[0], _from(tile.columns, next(drawn)), scalars[ks])
+    return totals
+
+
+def _runs(directions: Directions, tile: _Tile) -> list[Run]:
+    """The random bits that a tile needs of each direction."""
+    if directions.is_rank1(tile.tensor):
+        parts = list(zip(FACTORS, (tile.rows, tile.columns), strict=True))
+    else:
+        parts = [(Purpose.GAUSSIAN if directions.family == "gaussian" else Purpose.SIGNS, tile.columns)]
+    runs = []
+    for purpose, part in parts:
+        first = part.start // ENTRIES_PER_BLOCK[purpose]
+        runs.append(Run(purpose, tile.tensor, first, -(-part.stop // ENTRIES_PER_BLOCK[purpose]) - first))
+    return runs
+
+
+def _from(part: slice, bits: Bytes) -> Bytes:
+    """Sign bits from the first one of a part on."""
+    return bits[:, part.start % BLOCK_BITS // 8 :]
+
+
+def _kept(spec: ParamSpec, tile: _Tile, columns: int) -> npt.NDArray[np.bool_]:
+    """The part of a tensor's mask, of so many columns, that lies in a tile."""
+    rows = np.arange(tile.rows.start, tile.rows.stop)[:, None]
+    at = rows * columns + np.arange(tile.columns.start, tile.columns.stop)
+    bits: Bytes = np.frombuffer(spec.kept, np.uint8)[at >> 3] >> (at & 7).astype(np.uint8) & 1
+    return bits.astype(np.bool_)
+
+
+# the eight signs of each byte: +1 for bit 1, -1 for bit 0
 _PLUS_MINUS = (np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little") * 2.0) - 1.0
 
 
-def _look_up(bits: Bytes, scalars: Integers) -> Float64:
-    """sum_k s_k (+-1) for packed bits uint8[K, m] -> float64[8 m]: a table of 256 sums for eight directions."""
-    count = bits.shape[1] * 8
-    total, gathered = np.zeros(count), np.empty(count)
-    for k in range(0, len(scalars), 8):
-        group = np.zeros((8, bits.shape[1]), np.uint8)
-        group[: len(bits[k : k + 8])] = bits[k : k + 8]
-        values = np.zeros(8)
-        values[: len(scalars[k : k + 8])] = scalars[k : k + 8]
-        np.take(_PLUS_MINUS @ values, _transpose_bits(group), out=gathered)
-        total += gathered
-    return total
+def _add_products(total: Float64, left: Bytes, right: Bytes, scalars: Float64) -> None:
+    """Add A^T diag(s) B for sign bits of A, uint8[K, height / 8], and of B, by a stack of small products.
 
-
-def _transpose_bits(group: Bytes) -> Bytes:
-    """Eight directions' bytes uint8[8, m] -> for each entry, its bits in the eight directions: uint8[8 m].
-
-    Each column is an 8 x 8 bit matrix; Warren, Hacker's Delight, section 7-3.
+    A product whose partial sums cannot pass 2**24 is exact in float32, too.
     """
-    x = np.ascontiguousarray(group.T).view("<u8")[:, 0].astype(np.uint64)
-    for shift, mask in ((7, 0x00AA00AA00AA00AA), (14, 0x0000CCCC0000CCCC), (28, 0x00000000F0F0F0F0)):
-        t = (x ^ (x >> np.uint64(shift))) & np.uint64(mask)
-        x ^= t ^ (t << np.uint64(shift))
-    return x.astype("<u8").view(np.uint8)
+    (height, width), count = total.shape, len(scalars)
+    rows, columns = -(-height // _PRODUCT[0]), -(-width // _PRODUCT[1])
+    m, n = -(-height // (8 * rows)) * 8, -(-width // (8 * columns)) * 8
+    depth = min(_PRODUCT[2], count, max(8, _SIGNS // (rows * m + columns * n)))
+    largest = np.add.reduceat(np.abs(scalars), np.arange(0, count, depth)).max()
+    signs = _PLUS_MINUS if largest > 2**24 else _PLUS_MINUS.astype(np.float32)
+    scalars = scalars.astype(signs.dtype)
+    product = np.empty((rows * m, columns * n), signs.dtype)
+    stack = product.reshape(rows, m, columns, n).transpose(0, 2, 1, 3)
+    a, b = np.empty((depth, rows, m), signs.dtype), np.empty((depth, columns, n), signs.dtype)
+    for start in range(0, count, depth):
+        ks = slice(start, min(start + depth, count))
+        size = ks.stop - start
+        _write_signs(signs, left[ks], a[:size])
+        _write_signs(signs, right[ks], b[:size])
+        b[:size] *= scalars[ks, None, None]
+        np.matmul(a[:size].transpose(1, 2, 0)[:, None], b[:size].transpose(1, 0, 2), out=stack)
+        total += product[:height, :width]
+
+
+def _write_signs(signs: Floats, bits: Bytes, out: Floats) -> None:
+    """Write the ``signs`` of bits uint8[K, m], as far as there are bits."""
+    packed = np.zeros((len(out), out.shape[1] * out.shape[2] // 8), np.uint8)
+    packed[:, : bits.shape[1]] = bits[:, : packed.shape[1]]
+    signs.take(packed, axis=0, out=out.reshape(*packed.shape, 8), mode="clip")
+
+
+def _add_gaussian(total: Float64, bits: Bytes, scalars: Float64) -> None:
+    """Add sum_k s_k d_k for the bits uint8[K, 4 m] of Gaussian entries."""
+    entries = from_bits(bits.view("<u4")[:, : len(total)])
+    product = np.empty_like(total)
+    for scalar, direction in zip(scalars, entries, strict=True):
+        total += np.multiply(direction, scalar, out=product)
+
+
+def _add_signs(total: Float64, bits: Bytes, scalars: Float64) -> None:
+    """Add sum_k s_k (+-1) for sign bits uint8[K, m]: a table of 256 sums for eight directions."""
+    groups, words = -(-len(scalars) // 8), -(-len(total) // 64)
+    values = np.zeros((groups, 8))
+    values.reshape(-1)[: len(scalars)] = scalars
+    packed = np.zeros((8 * groups, 8 * words), np.uint8)
+    used = min(bits.shape[1], 8 * words)
+    packed[: len(bits), :used] = bits[:, :used]
+    _transpose_bits(packed.view(np.uint64).reshape(groups, 8, words))
+    sums, gathered = np.zeros(64 * words), np.empty(64 * words)
+    for table, entries in zip(values @ _PLUS_MINUS.T, packed.reshape(groups, 64 * words), strict=True):
+        sums += table.take(entries, out=gathered, mode="clip")
+    total += sums.reshape(8, 8 * words).T.reshape(-1)[: len(total)]  # sums[j, i]: of bit j in byte i
+
+
+def _transpose_bits(x: npt.NDArray[np.uint64]) -> None:
+    """Swap bit i of row j with bit j of row i, in every byte of uint64[groups, 8, words], in place.
+
+    Warren, Hacker's Delight, section 7-3.
+    """
+    groups, _, words = x.shape
+    for shift, mask in ((4, 0x0F0F0F0F0F0F0F0F), (2, 0x3333333333333333), (1, 0x5555555555555555)):
+        upper, lower = np.moveaxis(x.reshape(groups, 4 // shift, 2, shift, words), 2, 0)
+        swapped = upper >> np.uint64(shift)
+        swapped ^= lower
+        swapped &= np.uint64(mask)
+        lower ^= swapped
+        swapped <<= np.uint64(shift)
+        upper ^= swapped

@@ -15,6 +15,7 @@ import numpy.typing as npt
 GRID_BITS = 10
 _BITS = 31  # a draw is one sign bit and 31 bits that are looked up in the table
 _GUIDE_BITS = 16
+_CHUNK = 2**16  # draws looked up at once: the temporaries stay in a core's cache
 _FIXED = 256  # fraction bits of the big-integer arithmetic
 
 
@@ -55,12 +56,15 @@ def largest() -> int:
 
 
 @cache
-def _guide() -> tuple[npt.NDArray[np.int16], npt.NDArray[np.bool_]]:
-    """For each leading 16 bits of a draw: the magnitude at its start, and whether the rest can change it."""
-    starts = np.arange(1 << _GUIDE_BITS, dtype=np.uint32) << np.uint32(_BITS - _GUIDE_BITS)
-    ends = starts + np.uint32((1 << (_BITS - _GUIDE_BITS)) - 1)
-    low, high = (np.searchsorted(thresholds(), v, side="right") for v in (starts, ends))
-    return low.astype(np.int16), low != high
+def _guide() -> tuple[npt.NDArray[np.int16], npt.NDArray[np.uint32], int]:
+    """For each leading 16 bits of a draw: the magnitude at its start, and the next threshold.
+
+    Also the first lead from which a lead may have more than one threshold.
+    """
+    starts = np.arange((1 << _GUIDE_BITS) + 1, dtype=np.uint32) << np.uint32(_BITS - _GUIDE_BITS)
+    low = np.searchsorted(thresholds(), starts, side="right")
+    following = np.append(thresholds(), np.uint32(1 << _BITS))[low]
+    return low.astype(np.int16), following, int(np.argmax(np.diff(low) > 1))
 
 
 def from_bits(bits: npt.NDArray[np.uint32]) -> npt.NDArray[np.int16]:
@@ -70,11 +74,22 @@ def from_bits(bits: npt.NDArray[np.uint32]) -> npt.NDArray[np.int16]:
         >>> from_bits(np.array([0, 1, 2 * 836643, 2 * 836643 + 1], np.uint32)).tolist()
         [0, 0, 1, -1]
     """
+    flat = np.ascontiguousarray(bits).reshape(-1)
+    out = np.empty(flat.shape, np.int16)
+    for start in range(0, len(flat), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        _look_up(flat[part], out[part])
+    return out.reshape(bits.shape)
+
+
+def _look_up(bits: npt.NDArray[np.uint32], out: npt.NDArray[np.int16]) -> None:
+    low, following, tail = _guide()
     draws = bits >> np.uint32(1)
-    low, ambiguous = _guide()
-    lead = draws >> np.uint32(_BITS - _GUIDE_BITS)
-    magnitude = low[lead]
-    where = np.nonzero(ambiguous[lead])
-    magnitude[where] = np.searchsorted(thresholds(), draws[where], side="right").astype(np.int16)
-    signed: npt.NDArray[np.int16] = np.where(bits & np.uint32(1), -magnitude, magnitude)
-    return signed
+    lead = (draws >> np.uint32(_BITS - _GUIDE_BITS)).astype(np.intp)
+    low.take(lead, out=out, mode="clip")
+    out += draws >= following.take(lead)
+    where = np.nonzero(draws >= np.uint32(tail << (_BITS - _GUIDE_BITS)))
+    out[where] = np.searchsorted(thresholds(), draws[where], side="right")
+    minus = -(bits & np.uint32(1)).astype(np.int16)  # -1 or 0
+    out ^= minus
+    out -= minus

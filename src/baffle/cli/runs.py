@@ -23,7 +23,9 @@ from baffle.train import evaluate
 def replay_command(
     run: RunPath,
     round: Annotated[int | None, typer.Option("--round", help="Round to rebuild; by default the last.", min=0)] = None,
-    threads: Annotated[int, typer.Option(help="Threads; no choice changes a bit.", min=1)] = 1,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads, by default one a core; no choice changes a bit.", min=1)
+    ] = None,
     block: Annotated[int, typer.Option(help="Entries worked on at once; no choice changes a bit.", min=1)] = 2**16,
     slow: Annotated[bool, typer.Option("--slow", help="Use the reference loop instead of the fast rebuild.")] = False,
     json_output: Json = False,
