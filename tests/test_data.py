@@ -123,6 +123,30 @@ def test_dirichlet_parts_are_disjoint_complete_and_never_empty(
     assert [numbers(p) for p in parts] == [numbers(p) for p in partition(data, clients, alpha=alpha, seed=seed)]
 
 
+def slow_dirichlet(labels: npt.NDArray[np.int64], clients: int, alpha: float, seed: int) -> list[list[int]]:
+    """One client after another looks through all owners."""
+    rng = generator((seed, 0), Purpose.PARTITION)
+    owners = np.empty(len(labels), np.int64)
+    for label in np.unique(labels):
+        where = rng.permutation(np.nonzero(labels == label)[0])
+        cuts = np.round(np.cumsum(rng.dirichlet(np.full(clients, alpha)))[:-1] * len(where)).astype(np.int64)
+        owners[where] = np.searchsorted(cuts, np.arange(len(where)), side="right")
+    for client in range(clients):
+        if not (owners == client).any():
+            largest = np.bincount(owners, minlength=clients).argmax()
+            owners[np.nonzero(owners == largest)[0][0]] = client
+    return [np.nonzero(owners == client)[0].tolist() for client in range(clients)]
+
+
+@given(examples=st.integers(1, 120), share=st.floats(0, 1), alpha=st.sampled_from([1e-6, 0.01, 0.3, 5.0]), seed=seeds)
+@settings(deadline=None)
+def test_dirichlet_is_that_of_one_client_after_another(examples: int, share: float, alpha: float, seed: int) -> None:
+    clients = max(1, round(share * examples))
+    labels = np.random.default_rng(seed).integers(0, 4, examples)
+    parts = partition(numbered(labels), clients, alpha=alpha, seed=seed)
+    assert [numbers(part) for part in parts] == slow_dirichlet(labels, clients, alpha, seed)
+
+
 def largest_share(alpha: float, seed: int) -> float:
     """Of each client's labels, the share of the most frequent one; averaged over the clients."""
     train, _ = load("digits")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import baffle as bf
-from baffle.client import Encoded, reply
+from baffle.client import Encoded, reply, weight_of
 from baffle.directions import Directions
 from baffle.errors import BaffleError, DivergedError, OptionError, PlanError
 from baffle.estimate import Execution
@@ -155,6 +155,18 @@ def test_a_plan_that_cannot_be_exact_is_refused() -> None:
     method = Method(num_directions=2**20, family="gaussian", local_steps=50, optimizer=bf.sgd(0.1))
     with pytest.raises(PlanError, match=r"expected < 2\*\*53"):
         method.plan(start(method), TABLE, SIZES, 5, None)
+
+
+@pytest.mark.parametrize("participation", [0.25, 0.5, 1.0])
+def test_exactness_is_of_the_heaviest_clients_that_may_meet(
+    participation: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = (7, 300, 2, 90, 90, 1000, 1, 40)
+    told: list[int] = []
+    monkeypatch.setattr("baffle.method.check_exact", lambda *arguments: told.append(arguments[-1]))
+    task, _ = Method(participation=participation).plan(start(Method()), TABLE, sizes, 5, None)
+    weights = sorted((weight_of(size, task.quantum) for size in sizes), reverse=True)
+    assert told == [sum(weights[: round(participation * len(sizes))])]
 
 
 def test_plain_sgd_with_local_steps_is_federated_averaging() -> None:

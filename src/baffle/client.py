@@ -8,7 +8,7 @@ encoded as an integer on the round's power-of-two scale and weighted by an integ
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 import numpy as np
@@ -17,10 +17,10 @@ import numpy.typing as npt
 from baffle.checks import keep_floats, require_count, require_positive
 from baffle.data import Dataset, sample
 from baffle.directions import Directions
-from baffle.estimate import FAST, Execution, combine
+from baffle.estimate import FAST, Execution, scaled
 from baffle.perturb import Perturbations
 from baffle.philox import Purpose, generator
-from baffle.runtimes import Runtime
+from baffle.runtimes import Evaluator, Runtime
 from baffle.types import LIMIT, MAX_WEIGHT, Integers, Losses, Reply, Table, Task, Weights, pack_int32
 
 
@@ -112,7 +112,7 @@ def local_update(
     """One local step of plain SGD on the scalars as encoded, so that the sums describe every client's path."""
     directions = Directions(table, task.family, (task.key, task.round), 0, step)
     factor = directions.unit * 2.0**task.exponent / task.num_directions
-    gradient = (combine(directions, encoded.integers, execution) * factor).astype(np.float32)
+    gradient = scaled(table, [(directions, encoded.integers)], factor, execution)
     with np.errstate(over="ignore", invalid="ignore"):  # losses that are not finite follow, and are counted
         return weights - np.float32(task.local_lr) * gradient
 
@@ -131,11 +131,18 @@ def respond(
     client: int,
     examples: int,
     execution: Execution = FAST,
+    lane: Evaluator | None = None,
 ) -> Reply:
-    """Answer a task: ``batch(step)`` gives the mini-batch of each local step, ``examples`` sets the weight."""
+    """Answer a task: ``batch(step)`` gives the mini-batch of each local step, ``examples`` sets the weight.
+
+    Passes are evaluated on one ``lane`` of the runtime; None: on all of it.
+    """
+    evaluator: Evaluator = lane or runtime
+    if evaluator is not runtime:  # others work beside this one
+        execution = replace(execution, threads=1)
     steps: list[Encoded] = []
     for step in range(task.local_steps):
-        losses = runtime.losses(weights, perturbations(task, runtime.table, client, step), batch(step))
+        losses = evaluator.losses(weights, perturbations(task, runtime.table, client, step), batch(step))
         steps.append(encode(task, finite_differences(task, losses)))
         if step + 1 < task.local_steps:
             weights = local_update(task, runtime.table, weights, steps[-1], step, execution)

@@ -8,6 +8,7 @@ bit for bit.
 from __future__ import annotations
 
 import hashlib
+import heapq
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -154,13 +155,15 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
         measured = FIRST_SIGMA if last is None else last.sigma
         count = max(1, round(self.participation * len(sizes)))
         quantum = quantum_for(max(sizes), count)
-        chosen, following = (_choose((key, round), len(sizes), count) for round in (state.round, state.round + 1))
-        cohort = {client: weight_of(sizes[client], quantum) for client in chosen}
-        heaviest = sum(sorted(weight_of(size, quantum) for size in sizes)[-count:])  # of any round: refuse at once
+        cohort = {c: weight_of(sizes[c], quantum) for c in _choose((key, state.round), len(sizes), count)}
+        largest = heapq.nlargest(count, sizes)
+        heaviest = sum(weight_of(size, quantum) for size in largest)  # of any round: refuse at once
         directions = Directions(table, self.family, (key, state.round))
         check_exact(directions, self.num_directions, self.local_steps, heaviest)
+        following: list[int] = []
         if isinstance(self.aggregate, SecureSum):
             self.aggregate.check(self.num_directions * self.local_steps, count)
+            following = _choose((key, state.round + 1), len(sizes), count)
         clip = min((c.limit for c in self.client), default=None) if not calibrates(last) else None
         task = Task(
             round=state.round,
@@ -178,7 +181,7 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
             local_lr=self._local_lr(state.step + 1, self._lr_scale(last)),
             quantum=quantum,
             secure=self.aggregate.neighbours if isinstance(self.aggregate, SecureSum) else 0,
-            next_cohort=tuple(following) if isinstance(self.aggregate, SecureSum) else (),
+            next_cohort=tuple(following),
             state_sha256=state_sha256(state) if last is None else last.state_sha256,
         )
         return task, cohort

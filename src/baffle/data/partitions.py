@@ -5,6 +5,7 @@ Dirichlet by label: Hsu, Qi, Brown, arXiv 1909.06335. Shards of sorted labels: M
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -34,6 +35,9 @@ def partition(
     * ``shards``: sorted by label, cut into equal shards, ``shards`` of them to each client at random.
     * ``column``: by the data set's own ``groups``, in their order; ``clients`` may be left out.
 
+    The examples are copied once, ordered by client; each client's data set is a view of them, so that many clients
+    take hardly more memory than few.
+
     Examples:
         >>> from baffle.data.sources import load
         >>> train, _ = load("digits")
@@ -61,7 +65,9 @@ def partition(
             parts = _shards(_labels(train), clients, shards, rng)
         else:
             parts = [np.sort(p) for p in np.array_split(rng.permutation(len(train)), clients)]
-    return tuple(train.take(p, f"client {i}") for i, p in enumerate(parts))
+    ordered = train.take(np.concatenate(parts))
+    bounds = itertools.pairwise(itertools.accumulate(map(len, parts), initial=0))
+    return tuple(ordered.view(start, stop, f"client {i}") for i, (start, stop) in enumerate(bounds))
 
 
 def hold_out(train: Dataset, per_class: int, seed: int = 0) -> tuple[Dataset, Dataset]:
@@ -97,11 +103,15 @@ def _dirichlet(labels: npt.NDArray[np.generic], clients: int, alpha: float, rng:
         where = rng.permutation(np.nonzero(labels == label)[0])
         cuts = np.round(np.cumsum(rng.dirichlet(np.full(clients, alpha)))[:-1] * len(where)).astype(np.int64)
         owners[where] = np.searchsorted(cuts, np.arange(len(where)), side="right")
-    for client in range(clients):
-        if not (owners == client).any():
-            largest = np.bincount(owners, minlength=clients).argmax()
-            owners[np.nonzero(owners == largest)[0][0]] = client
-    return [np.nonzero(owners == client)[0] for client in range(clients)]
+    sizes = np.bincount(owners, minlength=clients)
+    order, first = np.argsort(owners, kind="stable"), np.cumsum(sizes) - sizes
+    for client in np.nonzero(sizes == 0)[0]:
+        largest = sizes.argmax()
+        owners[order[first[largest]]] = client
+        first[largest] += 1
+        sizes[largest] -= 1
+        sizes[client] = 1
+    return _by_owner(owners, clients)
 
 
 def _shards(labels: npt.NDArray[np.generic], clients: int, shards: int, rng: np.random.Generator) -> list[Indices]:
@@ -118,4 +128,10 @@ def _column(train: Dataset, clients: int | None) -> list[Indices]:
     names, owners = np.unique(train.groups, return_inverse=True)
     if clients is not None and clients != len(names):
         raise DataError(f"clients = {clients}: the column names {len(names)}: expected that, or nothing")
-    return [np.nonzero(owners == client)[0] for client in range(len(names))]
+    return _by_owner(owners, len(names))
+
+
+def _by_owner(owners: Indices, clients: int) -> list[Indices]:
+    """The examples of each client, in ascending order."""
+    ends = np.cumsum(np.bincount(owners, minlength=clients))
+    return np.split(np.argsort(owners, kind="stable"), ends[:-1])

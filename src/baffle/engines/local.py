@@ -1,26 +1,32 @@
 """All clients in this process: the simulation of a federation over the same messages as the network.
 
 With shared directions and one local step every participant evaluates the same perturbed models, so their
-batches go through each of them together; otherwise one client after another.
+batches go through each of them together; otherwise several clients side by side, each on one lane of the runtime.
+What a round costs besides its forward passes grows with the participants, not with the clients.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from baffle.calibrate import EXAMPLES, Calibration, calibrate
+from baffle.checks import require_count
 from baffle.client import draw, encode, finite_differences, perturbations, reply, respond, weight_of
 from baffle.data import Dataset, concatenate
 from baffle.engines import Exchange
-from baffle.errors import DataError
+from baffle.errors import DataError, OptionError
 from baffle.estimate import FAST, Execution
 from baffle.method import State
-from baffle.runtimes import Evaluation, Runtime
-from baffle.types import Reply, Table, Task, Weights
+from baffle.perturb import Perturbations
+from baffle.runtimes import Evaluation, Evaluator, Runtime
+from baffle.types import Losses, Reply, Table, Task, Weights
 from baffle.wire import decode_row, encode_message
 
 if TYPE_CHECKING:
@@ -28,8 +34,18 @@ if TYPE_CHECKING:
     from baffle.secure.together import Summed
 
 
+_TOGETHER = 2**24
+"""Numbers, of inputs or of losses, in batches that go through the models together: 64 MiB in float32."""
+
+
 class LocalEngine:
     """Simulate clients that hold ``clients`` data sets, on one runtime.
+
+    ``together``: clients with the same directions and one local step go through each perturbed model together, as
+    many as 64 MiB of inputs, or of losses, hold. Where they cannot, ``workers`` of them are evaluated side by side,
+    each on one lane (thread) of the runtime, by default as many as it has lanes; a single one is given all of them.
+    Replies do not depend on the number of workers. Raises DataError if a client has no examples, OptionError for
+    more workers than lanes.
 
     Bytes are counted as a deployment would send them: each reply's and each task's encoded length, plus what
     the participant needs to catch up: the rows since it last took part, or the full state (weights and
@@ -47,7 +63,13 @@ class LocalEngine:
     """
 
     def __init__(
-        self, runtime: Runtime, clients: Sequence[Dataset], *, together: bool = True, execution: Execution = FAST
+        self,
+        runtime: Runtime,
+        clients: Sequence[Dataset],
+        *,
+        together: bool = True,
+        workers: int | None = None,
+        execution: Execution = FAST,
     ) -> None:
         if not clients:
             raise DataError("clients: an empty list: expected at least one data set")
@@ -55,6 +77,14 @@ class LocalEngine:
             if len(data) == 0:
                 raise DataError(f"client {i} has no examples: expected at least one")
         self._runtime, self._clients, self._together, self._execution = runtime, tuple(clients), together, execution
+        self._sizes = tuple(len(data) for data in clients)
+        self._lanes: Sequence[Evaluator] = getattr(runtime, "lanes", ()) or (runtime,)
+        if workers is not None:
+            require_count("workers", workers)
+            if workers > len(self._lanes):
+                lanes = f"{len(self._lanes)}, the lanes of the runtime"
+                raise OptionError("workers", workers, f"at most {lanes}; give the runtime as many threads for more")
+        self._workers = workers or len(self._lanes)
         self._history = _History(len(clients))
         self._secure: _Secure | None = None
 
@@ -66,17 +96,21 @@ class LocalEngine:
     @property
     def sizes(self) -> tuple[int, ...]:
         """Examples of each client."""
-        return tuple(len(data) for data in self._clients)
+        return self._sizes
 
     @property
     def plan(self) -> dict[str, str | int]:
         """How passes are evaluated, and a digest of the clients' data."""
+        together = "together" if self._together else "one by one"
+        return self._runtime.plan | {"clients": together, "numpy": np.__version__, "data": self._digest}
+
+    @cached_property
+    def _digest(self) -> str:
         digest = hashlib.sha256()
         for data in self._clients:
             kind = (data.x.shape, data.y.shape, data.scaling, data.augmented)
             digest.update(repr(kind).encode() + data.x.tobytes() + data.y.tobytes())
-        together = "together" if self._together else "one by one"
-        return self._runtime.plan | {"clients": together, "numpy": np.__version__, "data": digest.hexdigest()}
+        return digest.hexdigest()
 
     def evaluate(self, weights: Weights, data: Dataset) -> Evaluation:
         """Evaluate on the server's own test data."""
@@ -97,10 +131,10 @@ class LocalEngine:
         if self._together and task.sharing == "shared" and task.local_steps == 1:
             replies = self._answer_together(task, participants, state.weights)
         else:
-            replies = [self._answer(task, client, state.weights) for client in participants]
+            replies = self._answer_apart(task, participants, state.weights)
         secure = self._sum(task, replies) if task.secure else None
         passes = task.local_steps * len(perturbations(task, self.table, 0))
-        examples = sum(min(task.batch_size or len(self._clients[c]), len(self._clients[c])) for c in participants)
+        examples = sum(self._batch_size(task, client) for client in participants)
         state_bytes = sum(a.nbytes for a in (state.weights, *state.slots.values()))
         caught_up = self._history.catch_up(participants, state_bytes, rows)
         return Exchange(
@@ -124,30 +158,72 @@ class LocalEngine:
             self._secure = _Secure(task.key)
         return self._secure.sum(task, replies)
 
-    def _answer(self, task: Task, client: int, weights: Weights) -> Reply:
-        return respond(
-            task,
-            self._runtime,
-            weights,
-            lambda step: self.batch(task, client, step),
-            client,
-            len(self._clients[client]),
-            self._execution,
-        )
+    def _batch_size(self, task: Task, client: int) -> int:
+        return min(task.batch_size or self._sizes[client], self._sizes[client])
+
+    def _answer_apart(self, task: Task, participants: Sequence[int], weights: Weights) -> list[Reply]:
+        """Each participant by itself, as many side by side as there are workers."""
+        workers = min(self._workers, len(participants))
+        free: SimpleQueue[Evaluator] = SimpleQueue()
+        for lane in self._lanes[:workers] if workers > 1 else (self._runtime,):
+            free.put(lane)
+
+        def answer(client: int) -> Reply:
+            lane = free.get()
+            try:
+                return respond(
+                    task,
+                    self._runtime,
+                    weights,
+                    lambda step: self.batch(task, client, step),
+                    client,
+                    self._sizes[client],
+                    self._execution,
+                    lane,
+                )
+            finally:
+                free.put(lane)
+
+        if workers == 1:
+            return [answer(client) for client in participants]
+        with ThreadPoolExecutor(workers) as pool:
+            return list(pool.map(answer, participants))
 
     def _answer_together(self, task: Task, participants: Sequence[int], weights: Weights) -> list[Reply]:
-        batches = [self.batch(task, client, 0) for client in participants]
-        losses = self._runtime.losses(weights, perturbations(task, self.table, 0), concatenate(batches))
-        parts = np.split(losses, np.cumsum([len(b) for b in batches])[:-1], axis=1)
+        asked = perturbations(task, self.table, 0)
         return [
             reply(
                 task,
                 client,
-                weight_of(len(self._clients[client]), task.quantum),
+                weight_of(self._sizes[client], task.quantum),
                 [encode(task, finite_differences(task, part))],
             )
-            for client, part in zip(participants, parts, strict=True)
+            for group in self._groups(task, participants, len(asked))
+            for client, part in self._losses(task, group, weights, asked)
         ]
+
+    def _losses(
+        self, task: Task, group: Sequence[int], weights: Weights, asked: Perturbations
+    ) -> Iterator[tuple[int, Losses]]:
+        """Each client's losses, of passes that their batches take together."""
+        batches = [self.batch(task, client, 0) for client in group]
+        losses = self._runtime.losses(weights, asked, concatenate(batches))
+        parts = np.split(losses, np.cumsum([len(b) for b in batches])[:-1], axis=1)
+        return zip(group, parts, strict=True)
+
+    def _groups(self, task: Task, participants: Sequence[int], passes: int) -> Iterator[list[int]]:
+        """Participants in their order, as many at a time as memory is granted to."""
+        group: list[int] = []
+        room = _TOGETHER
+        for client in participants:
+            numbers = self._batch_size(task, client) * max(passes, self._clients[client].x[:1].size)
+            if group and numbers > room:
+                yield group
+                group, room = [], _TOGETHER
+            group.append(client)
+            room -= numbers
+        if group:
+            yield group
 
 
 class _Secure:
