@@ -36,8 +36,8 @@ test: lint  ## Lint, types, tests, and every snippet of README and docs.
 test-all: test docs  ## Also what takes long: docs, wheels, full fault tests.
 	$(BIN)/pytest -q -m slow
 
-bench: .venv/installed  ## Reproduce the tables in the docs.
-	$(BIN)/python bench/families.py
+bench: .venv/installed  ## Measure speed and memory against the references, and write the docs' figures.
+	$(BIN)/python bench/performance.py
 
 docs: .venv/installed  ## Build the documentation into site/.
 	$(BIN)/mkdocs build --strict --quiet

@@ -698,7 +698,7 @@ def test_divergence_is_one_more_line_and_the_run_stays(tmp_path: Path) -> None:
         tmp_path, "train", *SMALL, "--optimizer", "sgd", "--lr", "3e38", "--weight-decay", "99", "--out", "run"
     )
     assert outcome.code == 2
-    errors = [line for line in outcome.err.splitlines() if not line.startswith("round ")]
+    errors = [line for line in outcome.err.splitlines() if not line.startswith(("plan: ", "round "))]
     assert [line[:14] for line in errors] == [f"note: round {i}:" for i in (1, 2, 3, 4)] + ["error: round 4"]
     assert "after round 0" in errors[-1]
     assert "3e+38" in errors[-1]

@@ -821,7 +821,7 @@ def test_a_huge_learning_rate_ends_in_order(tmp_path: Path, name: str) -> None:
     run, told = tmp_path / "run", outcome.err.splitlines()
     journal = bf.Journal.open(run)
     rollbacks = sum(record.restores is not None for record in journal.records)
-    assert [line.split()[0] for line in told if not line.startswith("round ")] == [
+    assert [line.split()[0] for line in told if not line.startswith(("plan: ", "round "))] == [
         *("note:" for _ in range(rollbacks)),
         *("error:" for _ in range(outcome.code // 2)),
     ]
@@ -886,7 +886,19 @@ OPTIONS: dict[str, set[str]] = {
     "report": {"out", "json"},
     "compare": {"out", "json"},
     "node": {
-        *("superlink", "data", "name", "bundle", "model", "threads", "root-certificates", "insecure", "key"),
+        *(
+            "superlink",
+            "data",
+            "name",
+            "bundle",
+            "model",
+            "threads",
+            "strategy",
+            "memory",
+            "root-certificates",
+            "insecure",
+            "key",
+        ),
         *("only-secure", "minimum-cohort", "trust"),
     },
     "up": {

@@ -435,7 +435,7 @@ def test_buffers_come_with_the_file(tmp_path: Path) -> None:
 # --- what contradicts itself
 
 CONTRADICTIONS: dict[str, tuple[tuple[str, ...], str]] = {
-    "runtime": (("--runtime", "tflite"), "runtime = 'tflite': expected one of torch, ort, openvino"),
+    "runtime": (("--runtime", "tflite"), "runtime = 'tflite': expected one of auto, torch, ort, openvino"),
     "int8 by torch": (("--precision", "int8"), "precision = 'int8': expected one of fp32, bf16, fp16"),
     "bf16 by ort": (
         (*ORT, "--precision", "bf16"),
@@ -533,7 +533,7 @@ def test_a_precision_that_this_processor_has_not_is_refused(tmp_path: Path) -> N
         ("lattice = 2.5", "lattice = 2.5: expected `int`, got `float`"),
         ('prune = "half"', "prune = 'half': expected `float`, got `str`"),
         ('branches = "yes"', "branches = 'yes': expected `bool`, got `str`"),
-        ('runtime = "tflite"', "runtime = 'tflite': expected one of torch, ort, openvino"),
+        ('runtime = "tflite"', "runtime = 'tflite': expected one of auto, torch, ort, openvino"),
         ("trainable = 3", "trainable = 3: expected `str`, got `int`"),
         ('prune-by = "channels"', "prune_by = 'channels': expected prune > 0 with it"),
     ],

@@ -19,7 +19,7 @@ import baffle as bf
 from baffle.assemble import Server, assemble_server
 from baffle.config import TrainConfig
 from baffle.data import Scaling
-from baffle.deploy.setups import builder, setup_of
+from baffle.deploy.setups import Own, builder, setup_of
 from baffle.directions import Directions
 from baffle.edge import load_arrays
 from baffle.engines.flower import GridTransport, Node, from_records, reply_to, size_of, to_records
@@ -111,9 +111,9 @@ def test_code_of_its_own_runs_only_where_its_name_is_trusted(own_model: str) -> 
     sys.modules.pop("hostile_model")
     for told in (None, "mlp", "hostile_model", "hostile_model:other", "hostile_model:make "):
         with pytest.raises(ModelError, match=f"the server's model is {own_model}: code of its own"):
-            builder(DATA, model=told)(setup)
+            builder(DATA, Own(model=told))(setup)
     assert "hostile_model" not in sys.modules
-    runtime, _ = builder(DATA, model=own_model)(setup)
+    runtime, _ = builder(DATA, Own(model=own_model))(setup)
     assert runtime.table == setup.table
 
 
@@ -134,11 +134,11 @@ def test_only_the_bundle_that_is_trusted_is_run() -> None:
     other, _ = served(msgspec.structs.replace(infers, seed=1))
     assert server.bundle is not None
     assert other.bundle is not None
-    builder(DATA, bundle=server.bundle)(setup)
+    builder(DATA, Own(bundle=server.bundle))(setup)
     with pytest.raises(BundleError, match=f"is {server.bundle.sha256[:12]}: expected {other.bundle.sha256[:12]}"):
-        builder(DATA, bundle=other.bundle)(setup)
+        builder(DATA, Own(bundle=other.bundle))(setup)
     with pytest.raises(BundleError, match="no bundle"):
-        builder(DATA, bundle=server.bundle)(served(MLP)[1])
+        builder(DATA, Own(bundle=server.bundle))(served(MLP)[1])
     for damaged in (b"", b"PK", server.bundle.encode()[:-30]):
         with pytest.raises(BundleError):
             builder(DATA)(msgspec.structs.replace(setup, bundle=damaged))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,18 +14,20 @@ import numpy as np
 from safetensors import SafetensorError
 
 from baffle.config import TrainConfig
-from baffle.data import Dataset, hold_out, load
+from baffle.data import Dataset, concatenate, hold_out, load
 from baffle.engines.local import LocalEngine
 from baffle.errors import CorruptRunError, DataError, ModelError, OptionError, PlanError
 from baffle.journal import Journal
 from baffle.runtimes import Runtime
 from baffle.runtimes.bundle import Bundle, Precision
+from baffle.runtimes.plan import Choice, choose
 from baffle.types import Masks, Weights
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _SCORED_ON = 128  # examples
+_MEASURED_ON = 16  # clients
 _MOST_CLASSES = 2**20  # a larger label is a mistake, not a reason to build such a model
 
 
@@ -37,6 +41,8 @@ class Setup:
     model: nn.Module
     engine: LocalEngine
     initial: Weights
+    choice: Choice | None = None
+    """How passes are evaluated, where that was measured."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +84,16 @@ def assemble(options: TrainConfig) -> Setup:
     train, validation, test = splits(options)
     clients = options.split(train)
     model, masks = model_of(options, train, vocabulary_of(train, validation, test), clients[0])
-    runtime = runtime_of(options, model, train, masks)
-    return Setup(clients, validation, test, model, LocalEngine(runtime, clients), runtime.initial_weights())
+    choice = None if options.backprop else chosen_of(options, model, train, masks, clients)
+    runtime = runtime_of(options, model, train, masks) if choice is None else choice.runtime
+    engine = LocalEngine(runtime, clients)
+    return Setup(clients, validation, test, model, engine, runtime.initial_weights(), choice)
 
 
 def assemble_server(options: TrainConfig) -> Server:
     """Read the server's own data, build the model, and the bundle for clients that only infer."""
+    if options.runtime == "auto":
+        raise OptionError("runtime", "auto", "torch, ort or openvino: it is the clients that would have to measure")
     train, validation, test = splits(options)
     vocabulary = vocabulary_of(train, validation, test)
     model, masks = model_of(options, train, vocabulary, train)
@@ -171,14 +181,55 @@ def model_of_run(journal: Journal, options: TrainConfig) -> tuple[nn.Module, Mas
 
 
 def runtime_of(options: TrainConfig, model: nn.Module, data: Dataset, masks: Masks | None) -> Runtime:
-    """The runtime that the options name, for a model of class labels; exported if it is not PyTorch's."""
+    """The runtime that the options name, for a model of class labels; exported if it is not PyTorch's.
+
+    Without a measurement "auto" is the usual way.
+    """
     from torch.nn.functional import cross_entropy
 
-    if options.runtime == "torch":
+    if options.runtime in ("torch", "auto"):
         from baffle.runtimes.pytorch import TorchRuntime
 
-        return TorchRuntime(model, cross_entropy, options.threads, precision=options.precision, masks=masks)
+        return TorchRuntime(
+            model,
+            cross_entropy,
+            options.threads,
+            precision=options.precision,
+            masks=masks,
+            strategy="copies" if options.strategy == "auto" else options.strategy,
+            memory=options.memory_bytes,
+        )
     return inferring(options, bundle_of(options, model, data, masks))
+
+
+def as_planned(options: TrainConfig, plan: Mapping[str, str | int]) -> TrainConfig:
+    """The options that evaluate as a run did: what was measured then is not measured again."""
+    runtime = str(plan.get("runtime", options.runtime))
+    strategy = str(plan.get("strategy", "copies")) if runtime == "torch" else "auto"
+    return msgspec.structs.replace(options, runtime=runtime, strategy=strategy, threads=int(plan.get("threads", 1)))
+
+
+def chosen_of(
+    options: TrainConfig, model: nn.Module, data: Dataset, masks: Masks | None, clients: Sequence[Dataset]
+) -> Choice | None:
+    """The runtime that a short measurement on the clients' first examples finds the fastest; None: it is told."""
+    if options.strategy != "auto" or options.runtime not in ("torch", "auto"):
+        return None
+    ways = {
+        strategy: partial(runtime_of, msgspec.structs.replace(options, runtime="torch", strategy=strategy), model)
+        for strategy in ("copies", "stacked")
+    }
+    if options.runtime == "auto":
+        ways["openvino"] = partial(runtime_of, msgspec.structs.replace(options, runtime="openvino"), model)
+    together = options.sharing == "shared" and options.local_steps == 1
+    count = max(1, round(options.participation * len(clients))) if together else 1
+    batch = concatenate([c.take(np.arange(min(len(c), options.batch_size))) for c in clients[:count][:_MEASURED_ON]])
+    return choose(
+        {name: partial(way, data, masks) for name, way in ways.items()},
+        batch,
+        num_directions=options.num_directions,
+        family=options.family,
+    )
 
 
 def inferring(options: TrainConfig, bundle: Bundle) -> Runtime:

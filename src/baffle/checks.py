@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import TypeGuard, get_args
 
 import msgspec
@@ -46,6 +47,24 @@ def require_count(field: str, value: object, low: int = 1, high: int | None = No
     """An integer >= low (and <= high)."""
     if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
         raise OptionError(field, value, f"an integer >= {low}" + (f" and <= {high}" if high is not None else ""))
+
+
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {f"{prefix}B": 1000**i for i, prefix in enumerate("KMGT", 1)}
+_UNITS |= {f"{prefix}IB": 1024**i for i, prefix in enumerate("KMGT", 1)}
+
+
+def parse_bytes(field: str, text: str) -> int:
+    """A number of bytes, as 64MB (millions) or 64MiB.
+
+    Examples:
+        >>> parse_bytes("memory", "64MB"), parse_bytes("memory", "1.5 KiB")
+        (64000000, 1536)
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if not found or found[2].upper() not in _UNITS or float(found[1]) == 0:
+        raise OptionError(field, text, "bytes, as 64MB, 64MiB or 64000000")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
 def _is_number(value: object) -> TypeGuard[float]:

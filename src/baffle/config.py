@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import msgspec
 
 from baffle.aggregate import SecureSum, WeightedSum
-from baffle.checks import keep_floats, require_between, require_count, require_positive
+from baffle.checks import keep_floats, parse_bytes, require_between, require_count, require_positive
 from baffle.client import ClipScalars
 from baffle.data import Dataset, partition
 from baffle.errors import JournalError, OptionError, require_choice
@@ -19,11 +19,13 @@ from baffle.types import Difference, Family, Sharing
 
 PARTITIONS = ("iid", "dirichlet", "shards", "column")
 RUNTIMES = {
+    "auto": ("fp32", "bf16", "fp16"),
     "torch": ("fp32", "bf16", "fp16"),
     "ort": ("fp32", "fp16", "int8-weights", "int8"),
     "openvino": ("fp32", "bf16", "fp16", "int8-weights", "int8"),
 }
-"""Runtimes and their precisions."""
+"""Runtimes and their precisions; auto: torch or openvino, whichever a short measurement finds faster."""
+STRATEGIES = ("auto", "copies", "stacked", "streaming")
 PRUNE_BY = ("magnitude", "inputs", "channels")
 DEFAULT_CLIENTS = 10
 DEFAULT_ALPHA = 0.5
@@ -47,6 +49,8 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     runtime: str = "torch"
     precision: str = "fp32"
     branches: bool = False
+    strategy: str = "auto"
+    memory: str | None = None
     clients: int | None = None
     partition: str = "iid"
     alpha: float | None = None
@@ -87,8 +91,16 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         require_between("prune", self.prune, 0, 1, open_high=True)
         if self.prune_by != _DEFAULTS["prune_by"] and not self.prune:
             raise OptionError("prune_by", self.prune_by, "prune > 0 with it")
-        if self.branches and self.runtime == "torch":
+        require_choice("strategy", self.strategy, STRATEGIES)
+        if self.branches and self.runtime in ("torch", "auto"):
             raise OptionError("branches", self.branches, "runtime ort or openvino: torch perturbs weights in float")
+        if self.runtime != "torch":
+            for field in ("strategy", "memory"):
+                value = getattr(self, field)
+                if value != _DEFAULTS[field]:
+                    raise OptionError(field, value, f"runtime torch with it, not {self.runtime}")
+        if self.memory is not None:
+            parse_bytes("memory", self.memory)
         if self.branches and self.family != "rank1":
             raise OptionError("branches", self.branches, f"family rank1, not {self.family}")
         require_choice("optimizer", self.optimizer, ["sgd", "adam", "adamw"])
@@ -114,10 +126,15 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             raise OptionError("momentum", self.momentum, f"optimizer sgd, not {self.optimizer}")
 
     def _check_backprop(self, kind: str) -> None:
-        for field in ("clip_scalars", "lattice", "runtime", "precision", "prune", "secure_sum"):
+        for field in ("clip_scalars", "lattice", "runtime", "precision", "strategy", "memory", "prune", "secure_sum"):
             value = getattr(self, field)
             if value != _DEFAULTS[field] and not (field == "prune" and self.prune_by == "channels"):
                 raise OptionError(field, value, f"none with backprop {kind}, which is dense and in float32, by PyTorch")
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """The memory that an evaluation may take, in bytes; None: what it needs to be fast."""
+        return None if self.memory is None else parse_bytes("memory", self.memory)
 
     @property
     def differences(self) -> Difference:

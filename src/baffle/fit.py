@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from baffle.data import Dataset
+import numpy as np
+
+from baffle.data import Dataset, concatenate
 from baffle.engines.local import LocalEngine
 from baffle.method import Method
 from baffle.optim import Adam, Cosine
+from baffle.runtimes.plan import choose
 from baffle.train import Progress, Run, train
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+_MEASURED_ON = 16  # clients
 
 
 def default_method(rounds: int) -> Method:
@@ -35,6 +41,8 @@ def fit(
 ) -> Run:
     """Train a copy of ``model`` on clients that run forward passes only, simulated in this process.
 
+    A short measurement says how passes are evaluated; the run's ``config.plan`` has it.
+
     ``method`` is by default ``default_method(rounds)``; one of your own brings its own schedule. The model itself
     stays as it is; ``run.load_into(model)`` brings the result into it. ``loss(output, target)``
     is any function of ``torch.nn.functional`` or one that gives a number an example.
@@ -51,9 +59,12 @@ def fit(
     """
     from baffle.runtimes.pytorch import TorchRuntime
 
-    runtime = TorchRuntime(model, loss)
+    method = method or default_method(rounds)
+    ways = {way: partial(TorchRuntime, model, loss, strategy=way) for way in ("copies", "stacked")}
+    batch = concatenate([c.take(np.arange(min(len(c), method.batch_size or len(c)))) for c in clients[:_MEASURED_ON]])
+    runtime = choose(ways, batch, num_directions=method.num_directions, family=method.family).runtime
     return train(
-        default_method(rounds) if method is None else method,
+        method,
         LocalEngine(runtime, clients),
         runtime.initial_weights(),
         rounds=rounds,

@@ -24,6 +24,7 @@ import numpy.typing as npt
 from baffle.directions import Directions
 from baffle.errors import PlanError
 from baffle.quantize import encode, lattice_steps, on_lattice
+from baffle.rounding import mask_of, to_bfloat16, to_float16
 from baffle.types import Table, Weights
 
 BUDGET = 4 * 2**20
@@ -164,11 +165,13 @@ class Point:
             yield Block(self, slice(start, min(start + size, end)))
 
     def order(self, tensor: int, values: Array) -> Array:
-        """A tensor's flat values in the order of its slot: [out, rest] for matrices, else [size]."""
+        """Flat values [..., size] of a tensor in the order of its slot: [..., out, rest] if it is a matrix."""
         spec, axes = self.directions.table[tensor], self.slots[tensor].axes
+        lead = values.shape[:-1]
         if axes is not None:
-            values = np.ascontiguousarray(values.reshape(spec.shape).transpose(axes))
-        return values.reshape(spec.matrix or (spec.size,))
+            axes = (*range(len(lead)), *(len(lead) + a for a in axes))
+            values = np.ascontiguousarray(values.reshape(*lead, *spec.shape).transpose(axes))
+        return values.reshape(*lead, *(spec.matrix or (spec.size,)))
 
     def order_columns(self, tensor: int, columns: Array) -> Array:
         """Right factors [K, rest] in the order of the slot."""
@@ -182,7 +185,7 @@ class Point:
         slot = self.slots[tensor]
         if slot.scales is not None:
             return partial(_codes, slot.scales)
-        return {"bf16": _bfloat16, "fp16": _float16}.get(slot.kind, _itself)
+        return {"bf16": to_bfloat16, "fp16": to_float16}.get(slot.kind, _itself)
 
     def _pair(
         self, tensor: int, values: Float32, step: np.float32, cast: Callable[[Float32], Array]
@@ -232,51 +235,58 @@ class Block:
             self._floats[tensor] = a * self._point.rows[tensor] if tensor in self._point.rows else a, b
         return self._floats.get(tensor)
 
-    def entries(self, tensor: int, k: int) -> Float32:
-        """A direction's entries in slot order where it is not a product: [out, rest] or [size]."""
-        point, spec = self._point, self._point.directions.table[tensor]
+    def entries(self, tensor: int, k: int | slice) -> Float32:
+        """Entries of directions in slot order where they are no products: [(K,) out, rest] or [(K,) size]."""
+        point = self._point
         if point.directions.family == "gaussian":
             values = self._drawn[tensor][k] * np.float32(point.directions.unit)
         else:
-            values = np.unpackbits(self._drawn[tensor][k], count=spec.size, bitorder="little") * np.float32(2)
+            values = self._unpacked(tensor, k) * np.float32(2)
             values -= np.float32(1)
         ordered: Float32 = point.order(tensor, values)
         return ordered * point.rows[tensor][:, None] if tensor in point.rows else ordered
 
-    def select(self, tensor: int, k: int, step: np.float32, out: Bits) -> None:
+    def select(self, tensor: int, k: int | slice, step: np.float32, out: Bits) -> None:
         """Write an entry's value up or down, by its sign."""
         up, differ = self._point.pairs[tensor, abs(step)]
         word = out.dtype.type
         if tensor in self._signs:
             if tensor not in self._bits:
                 a, b = self._signs[tensor]
-                self._bits[tensor] = _all_bits(a, word), _all_bits(b, word)
+                self._bits[tensor] = mask_of(a, word), mask_of(b, word)
             left, right = self._bits[tensor][0][k], self._bits[tensor][1][k]
-            np.bitwise_xor((left if step > 0 else ~left)[:, None], right, out=out)
+            np.bitwise_xor((left if step > 0 else ~left)[..., None], right[..., None, :], out=out)
         else:
-            spec = self._point.directions.table[tensor]
-            bits = self._point.order(tensor, np.unpackbits(self._drawn[tensor][k], count=spec.size, bitorder="little"))
+            bits = self._point.order(tensor, self._unpacked(tensor, k))
             np.subtract(bits, word(1 if step > 0 else 0), out=out, dtype=word, casting="unsafe")
             if step < 0:
                 np.negative(out, out=out)
         np.bitwise_and(out, differ, out=out)
         np.bitwise_xor(out, up, out=out)
 
+    def _unpacked(self, tensor: int, k: int | slice) -> npt.NDArray[np.uint8]:
+        """Sign bits as 0 and 1."""
+        size = self._point.directions.table[tensor].size
+        return np.unpackbits(self._drawn[tensor][k], axis=-1, count=size, bitorder="little")
+
 
 @dataclass(frozen=True)
 class Pass:
-    """One evaluation: the weights of any tensor, when they are needed."""
+    """One evaluation: the weights of any tensor, when they are needed.
+
+    ``k`` counts within the block; a slice of it is as many evaluations, whose arrays have a dimension more, the first.
+    """
 
     point: Point
     block: Block | None
-    k: int
+    k: int | slice
     step: np.float32
 
     def write(self, tensor: int, out: Array) -> None:
         """Write a tensor's weights into its slot; entries of sign directions are rounded once, in the sum."""
         point, slot = self.point, self.point.slots[tensor]
         plain = point.plain[tensor]
-        out = out.view(plain.dtype).reshape(plain.shape)
+        out = out.view(plain.dtype).reshape(*out.shape[:1] if isinstance(self.k, slice) else (), *plain.shape)
         if self.block is None or slot.kind == "branch":
             np.copyto(out, plain)
         elif (base := point.base[tensor]) is None:
@@ -284,7 +294,7 @@ class Pass:
         elif slot.kind == "fp32":
             self._add(tensor, base, out)
         else:
-            values = np.empty(base.shape, np.float32)
+            values = np.empty(out.shape, np.float32)
             self._add(tensor, base, values)
             np.copyto(out, point.cast(tensor)(values))
 
@@ -307,30 +317,19 @@ class Pass:
                 np.multiply(out, mask, out=out)
             np.add(base, out, out=out)
             return
-        a, b = (factors[0][self.k] * self.step)[:, None], factors[1][self.k]
-        height = max(1, _WHOLE // max(1, len(b)))
-        for start in range(0, len(a), height):
+        a, b = (factors[0][self.k] * self.step)[..., None], factors[1][self.k][..., None, :]
+        height = max(1, _WHOLE // out[..., :1, :].size)
+        for start in range(0, len(base), height):
             rows = slice(start, start + height)
-            np.multiply(a[rows], b, out=out[rows])
+            part = out[..., rows, :]
+            np.multiply(a[..., rows, :], b, out=part)
             if mask is not None:
-                np.multiply(out[rows], mask[rows], out=out[rows])
-            np.add(base[rows], out[rows], out=out[rows])
+                np.multiply(part, mask[rows], out=part)
+            np.add(base[rows], part, out=part)
 
 
 def _itself(values: Float32) -> Array:
     return values
-
-
-def _float16(values: Float32) -> Bits:
-    with np.errstate(over="ignore", invalid="ignore"):
-        return values.astype(np.float16).view(np.uint16)
-
-
-def _bfloat16(values: Float32) -> Bits:
-    """Rounded to the nearest, halves to the even one; NaN stays."""
-    bits = np.ascontiguousarray(values).view(np.uint32)
-    rounded = (bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16
-    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
 
 
 def _codes(scales: Float32, values: Float32) -> Bits:
@@ -338,9 +337,3 @@ def _codes(scales: Float32, values: Float32) -> Bits:
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         encode(values, scales, codes)
     return codes.view(np.uint8)
-
-
-def _all_bits(signs: npt.NDArray[np.int8], word: type[np.unsignedinteger[Any]]) -> Bits:
-    """+-1 -> no bit for +1, all for -1."""
-    wide = (signs >> 7).astype(np.dtype(word).str.replace("u", "i"))
-    return wide.view(word)

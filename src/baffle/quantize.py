@@ -37,7 +37,7 @@ def row_scales(spec: ParamSpec, weights: Weights) -> Float32:
 
 
 def encode(rows: Float32, scales: Float32, out: Codes) -> None:
-    """Write the codes of a matrix float32[out, rest] into ``out`` int8[out, rest]; halves go to the even one."""
+    """Write the codes of matrices float32[..., out, rest] into ``out`` int8 alike; halves go to the even one."""
     units = rows / scales[:, None]
     np.rint(units, out=units)
     np.clip(units, -LARGEST_CODE, LARGEST_CODE, out=units)

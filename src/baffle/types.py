@@ -6,6 +6,7 @@ Everything here is immutable. Messages are encoded as MessagePack maps in field 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
@@ -56,7 +57,7 @@ class ParamSpec(msgspec.Struct, frozen=True):
     @property
     def size(self) -> int:
         """Number of entries."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     @property
     def matrix(self) -> tuple[int, int] | None:

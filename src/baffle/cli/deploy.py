@@ -13,8 +13,10 @@ from typing import Annotated
 
 import typer
 
+from baffle.checks import parse_bytes
 from baffle.cli.common import Json, print_json
-from baffle.errors import MissingExtraError, OptionError
+from baffle.config import STRATEGIES
+from baffle.errors import MissingExtraError, OptionError, require_choice
 
 _SECURITY = "Security"
 
@@ -30,6 +32,13 @@ def node_command(
         str | None, typer.Option(metavar="PACKAGE.MODULE:BUILDER", help="Code of your own that the server may name.")
     ] = None,
     threads: Annotated[int, typer.Option(help="Passes side by side.", min=1)] = 1,
+    strategy: Annotated[
+        str, typer.Option(help="How PyTorch evaluates: copies, stacked, or streaming, which needs the least memory.")
+    ] = "copies",
+    memory: Annotated[
+        str | None,
+        typer.Option(help="What PyTorch may take besides the model, as 64MB; by default what is fast."),
+    ] = None,
     root_certificates: Annotated[
         Path | None, typer.Option(help="PEM file of the authority behind the SuperLink.", rich_help_panel=_SECURITY)
     ] = None,
@@ -67,7 +76,7 @@ def node_command(
     need_flower()
     from baffle.deploy.adapter import Fleet, read_key, secret_of
     from baffle.deploy.node import run_node
-    from baffle.deploy.setups import builder
+    from baffle.deploy.setups import Own, builder
     from baffle.edge import load_arrays
     from baffle.participant import Participant
     from baffle.runtimes.bundle import Bundle
@@ -75,9 +84,11 @@ def node_command(
 
     if insecure == (root_certificates is not None):
         raise OptionError("root-certificates", root_certificates and str(root_certificates), "it, or --insecure")
+    require_choice("strategy", strategy, STRATEGIES[1:])
     trusted = [_sha256(text) for text in trust or [_own_app()]]
     own = None if bundle is None else Bundle.load(bundle)
-    build = builder(load_arrays(data), threads=threads, bundle=own, model=model)
+    budget = None if memory is None else parse_bytes("memory", memory)
+    build = builder(load_arrays(data), Own(threads, own, model, strategy, budget))
     own_key = None if key is None else read_key(key)
     participant = Participant(
         name or socket.gethostname(),

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from baffle.assemble import Setup, assemble
+from baffle.assemble import Setup, as_planned, assemble
 from baffle.cli.common import Json, RunPath, command_of, errors, number_or_auto, option, print_json, warn_of_lost
 from baffle.config import DEFAULT_ALPHA, DEFAULT_CLIENTS, DEFAULT_SHARDS, TrainConfig, train_config
 from baffle.journal import Journal, Record
@@ -53,7 +53,9 @@ def train_command(
         str | None,
         option("magnitude, inputs (a forward-only score), or channels (a smaller model).", _DATA, _D.prune_by),
     ] = None,
-    runtime: Annotated[str | None, option("torch, ort or openvino.", _DATA, _D.runtime)] = None,
+    runtime: Annotated[
+        str | None, option("torch, ort or openvino; auto: the faster of torch and openvino.", _DATA, _D.runtime)
+    ] = None,
     precision: Annotated[
         str | None, option("fp32, bf16, fp16, int8 or int8-weights, where the runtime has it.", _DATA, _D.precision)
     ] = None,
@@ -106,6 +108,13 @@ def train_command(
     threads: Annotated[
         int | None, option("Passes side by side, each on one thread; by default one a core.", _RUN)
     ] = None,
+    strategy: Annotated[
+        str | None,
+        option("How torch evaluates: copies, stacked, streaming; auto: by a short measurement.", _RUN, _D.strategy),
+    ] = None,
+    memory: Annotated[
+        str | None, option("What evaluating may take besides the model, as 64MB; by default what is fast.", _RUN)
+    ] = None,
     evaluate_every: Annotated[int | None, option("Rounds between evaluations.", _RUN, _D.evaluate_every)] = None,
     snapshot_every: Annotated[int | None, option("Rounds between snapshots.", _RUN, _D.snapshot_every)] = None,
     out: Annotated[Path | None, option("New run folder; by default runs/DATE-TIME-MODEL.", _RUN)] = None,
@@ -127,7 +136,12 @@ def train_command(
         name: value and str(Path(value).resolve()) for name, value in (("data", options.data), ("start", options.start))
     }
     command = msgspec.to_builtins(options) | places
-    with _progress(options.rounds, []) as progress, _events(path, tensorboard, progress) as tell, _can_go_on(path):
+    plan = "" if setup.choice is None or not setup.choice.rates else f"plan: {setup.choice}"
+    with (
+        _progress(options.rounds, [], plan) as progress,
+        _events(path, tensorboard, progress) as tell,
+        _can_go_on(path),
+    ):
         run = _run(options, method, setup, path, command, tell)
     print_summary(run.summary(), json_output)
 
@@ -143,7 +157,7 @@ def resume_command(
     journal = Journal.open(run)
     warn_of_lost(journal)
     options = command_of(journal)
-    setup = assemble(msgspec.structs.replace(options, threads=int(journal.config.plan.get("threads", 1))))
+    setup = assemble(as_planned(options, journal.config.plan))
     schedule = journal.config.method.optimizer.schedule
     if rounds is not None and isinstance(schedule, Cosine) and rounds > schedule.rounds:
         errors.print(f"note: the cosine schedule ended with round {schedule.rounds}; lr stays {schedule.final:g} x lr")
@@ -234,8 +248,8 @@ def _can_go_on(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _progress(total: int, done: Sequence[Record]) -> Iterator[Callable[[Record], None]]:
-    """A progress bar on a terminal's stderr; elsewhere a line every tenth of the way."""
+def _progress(total: int, done: Sequence[Record], first: str = "") -> Iterator[Callable[[Record], None]]:
+    """A progress bar on a terminal's stderr; elsewhere a line every tenth of the way. Begins with ``first``."""
     passes, sent = (sum(getattr(r, name) or 0 for r in done) for name in ("forward_passes", "bytes_up"))
     shown = ""
     bar = Progress(
@@ -251,7 +265,10 @@ def _progress(total: int, done: Sequence[Record]) -> Iterator[Callable[[Record],
         line = bar.add_task("train", total=total, completed=len(done), info="")
 
         def advance(record: Record) -> None:
-            nonlocal passes, sent, shown
+            nonlocal passes, sent, shown, first
+            if first:
+                errors.print(first, soft_wrap=True, highlight=False)
+                first = ""
             passes += record.forward_passes or 0
             sent += record.bytes_up or 0
             if record.loss is not None:

@@ -21,7 +21,7 @@ from baffle.assemble import Server, assemble_server, splits
 from baffle.config import TrainConfig, train_config
 from baffle.data import Dataset
 from baffle.deploy.adapter import quick
-from baffle.deploy.setups import data_for, runtime_for, setup_of
+from baffle.deploy.setups import Own, data_for, runtime_for, setup_of
 from baffle.edge import load_arrays
 from baffle.engines.flower import GridTransport, reply_to
 from baffle.engines.remote import Downlink, RemoteEngine
@@ -168,7 +168,7 @@ def _parts(config: str, parts: int) -> tuple[Dataset, ...]:
 @lru_cache(maxsize=1)
 def _runtime(setup: bytes) -> Runtime:
     """The simulated clients of a process evaluate one after another, on one runtime."""
-    return runtime_for(decode_setup(setup), threads=1)
+    return runtime_for(decode_setup(setup), Own())
 
 
 def _told(record: Record, events: EventLog) -> None:

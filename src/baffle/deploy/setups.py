@@ -6,7 +6,7 @@ options of one of baffle's own models; one of the user's is built only where the
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import msgspec
@@ -43,31 +43,45 @@ def setup_of(options: TrainConfig, server: Server) -> Setup:
     )
 
 
-def builder(data: Dataset, *, threads: int | None = 1, bundle: Bundle | None = None, model: str | None = None) -> Build:
-    """Build what a setup says for these examples.
+@dataclass(frozen=True)
+class Own:
+    """What a client decides for itself.
 
-    With ``bundle`` this client takes part with that bundle only. ``model`` names the one builder of the user's own,
-    ``package.module:builder``, that it will import.
+    With ``bundle`` it takes part with that bundle only. ``model`` names the one builder of the user's own,
+    ``package.module:builder``, that it will import. Where PyTorch evaluates, by this ``strategy`` and within so many
+    bytes of ``memory``.
     """
 
+    threads: int | None = 1
+    bundle: Bundle | None = None
+    model: str | None = None
+    strategy: str = "copies"
+    memory: int | None = None
+
+
+def builder(data: Dataset, own: Own = Own()) -> Build:  # frozen
+    """Build what a setup says for these examples."""
+
     def build(setup: Setup) -> tuple[Runtime, Dataset]:
-        runtime = runtime_for(setup, threads, bundle, model)
+        runtime = runtime_for(setup, own)
         return runtime, data_for(setup, data, runtime)
 
     return build
 
 
-def runtime_for(setup: Setup, threads: int | None, trusted: Bundle | None = None, model: str | None = None) -> Runtime:
+def runtime_for(setup: Setup, own: Own) -> Runtime:
     """What evaluates a setup's model. Raises BundleError or ModelError if it is not one that is trusted here."""
     options = _options(setup)
     if setup.bundle is None:
-        if trusted is not None:
+        if own.bundle is not None:
             raise BundleError("the server has no bundle (runtime torch): expected the one that this client trusts")
-        return _torch(options, setup, threads, model)
+        return _torch(options, setup, own)
     bundle = _bundle(setup.bundle)
-    if trusted is not None and bundle.sha256 != trusted.sha256:
-        raise BundleError(f"the server's bundle is {bundle.sha256[:12]}: expected {trusted.sha256[:12]}, trusted here")
-    return inferring(msgspec.structs.replace(options, threads=threads), bundle)
+    if own.bundle is not None and bundle.sha256 != own.bundle.sha256:
+        raise BundleError(
+            f"the server's bundle is {bundle.sha256[:12]}: expected {own.bundle.sha256[:12]}, trusted here"
+        )
+    return inferring(msgspec.structs.replace(options, threads=own.threads), bundle)
 
 
 def data_for(setup: Setup, data: Dataset, runtime: Runtime) -> Dataset:
@@ -107,8 +121,8 @@ def _options(setup: Setup) -> TrainConfig:
         raise ReplyError(f"the server's options: {error}") from error
 
 
-def _torch(options: TrainConfig, setup: Setup, threads: int | None, trusted: str | None) -> Runtime:
-    if ":" in options.model and options.model != trusted:
+def _torch(options: TrainConfig, setup: Setup, own: Own) -> Runtime:
+    if ":" in options.model and options.model != own.model:
         raise ModelError(
             f"the server's model is {options.model}: code of its own: expected a model of baffle, or start this client "
             f"with --model {options.model}, or the server with runtime ort"
@@ -129,4 +143,12 @@ def _torch(options: TrainConfig, setup: Setup, threads: int | None, trusted: str
     )
     train_only(model, options.trainable)
     masks = {spec.name: mask.reshape(spec.shape) for spec in setup.table if (mask := spec.mask) is not None}
-    return TorchRuntime(model, cross_entropy, threads, precision=options.precision, masks=masks or None)
+    return TorchRuntime(
+        model,
+        cross_entropy,
+        own.threads,
+        precision=options.precision,
+        masks=masks or None,
+        strategy=own.strategy,
+        memory=own.memory,
+    )

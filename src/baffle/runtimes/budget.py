@@ -53,7 +53,7 @@ def within(budget: int, usual: Sizes, activations: Callable[[], int], weights: i
         needed = weights + _SMALLEST_DRAWN + an_example
         raise PlanError(
             f"memory = {budget} bytes a thread: expected at least {needed} for perturbed weights ({weights}), "
-            f"activations of one example ({an_example}) and directions; or strategy streaming"
+            f"activations of one example ({an_example}) and directions; strategy streaming needs the least"
         )
     return Sizes(min(usual.examples, examples), min(usual.rows, examples), drawn)
 

@@ -51,7 +51,7 @@ from baffle.runtimes.stacked import NotStackable
 from baffle.runtimes.threads import one_thread
 
 _CHUNK_INPUTS = 2**15  # numbers in the inputs of one forward pass, so that activations stay in the cache
-_STACKED_ROWS = 2**10  # examples times directions that go through the model at once
+_STACKED_ROWS = 2**12  # examples times directions that go through the model at once
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STRATEGIES = ("copies", "stacked", "streaming")
 

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -89,20 +88,12 @@ class Replica:
         self, point: Point, part: Perturbations, chunks: Sequence[Chunk], budget: int, rows: int
     ) -> Iterator[Tensor]:
         """The same, several passes at once: as many as have ``rows`` examples together. Raises NotStackable."""
-        size = max(1, rows // len(chunks[0].x))
-        groups = itertools.chain(
-            ((None, [e]) for e in point.passes(_only_baseline(part))),
-            (
-                (block, [Pass(point, block, k, np.float32(s)) for k in range(block.size) for s in part.steps])
-                for block in point.blocks(part, budget, max(1, size // max(1, len(part.steps))))
-            ),
-        )
+        most = max(1, rows // (len(chunks[0].x) * max(1, len(part.steps))))
+        for evaluated in point.passes(only_baseline(part)):
+            yield torch.cat([self._streamed(point, evaluated, c) for c in chunks])
         plain = cache(partial(self._plain, point))
-        for block, passes in groups:
-            if block is None:
-                yield torch.cat([self._streamed(point, passes[0], c) for c in chunks])
-                continue
-            found = [self._stack(point, block, passes, c, plain) for c in self._remembering(chunks)]
+        for block in point.blocks(part, budget, most):
+            found = [self._stack(point, block, part.steps, c, plain) for c in self._remembering(chunks)]
             yield from torch.cat(found, dim=1)
 
     def evaluate(self, point: Point, chunks: Sequence[Chunk], in_buffers: bool) -> Iterator[tuple[Tensor, Tensor]]:
@@ -131,23 +122,24 @@ class Replica:
             return self._forward(chunk.x, chunk.y)[1]
 
     def _stack(
-        self, point: Point, block: Block, passes: list[Pass], chunk: Chunk, plain: Callable[[int], Tensor]
+        self, point: Point, block: Block, steps: Sequence[float], chunk: Chunk, plain: Callable[[int], Tensor]
     ) -> Tensor:
-        """Losses [passes, examples] of a chunk."""
-        s, b = len(passes), len(chunk.x)
+        """Losses [passes, examples] of a block of directions."""
+        s, b = block.size * len(steps), len(chunk.x)
         shape = (s, *chunk.x.shape)
+        passes = [Pass(point, block, k, np.float32(step)) for k in range(block.size) for step in steps]
         if not self._stackable.get(shape, True):
             return torch.stack([self._streamed(point, p, chunk) for p in passes])
-        each = cache(lambda i: torch.stack([self._written(point, p, i) for p in passes]))
-        mode = Stack(self._index, s, b, plain, partial(self._factors, point, block, passes), each)
+        each = cache(partial(self._each, point, block, steps))
+        mode = Stack(self._index, s, b, plain, cache(partial(self._factors, point, block, steps)), each)
         try:
-            _, losses = self._forward(chunk.x, chunk.y, mode, s)
+            losses = self._forward(chunk.x, chunk.y, mode, s)[1].view(len(steps), block.size, b)
         except (NotStackable, ModelError) as error:
             if not any(self._stackable.values()):
                 raise NotStackable(str(error)) from error
             self._stackable[shape] = False
-            return self._stack(point, block, passes, chunk, plain)
-        losses = losses.view(s, b)
+            return self._stack(point, block, steps, chunk, plain)
+        losses = losses.transpose(0, 1).reshape(s, b)
         if shape not in self._stackable:  # once, that it is what passes alone give
             alone = torch.stack([self._streamed(point, passes[i], chunk) for i in (0, -1)])
             close = torch.allclose(losses[[0, -1]], alone, 1e-3, _LOOSE[self._dtype], equal_nan=True)
@@ -155,22 +147,28 @@ class Replica:
                 raise NotStackable("a stack gives other losses than its examples alone")
             self._stackable[shape] = close
             if not close:
-                return self._stack(point, block, passes, chunk, plain)
+                return self._stack(point, block, steps, chunk, plain)
         return losses
 
-    def _factors(self, point: Point, block: Block, passes: list[Pass], tensor: int) -> tuple[Tensor, Tensor] | None:
+    def _factors(self, point: Point, block: Block, steps: Sequence[float], tensor: int) -> tuple[Tensor, Tensor] | None:
         """The rank-1 factors of a stack, the left ones times the step; None where a product would not do."""
         found = block.factors(tensor)
         if found is None or tensor in point.masks:
             return None
-        ks = [p.k for p in passes]
-        steps = np.array([p.step for p in passes], np.float32)[:, None]
-        a, b = torch.from_numpy(found[0][ks] * steps), torch.from_numpy(found[1][ks])
+        a = torch.from_numpy(np.concatenate([found[0] * np.float32(step) for step in steps]))
+        b = torch.from_numpy(np.concatenate([found[1]] * len(steps)))
         axes = point.slots[tensor].axes
         if axes is not None:
             shape = self._table[tensor].shape
             b = b.view(-1, *[shape[a] for a in axes[1:]]).permute(0, *[axes.index(d) for d in range(1, len(axes))])
         return a.to(self._device, self._dtype), b.to(self._device, self._dtype)
+
+    def _each(self, point: Point, block: Block, steps: Sequence[float], tensor: int) -> Tensor:
+        """A tensor's weights of every pass of a stack: [passes, *shape]."""
+        made, view = self._memory(point.slots[tensor], tensor, len(steps) * block.size)
+        for step, part in zip(steps, np.split(as_bits(made), len(steps)), strict=True):
+            Pass(point, block, slice(0, block.size), np.float32(step)).write(tensor, part)
+        return view.to(self._device)
 
     def _plain(self, point: Point, tensor: int) -> Tensor:
         return self._written(point, point.unperturbed, tensor)
@@ -182,14 +180,14 @@ class Replica:
         self._seen.add(tensor)
         return view.to(self._device)
 
-    def _memory(self, slot: Slot, tensor: int) -> tuple[Tensor, Tensor]:
-        """Memory of a slot, and it as the tensor that the model sees."""
+    def _memory(self, slot: Slot, tensor: int, *lead: int) -> tuple[Tensor, Tensor]:
+        """Memory of a slot, as many times as ``lead`` says, and it as the tensor that the model sees."""
         shape = self._table[tensor].shape
+        axes = slot.axes or tuple(range(len(shape)))
+        made = torch.empty([*lead, *[shape[a] for a in axes]], dtype=self._dtype)
         if slot.axes is None:
-            made = torch.empty(shape, dtype=self._dtype)
             return made, made
-        made = torch.empty([shape[a] for a in slot.axes], dtype=self._dtype)
-        return made, made.permute([slot.axes.index(d) for d in range(len(shape))])
+        return made, made.permute([*range(len(lead)), *[len(lead) + axes.index(d) for d in range(len(shape))]])
 
     def _fill_parameters(self, point: Point) -> None:
         """Give the parameters memory, once."""
@@ -296,7 +294,8 @@ def stack_losses(rows: Iterator[Tensor], passes: int, examples: int, device: tor
     return np.asarray(out.cpu().numpy())
 
 
-def _only_baseline(part: Perturbations) -> Perturbations:
+def only_baseline(part: Perturbations) -> Perturbations:
+    """The unperturbed passes of a portion."""
     return Perturbations(part.directions, 0, (), part.baseline, part.first, part.lattice)
 
 

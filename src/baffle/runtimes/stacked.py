@@ -96,10 +96,11 @@ class Stack(TorchFunctionMode):
         else:
             a, b = factors
             y = F.linear(x, self._plain(number))
-            along = torch.bmm(x, b[:, :, None]) if stacked else F.linear(x[0], b).t()[:, :, None]
+            along = torch.bmm(x, b[:, :, None]) if stacked else F.linear(x[0], b).t().contiguous()[:, :, None]
             y = y.addcmul_(along, a[:, None]) if stacked else torch.addcmul(y, along, a[:, None])
         if bias is not None:
-            y = self._per_direction(torch.Tensor.add, y, bias, 1)
+            free = self._number(bias)
+            y = y + bias if free is None else y + self._each(free)[:, None]
         leading = (len(y) * (self._examples if not stacked else len(input) // s), *input.shape[1:-1])
         return y.reshape(*leading, y.shape[-1])
 
@@ -211,11 +212,6 @@ class Stack(TorchFunctionMode):
             return value if number is None else _beside(self._each(number), stack)
 
         return func(*[given(a) for a in args], **kwargs).flatten(0, 1)
-
-    def _per_direction(self, operation: Callable[..., Tensor], y: Tensor, tensor: Tensor, rows: int) -> Tensor:
-        """Of rows [S or 1, rows, out] with a vector of theirs."""
-        number = self._number(tensor)
-        return operation(y, tensor if number is None else _beside(self._each(number), y))
 
 
 def _beside(each: Tensor, stack: Tensor) -> Tensor:

@@ -1,0 +1,89 @@
+"""Which way of evaluating is the fastest here: a short measurement.
+
+The usual way comes first and stays, unless another is faster by a margin that no noise makes: kernels of another way
+round differently, so a choice that changed from run to run would change the bits of the losses.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from baffle.data import Dataset
+from baffle.directions import Directions
+from baffle.errors import MissingExtraError, ModelError, OptionError, PlanError
+from baffle.perturb import Perturbations
+from baffle.runtimes import Runtime
+from baffle.types import Family
+
+MARGIN = 1.5
+"""How many times faster than the usual way another has to be."""
+_TURNS = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """The runtime that was taken, its name, and perturbed passes a second of each candidate that works here."""
+
+    runtime: Runtime
+    name: str
+    rates: dict[str, float]
+
+    def __str__(self) -> str:
+        told = ", ".join(f"{name} {rate:,.3g}" for name, rate in self.rates.items())
+        return f"{self.name} (passes a second: {told})"
+
+
+def choose(
+    candidates: Mapping[str, Callable[[], Runtime]],
+    batch: Dataset,
+    *,
+    num_directions: int = 100,
+    family: Family = "rank1",
+    seconds: float = 0.1,
+) -> Choice:
+    """Measure each candidate on a batch for a few times ``seconds``, in turn, and take the fastest.
+
+    The first one is the usual way, and what goes wrong with it is raised; others that do not work here are left out.
+
+    Examples:
+        >>> import torch.nn.functional as F
+        >>> from torch import nn
+        >>> from baffle.data import load
+        >>> from baffle.runtimes.pytorch import TorchRuntime
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        >>> ways = {s: lambda s=s: TorchRuntime(model, F.cross_entropy, strategy=s) for s in ("copies", "stacked")}
+        >>> sorted(choose(ways, load("digits")[0], seconds=0.01).rates)
+        ['copies', 'stacked']
+    """
+    usual = next(iter(candidates))
+    runtimes: dict[str, Runtime] = {}
+    for name, make in candidates.items():
+        try:
+            runtimes[name] = make()
+            _seconds(runtimes[name], batch, 2, family)  # memory and kernels are prepared
+        except (MissingExtraError, ModelError, OptionError, PlanError):
+            if name == usual:
+                raise
+            runtimes.pop(name, None)
+    if len(runtimes) == 1:
+        return Choice(runtimes[usual], usual, {})
+    best: dict[str, float] = {}
+    for _ in range(_TURNS):
+        for name, runtime in runtimes.items():
+            passes = min(num_directions, max(4, int(seconds / best[name]))) if name in best else min(num_directions, 8)
+            took = _seconds(runtime, batch, passes, family) / passes
+            best[name] = min(took, best.get(name, took))
+    fastest = min(best, key=lambda name: best[name])
+    if best[usual] < MARGIN * best[fastest]:
+        fastest = usual
+    return Choice(runtimes[fastest], fastest, {name: 1 / took for name, took in best.items()})
+
+
+def _seconds(runtime: Runtime, batch: Dataset, passes: int, family: Family) -> float:
+    asked = Perturbations(Directions(runtime.table, family, (0, 1)), passes, (1e-3,), baseline=False)
+    weights = runtime.initial_weights()
+    started = time.perf_counter()
+    runtime.losses(weights, asked, batch)
+    return time.perf_counter() - started
