@@ -29,6 +29,7 @@ from baffle.types import Table, Weights
 
 BUDGET = 4 * 2**20
 """Bytes of directions drawn at once, unless told otherwise."""
+_KEPT = 2**16  # entries of a block's directions up to which they are kept in float32
 _WHOLE = 2**18  # entries of a matrix up to which it is perturbed in one go
 
 Array = npt.NDArray[Any]
@@ -129,8 +130,8 @@ class Point:
         if asked.lattice:
             weights = on_lattice(table, weights)
         self.masks: dict[int, npt.NDArray[np.bool_]] = {}
-        self.plain: list[Array] = []  # unperturbed, in the slot's order and precision
-        self.base: list[Float32 | None] = []  # the same in float32, where passes need it
+        self._plain: dict[int, Array] = {}
+        self.base: list[Float32] = []  # unperturbed, in the slot's order
         self.pairs: dict[tuple[int, np.float32], tuple[Bits, Bits]] = {}
         for i, (spec, slot) in enumerate(zip(table, self.slots, strict=True)):
             if slot.kind == "branch" and spec.kept:
@@ -138,11 +139,16 @@ class Point:
             if (mask := spec.mask) is not None:
                 self.masks[i] = self.order(i, mask)
             values, cast = self.order(i, weights[spec.slice]), self.cast(i)
-            self.plain.append(cast(values))
-            exact = slot.kind == "fp32" or directions.family == "gaussian"
-            self.base.append(values if exact else None)
-            for step in set() if exact or slot.kind == "branch" else {abs(np.float32(s)) for s in asked.steps}:
-                self.pairs[i, step] = self._pair(i, values, step, cast)
+            self.base.append(values)
+            if slot.kind not in ("fp32", "branch") and directions.family != "gaussian":
+                for step in {abs(np.float32(s)) for s in asked.steps}:
+                    self.pairs[i, step] = self._pair(i, values, step, cast)
+
+    def plain(self, tensor: int) -> Array:
+        """A tensor's unperturbed weights, in the slot's order and precision."""
+        if tensor not in self._plain:
+            self._plain[tensor] = self.cast(tensor)(self.base[tensor])
+        return self._plain[tensor]
 
     @property
     def unperturbed(self) -> Pass:
@@ -222,6 +228,7 @@ class Block:
         self._floats: dict[int, tuple[Float32, Float32]] = {}
         self._bits: dict[int, tuple[Bits, Bits]] = {}
         self._drawn: dict[int, Array] = {}
+        self._entries: dict[int, Float32] = {}
         for i, spec in enumerate(directions.table):
             if directions.family == "gaussian":
                 self._drawn[i] = directions.entries(i, ks)
@@ -238,6 +245,11 @@ class Block:
     def entries(self, tensor: int, k: int | slice) -> Float32:
         """Entries of directions in slot order where they are no products: [(K,) out, rest] or [(K,) size]."""
         point = self._point
+        if not isinstance(k, slice) and self.size * point.directions.table[tensor].size <= _KEPT:
+            if tensor not in self._entries:
+                self._entries[tensor] = self.entries(tensor, slice(0, self.size))
+            kept: Float32 = self._entries[tensor][k]
+            return kept
         if point.directions.family == "gaussian":
             values = self._drawn[tensor][k] * np.float32(point.directions.unit)
         else:
@@ -249,6 +261,7 @@ class Block:
     def select(self, tensor: int, k: int | slice, step: np.float32, out: Bits) -> None:
         """Write an entry's value up or down, by its sign."""
         up, differ = self._point.pairs[tensor, abs(step)]
+        out = out.view(up.dtype)
         word = out.dtype.type
         if tensor in self._signs:
             if tensor not in self._bits:
@@ -285,18 +298,20 @@ class Pass:
     def write(self, tensor: int, out: Array) -> None:
         """Write a tensor's weights into its slot; entries of sign directions are rounded once, in the sum."""
         point, slot = self.point, self.point.slots[tensor]
-        plain = point.plain[tensor]
-        out = out.view(plain.dtype).reshape(*out.shape[:1] if isinstance(self.k, slice) else (), *plain.shape)
+        base = point.base[tensor]
+        out = out.reshape(*out.shape[:1] if isinstance(self.k, slice) else (), *base.shape)
         if self.block is None or slot.kind == "branch":
-            np.copyto(out, plain)
-        elif (base := point.base[tensor]) is None:
+            plain = point.plain(tensor)
+            np.copyto(out.view(plain.dtype), plain)
+        elif (tensor, abs(self.step)) in point.pairs:
             self.block.select(tensor, self.k, self.step, out)
         elif slot.kind == "fp32":
             self._add(tensor, base, out)
         else:
             values = np.empty(out.shape, np.float32)
             self._add(tensor, base, values)
-            np.copyto(out, point.cast(tensor)(values))
+            rounded = point.cast(tensor)(values)
+            np.copyto(out.view(rounded.dtype), rounded)
 
     def branch(self, tensor: int, left: Float32, right: Float32) -> None:
         """Write the factors (step * a, b) of a tensor's rank-1 branch; (0, 1) if it is not perturbed."""

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 Float32 = npt.NDArray[np.float32]
 Bits = npt.NDArray[np.unsignedinteger[Any]]
+_BLOCK = 2**15
 
 
 def to_float16(values: Float32) -> Bits:
@@ -29,9 +30,22 @@ def to_bfloat16(values: Float32) -> Bits:
         >>> [hex(b) for b in to_bfloat16(np.array([1.0, 1.00390625, 1.01171875], np.float32)).tolist()]
         ['0x3f80', '0x3f80', '0x3f82']
     """
-    bits = np.ascontiguousarray(values).view(np.uint32)
-    rounded = (bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16
-    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
+    values = np.ascontiguousarray(values)
+    bits, out = values.reshape(-1).view(np.uint32), np.empty(values.size, np.uint16)
+    scratch = np.empty(min(_BLOCK, len(bits)), np.uint32)
+    for start in range(0, len(bits), _BLOCK):  # the passes over a block stay in the cache
+        part = bits[start : start + _BLOCK]
+        rounded = scratch[: len(part)]
+        np.right_shift(part, 16, out=rounded)
+        np.bitwise_and(rounded, 1, out=rounded)
+        np.add(rounded, 0x7FFF, out=rounded)
+        np.add(rounded, part, out=rounded)
+        np.right_shift(rounded, 16, out=rounded)
+        np.copyto(out[start : start + _BLOCK], rounded, casting="unsafe")
+    nan = np.isnan(values)
+    if nan.any():
+        out[nan.reshape(-1)] = 0x7FC0
+    return out.reshape(values.shape)
 
 
 def mask_of(signs: npt.NDArray[np.int8], word: type[np.unsignedinteger[Any]]) -> Bits:

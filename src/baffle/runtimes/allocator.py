@@ -1,32 +1,44 @@
-"""Keep freed memory for the next pass, instead of giving it back to the system and faulting it in again.
+"""What the C library does with freed memory: keep it for the next pass, or give it back at once.
 
-The C library returns large blocks as soon as they are free, and the system hands out new pages zeroed: for
-activations of some megabytes that costs more than computing them. glibc only; elsewhere nothing happens.
+Activations of some megabytes are allocated and freed by every layer. Given back to the system, their pages are
+faulted in again and zeroed, which can cost more than computing them; kept, a process holds up to twice of what it
+ever needed at one time. So evaluating for speed keeps, and evaluating within little memory gives back. It concerns
+the whole process; the last who said so decides. glibc only; elsewhere nothing happens.
 """
 
 from __future__ import annotations
 
 import ctypes
 import sys
-from functools import cache
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt, malloc.h
-_LARGEST = 2**30
+_NEVER, _LARGE = 2**30, 2**18
 
 
-@cache
 def keep_freed_memory() -> bool:
-    """Tell this process's C library to, once; whether it could be told.
+    """Reuse freed memory; whether the C library could be told.
 
     Examples:
         >>> keep_freed_memory() in (True, False)
         True
     """
+    return _mallopt(_MMAP_THRESHOLD, _NEVER) and _mallopt(_TRIM_THRESHOLD, _NEVER)
+
+
+def give_back_freed_memory() -> bool:
+    """Return blocks of 256 KiB and more as soon as they are free; whether the C library could be told.
+
+    Examples:
+        >>> give_back_freed_memory() in (True, False)
+        True
+    """
+    return _mallopt(_MMAP_THRESHOLD, _LARGE) and _mallopt(_TRIM_THRESHOLD, _LARGE)
+
+
+def _mallopt(option: int, value: int) -> bool:
     if sys.platform != "linux":
         return False
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        return bool(ctypes.CDLL(None).mallopt(option, value) == 1)
     except (AttributeError, OSError):  # another C library
         return False
-    done = [mallopt(option, _LARGEST) for option in (_TRIM_THRESHOLD, _MMAP_THRESHOLD)]
-    return done == [1, 1]

@@ -22,7 +22,7 @@ from baffle.types import Table, table_size
 
 if TYPE_CHECKING:
     from baffle.perturb import Point
-    from baffle.runtimes.replica import Chunk, Replica
+    from baffle.runtimes.replica import Replica
 
 _SMALLEST_DRAWN = 2**16
 _MEASURED = 4  # examples
@@ -37,17 +37,17 @@ class Sizes:
     directions: int
 
 
-def within(budget: int, usual: Sizes, activations: Callable[[], int], weights: int) -> Sizes:
-    """The usual sizes, or as many as ``budget`` bytes allow: ``activations()`` bytes an example, ``weights`` in all.
+def within(budget: int, usual: Sizes, an_example: int, weights: int) -> Sizes:
+    """The usual sizes, or as many as ``budget`` bytes allow: ``an_example`` takes so many for
+    its activations, ``weights`` are those of all of it.
 
     Raises PlanError if the budget is too small for one example.
 
     Examples:
-        >>> within(10**6, Sizes(32, 1024, 10**6), activations=lambda: 10**4, weights=10**5)
+        >>> within(10**6, Sizes(32, 1024, 10**6), an_example=10**4, weights=10**5)
         Sizes(examples=32, rows=77, directions=125000)
     """
     drawn = max(_SMALLEST_DRAWN, min(usual.directions, budget // 8))
-    an_example = activations()
     examples = (budget - weights - drawn) // max(1, an_example)
     if examples < 1:
         needed = weights + _SMALLEST_DRAWN + an_example
@@ -65,13 +65,13 @@ def weight_bytes(table: Table, itemsize: int, strategy: str) -> int:
     return itemsize * table_size(table)
 
 
-def activation_bytes(replica: Replica, point: Point, chunk: Chunk) -> int:
-    """The most bytes that live at one time in a pass, an example."""
-    x = chunk.x.expand(_MEASURED, *chunk.x.shape[1:])
+def activation_bytes(replica: Replica, point: Point, example: Tensor) -> int:
+    """The most bytes that live at one time in a pass, an example; ``example`` is one [1, ...]."""
+    x = example.expand(_MEASURED, *example.shape[1:])
     living = _Living()
     with living:
         replica.outputs(point, x)
-    return -(-living.most // _MEASURED)
+    return max(1, -(-living.most // _MEASURED))
 
 
 class _Living(TorchFunctionMode):

@@ -41,11 +41,13 @@ def choose(
     *,
     num_directions: int = 100,
     family: Family = "rank1",
+    margin: float = MARGIN,
     seconds: float = 0.1,
 ) -> Choice:
     """Measure each candidate on a batch for a few times ``seconds``, in turn, and take the fastest.
 
-    The first one is the usual way, and what goes wrong with it is raised; others that do not work here are left out.
+    The first one is the usual way, which another has to beat by the ``margin``, and what goes wrong with it is raised;
+    others that do not work here are left out.
 
     Examples:
         >>> import torch.nn.functional as F
@@ -76,7 +78,7 @@ def choose(
             took = _seconds(runtime, batch, passes, family) / passes
             best[name] = min(took, best.get(name, took))
     fastest = min(best, key=lambda name: best[name])
-    if best[usual] < MARGIN * best[fastest]:
+    if best[usual] < margin * best[fastest]:
         fastest = usual
     return Choice(runtimes[fastest], fastest, {name: 1 / took for name, took in best.items()})
 

@@ -30,11 +30,11 @@ from baffle.data import Dataset
 from baffle.errors import MissingExtraError, ModelError, require_choice
 from baffle.perturb import BUDGET, Perturbations, Point, Slot, unperturbed
 from baffle.runtimes import Evaluation
-from baffle.runtimes.allocator import keep_freed_memory
+from baffle.runtimes.allocator import give_back_freed_memory, keep_freed_memory
 from baffle.runtimes.bundle import require_precision
 from baffle.runtimes.cores import cores
 from baffle.runtimes.lanes import Lane, side_by_side
-from baffle.types import Losses, Masks, Table, Weights, make_table
+from baffle.types import Losses, Masks, Table, Weights, make_table, table_size
 
 try:
     import torch
@@ -50,7 +50,7 @@ from baffle.runtimes.replica import Chunk, Replica, frozen_tensors, slots_of, st
 from baffle.runtimes.stacked import NotStackable
 from baffle.runtimes.threads import one_thread
 
-_CHUNK_INPUTS = 2**15  # numbers in the inputs of one forward pass, so that activations stay in the cache
+_ACTIVATIONS = 2**23  # bytes of activations of one forward pass: larger batches are cut
 _STACKED_ROWS = 2**12  # examples times directions that go through the model at once
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STRATEGIES = ("copies", "stacked", "streaming")
@@ -107,9 +107,9 @@ class TorchRuntime:
         if not trainable:
             raise ModelError("the model has no trainable parameter: expected at least one with requires_grad=True")
         self._table = make_table({name: tuple(p.shape) for name, p in trainable.items()}, masks)
-        flat = [p.detach().to("cpu").reshape(-1) for p in trainable.values()]
-        self._initial: Weights = torch.cat(flat).numpy().copy()
-        for spec in self._table:
+        self._initial: Weights = np.empty(table_size(self._table), np.float32)
+        for spec, p in zip(self._table, trainable.values(), strict=True):
+            self._initial[spec.slice] = p.detach().cpu().reshape(-1).numpy()
             if spec.mask is not None:
                 self._initial[spec.slice][~spec.mask] = 0
         self._precision, self._strategy, self._memory = precision, strategy, memory
@@ -117,7 +117,8 @@ class TorchRuntime:
         self._device = next(iter(trainable.values())).device
         on_cpu = self._device.type == "cpu"
         if on_cpu:
-            keep_freed_memory()
+            small = strategy == "streaming" or memory is not None
+            (give_back_freed_memory if small else keep_freed_memory)()
         count = (threads or cores()) if on_cpu else 1
         each, frozen = per_example(loss), frozen_tensors(model, self._dtype)
         self._lanes = tuple(
@@ -151,7 +152,7 @@ class TorchRuntime:
                 "device": str(self._device),
                 "precision": self._precision,
                 "strategy": self._strategy,
-                "chunk_inputs": _CHUNK_INPUTS,
+                "activations": _ACTIVATIONS,
                 "threads": len(self._lanes),
             }
         )
@@ -227,22 +228,22 @@ class TorchRuntime:
             if x.ndim == 4 and x.is_floating_point() and self._takes_channels_last(shape, replica):
                 x = x.contiguous(memory_format=torch.channels_last)
             if shape not in self._sizes:
-                self._sizes[shape] = self._choose_sizes(x[:1], y[:1], replica)
+                self._sizes[shape] = self._choose_sizes(x[:1], replica)
             sizes = self._sizes[shape]
         cut = [slice(s, s + sizes.examples) for s in range(0, len(x), sizes.examples)]
         return sizes, [Chunk(x[part], y[part]) for part in cut]
 
-    def _choose_sizes(self, x: Tensor, y: Tensor, replica: Replica) -> Sizes:
-        usual = Sizes(max(32, min(128, _CHUNK_INPUTS // max(1, x.numel()))), _STACKED_ROWS, BUDGET)
+    def _choose_sizes(self, x: Tensor, replica: Replica) -> Sizes:
+        point = Point(unperturbed(self._table), self._initial, self._slots())
+        an_example = self._run(lambda _: activation_bytes(replica, point, x), 1)[0]
+        examples = max(16, min(128, _ACTIVATIONS // an_example))
+        usual = Sizes(examples, _STACKED_ROWS, BUDGET)
+        if self._strategy == "streaming":  # all lanes together need the activations of one
+            usual = Sizes(-(-examples // len(self._lanes)), _STACKED_ROWS, BUDGET // 16)
         if self._memory is None:
             return usual
-        point = Point(unperturbed(self._table), self._initial, self._slots())
-        return within(
-            self._memory // len(self._lanes),
-            usual,
-            activations=lambda: self._run(lambda _: activation_bytes(replica, point, Chunk(x, y)), 1)[0],
-            weights=weight_bytes(self._table, self._dtype.itemsize, self._strategy),
-        )
+        weights = weight_bytes(self._table, self._dtype.itemsize, self._strategy)
+        return within(self._memory // len(self._lanes), usual, an_example, weights)
 
     def _takes_channels_last(self, shape: Sequence[int], replica: Replica) -> bool:
         """Whether the model has convolutions and computes the same with channels last; tried once."""
