@@ -24,8 +24,10 @@ import torch.nn.functional as F
 from safetensors.numpy import load_file
 
 import baffle as bf
+from baffle.assemble import assemble_server
 from baffle.config import TrainConfig
 from baffle.data.official import OFFICIAL
+from baffle.errors import BaffleError
 from baffle.models import MODELS, build
 from baffle.runtimes import speed
 from helpers import Outcome, copy_run, flip, invoke, linear, places, tree
@@ -873,6 +875,60 @@ def test_guard_stop_ends_with_the_last_good_weights(tmp_path: Path) -> None:
     assert last_json(invoke(tmp_path, "evaluate", "run", "--json"))["loss"] == pytest.approx(
         before[last["restores"]]["loss"]
     )
+
+
+# --- a client of a deployment
+
+NODE = ("node", "--superlink", "localhost:1", "--data", "mine.npz", "--insecure")
+
+
+@pytest.mark.parametrize(
+    ("flags", "strategy", "memory"),
+    [
+        ((), "copies", None),
+        (("--strategy", "stacked"), "stacked", None),
+        (("--strategy", "streaming", "--memory", "64MB"), "streaming", 64_000_000),
+        (("--memory", "32MiB"), "copies", 2**25),
+    ],
+)
+def test_a_node_evaluates_as_its_owner_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], strategy: str, memory: int | None
+) -> None:
+    pytest.importorskip("flwr")
+    from baffle.deploy import setups
+
+    made: list[setups.Own] = []
+
+    def builder(data: bf.Dataset, own: setups.Own) -> None:
+        made.append(own)
+        raise BaffleError("here")
+
+    monkeypatch.setattr(setups, "builder", builder)
+    data, _ = bf.load("digits")
+    np.savez(tmp_path / "mine.npz", x=data.x[:8], y=data.y[:8])
+    refused(invoke(tmp_path, *NODE, "--threads", "2", *flags), "here")
+    options = TrainConfig(model="mlp", threads=1, strategy="copies", memory="1GB")  # the server's own way
+    setup = setups.setup_of(options, assemble_server(options))
+    runtime = setups.runtime_for(setup, made[0])
+    told = {"runtime": "torch", "threads": 2, "strategy": strategy, "memory": memory}
+    assert {name: runtime.plan.get(name) for name in told} == told
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--strategy", "auto"), ("strategy = 'auto'", "copies, stacked, streaming")),
+        (("--strategy", "stream"), ("strategy = 'stream'", "did you mean streaming?")),
+        (("--memory", "lots"), ("memory = 'lots'", "64MB, 64MiB or 64000000")),
+        (("--memory", "0"), ("memory = '0'", "64MB")),
+    ],
+)
+def test_a_node_refuses_what_it_cannot_do_in_one_line(
+    tmp_path: Path, flags: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    pytest.importorskip("flwr")
+    np.savez(tmp_path / "mine.npz", x=np.zeros((2, 1, 8, 8), np.float32), y=np.zeros(2, np.int64))
+    refused(invoke(tmp_path, *NODE, *flags), *words)
 
 
 # --- help

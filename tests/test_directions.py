@@ -18,10 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats  # type: ignore[import-untyped]
 
-from baffle import gaussian, perturb
+from baffle import gaussian
 from baffle.directions import Directions, Entries
-from baffle.perturb import Perturbations
-from baffle.types import Family, Table, Weights, make_table, table_size
+from baffle.types import Family, make_table
 
 Float64 = npt.NDArray[np.float64]
 
@@ -208,89 +207,6 @@ def test_units(family: Family) -> None:
     assert directions.unit == (2**-10 if family == "gaussian" else 1)
     assert directions.largest == (6490 if family == "gaussian" else 1)
     assert np.abs(directions.entries(0, slice(0, 8))).max() <= directions.largest
-
-
-# Perturbed weights
-
-
-def slow_perturbations(p: Perturbations, weights: Weights) -> list[Weights]:
-    """Weights plus step times entries, pass by pass, in float32: one product, one sum."""
-    passes = [weights.copy()] if p.baseline else []
-    for k in range(p.first, p.first + p.num_directions):
-        entries = [p.directions.entries(i, slice(k, k + 1))[0] for i in range(len(p.directions.table))]
-        direction = np.concatenate(entries).astype(np.float32)
-        for step in p.steps:
-            unit = np.float32(step) * np.float32(p.directions.unit)
-            passes.append(weights + unit * direction)
-    return passes
-
-
-def random_weights(table: Table, seed: int = 0) -> Weights:
-    return np.random.default_rng(seed).standard_normal(table_size(table)).astype(np.float32)
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    DIRECTIONS,
-    st.integers(1, 5),
-    st.floats(1e-6, 10.0),
-    st.booleans(),
-    st.booleans(),
-    st.sampled_from([1, 1000, 2**24]),
-    st.sampled_from([0, 1, 7]),
-)
-def test_perturbations_equal_the_slow_form(
-    directions: Directions, count: int, sigma: float, central: bool, baseline: bool, budget: int, first: int
-) -> None:
-    steps = (sigma, -sigma) if central else (sigma,)
-    perturbations = Perturbations(directions, count, steps, baseline, first)
-    weights = random_weights(directions.table)
-    before = weights.tobytes()
-    weights.setflags(write=False)
-    scratch = np.full_like(weights, np.nan)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(perturb, "BUDGET", budget)  # as many directions at once as fit: one, some, all
-        passes = [w.copy() for w in perturbations.weights(weights, scratch)]
-    assert [w.tobytes() for w in passes] == [w.tobytes() for w in slow_perturbations(perturbations, weights)]
-    assert len(passes) == len(perturbations) == baseline + count * len(steps)
-    assert weights.tobytes() == before
-
-
-@settings(deadline=None, max_examples=40)
-@given(DIRECTIONS, st.integers(1, 7), st.booleans(), st.booleans(), st.sampled_from([0, 5]), st.integers(1, 9))
-def test_portions_are_the_whole(
-    directions: Directions, count: int, central: bool, baseline: bool, first: int, parts: int
-) -> None:
-    steps = (0.5, -0.5) if central else (0.5,)
-    whole = Perturbations(directions, count, steps, baseline, first)
-    portions = whole.split(parts)
-    assert 1 <= len(portions) <= parts
-    assert sum(len(p) for p in portions) == len(whole)
-    weights = random_weights(directions.table)
-    joined = [w.tobytes() for p in portions for w in p.weights(weights, np.empty_like(weights))]
-    assert joined == [w.tobytes() for w in slow_perturbations(whole, weights)]
-
-
-def test_every_pass_is_written_into_the_scratch_buffer() -> None:
-    directions = Directions(make_table({"w": (3, 4), "b": (4,), "s": ()}), "rank1", (1, 2))
-    scratch = np.empty(17, np.float32)
-    for w in Perturbations(directions, 3, (0.1, -0.1), baseline=True).weights(np.zeros(17, np.float32), scratch):
-        assert w is scratch
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_forward_and_backward_step_lie_around_the_weights(family: Family) -> None:
-    """At zero they are exact negatives, and 2**-10 times the entries for sigma = 2**-10."""
-    table = make_table({"w": (3, 4), "b": (4,), "s": ()})
-    directions = Directions(table, family, (1, 2))
-    zero, scratch = np.zeros(17, np.float32), np.empty(17, np.float32)
-    passes = [
-        w.copy() for w in Perturbations(directions, 2, (2**-10, -(2**-10)), baseline=False).weights(zero, scratch)
-    ]
-    for k in (0, 1):
-        entries = np.concatenate([directions.entries(i, slice(k, k + 1))[0] for i in range(3)])
-        assert np.array_equal(passes[2 * k], entries * directions.unit * 2**-10)
-        assert np.array_equal(passes[2 * k + 1], -passes[2 * k])
 
 
 # The discrete Gaussian

@@ -21,8 +21,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import baffle as bf
+from baffle import assemble
 from baffle.calibrate import DIRECTIONS, LADDER
+from baffle.config import TrainConfig
+from baffle.errors import MissingExtraError, OptionError
 from baffle.models import build
+from baffle.runtimes import plan
 from helpers import Outcome, copy_run, invoke, places, tree
 
 TINY = '''
@@ -194,6 +198,68 @@ def test_a_run_is_resumed_to_the_undisturbed_weights_and_replayed_without_export
     monkeypatch.setattr("baffle.cli.runs.assemble", None)
     monkeypatch.setitem(sys.modules, "baffle.exporter", None)
     assert invoke(tmp_path, "replay", "run").out.split() == [undisturbed["weights_sha256"]]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("fastest", ["copies", "stacked", "openvino"])
+def test_runtime_auto_takes_the_fastest_and_keeps_to_it(
+    tmp_path: Path, fastest: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    openvino = pytest.importorskip("openvino")
+    if precision.upper() not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        precision = "fp32"
+
+    def seconds(runtime: Any, *arguments: object) -> float:
+        return 1.0 if fastest in (runtime.plan["runtime"], runtime.plan.get("strategy")) else 1.01
+
+    monkeypatch.setattr(plan, "_seconds", seconds)
+    flags = ("--runtime", "auto", "--precision", precision, "--sigma", "0.01")
+    outcome = invoke(tmp_path, *TRAIN, *flags)
+    summary = last_json(outcome)
+    [told] = [line for line in outcome.err.splitlines() if line.startswith("plan: ")]
+    assert re.fullmatch(rf"plan: {fastest} \(passes a second: copies .*, stacked .*, openvino .*\)", told)
+    recorded, command = config(tmp_path / "run")["plan"], config(tmp_path / "run")["command"]
+    assert (recorded["runtime"], recorded["precision"]) == (
+        "openvino" if fastest == "openvino" else "torch",
+        precision,
+    )
+    assert recorded.get("strategy", "openvino") == fastest
+    assert (command["runtime"], command["strategy"]) == ("auto", "auto")
+
+    def measured(*arguments: object) -> float:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(plan, "_seconds", measured)
+    cut(tmp_path / "run", 2)
+    resumed = invoke(tmp_path, "resume", "run", "--json")
+    assert last_json(resumed)["weights_sha256"] == summary["weights_sha256"]
+    assert "plan: " not in resumed.err
+    assert last_json(invoke(tmp_path, "evaluate", "run", "--json"))["loss"] == summary["loss"]
+    assert invoke(tmp_path, "replay", "run").out.split() == [summary["weights_sha256"]]
+
+
+def test_runtime_auto_does_without_an_engine_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assemble, "inferring", missing)
+    (tmp_path / "options.toml").write_text('runtime = "auto"\n')
+    outcome = invoke(tmp_path, "train", "options.toml", *TRAIN[1:], "--rounds", "1")
+    assert last_json(outcome)["rounds"] == 1
+    assert config(tmp_path / "run")["plan"]["runtime"] == "torch"
+    [told] = [line for line in outcome.err.splitlines() if line.startswith("plan: ")]
+    assert "openvino" not in told
+
+
+def missing(*arguments: object) -> None:
+    raise MissingExtraError("OpenVINO is not installed: pip install 'baffle[openvino]'")
+
+
+def test_a_server_is_told_its_runtime(tmp_path: Path) -> None:
+    line = "runtime = 'auto': expected torch, ort or openvino: it is the clients that would have to measure"
+    with pytest.raises(OptionError, match=re.escape(line)):
+        assemble.assemble_server(TrainConfig(runtime="auto"))
+    (tmp_path / "options.toml").write_text('runtime = "auto"\n')
+    before = tree(tmp_path)
+    refused(invoke(tmp_path, "up", "options.toml", "--out", "run"), line)
+    assert tree(tmp_path) == before
 
 
 def test_a_measured_sigma_costs_passes_and_equals_one_that_is_given(tmp_path: Path) -> None:
@@ -441,6 +507,14 @@ CONTRADICTIONS: dict[str, tuple[tuple[str, ...], str]] = {
         (*ORT, "--precision", "bf16"),
         "precision = 'bf16': expected one of fp32, fp16, int8-weights, int8 (did you mean fp16?)",
     ),
+    "int8 by whichever is faster": (
+        ("--runtime", "auto", "--precision", "int8"),
+        "precision = 'int8': expected one of fp32, bf16, fp16",
+    ),
+    "branches by whichever is faster": (
+        ("--runtime", "auto", "--branches"),
+        "branches = True: expected runtime ort or openvino: torch perturbs weights in float",
+    ),
     "branches by torch": (
         ("--branches",),
         "branches = True: expected runtime ort or openvino: torch perturbs weights in float",
@@ -489,6 +563,7 @@ CONTRADICTIONS: dict[str, tuple[tuple[str, ...], str]] = {
         )
         for option, value, flags in (
             ("runtime", "ort", ORT),
+            ("runtime", "auto", ("--runtime", "auto")),
             ("runtime", "ort", (*ORT, "--branches")),
             ("precision", "bf16", ("--precision", "bf16")),
             ("lattice", 2, ("--lattice", "2")),
@@ -817,6 +892,14 @@ def test_the_chosen_sigma_agrees_with_float64(tmp_path: Path, name: str) -> None
     assert chosen["correlation"] > correlation
     assert chosen["correlation"] > max(point["correlation"] for point in found["points"]) - 0.05
     assert tree(tmp_path) == []
+
+
+def test_calibrate_names_the_runtime_that_it_measured(tmp_path: Path) -> None:
+    (tmp_path / "options.toml").write_text('runtime = "auto"\nprecision = "bf16"\n')
+    flags = (*MODEL, "--batch-size", "8", "--num-directions", "4", "--json")
+    told = last_json(invoke(tmp_path, "calibrate", "options.toml", *flags))
+    assert (told["runtime"], told["precision"]) == ("torch", "bf16")
+    assert told == last_json(invoke(tmp_path, "calibrate", *flags, "--precision", "bf16"))
 
 
 def test_calibrate_takes_a_runs_weights_and_a_file_of_options(tmp_path: Path, base: Path) -> None:

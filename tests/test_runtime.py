@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -28,6 +29,7 @@ from baffle.quantize import on_lattice, row_scales
 from baffle.runtimes import Runtime
 from baffle.runtimes.bundle import Bundle, Example, Feed, Manifest, Precision, make_bundle
 from baffle.runtimes.graph import Buffers, GraphRuntime
+from baffle.runtimes.lanes import Lane
 from baffle.runtimes.openvino import OpenVinoRuntime
 from baffle.runtimes.ort import OrtRuntime
 from baffle.runtimes.pytorch import TorchRuntime, load_into
@@ -36,6 +38,7 @@ from helpers import TASK
 
 SHAPE, CLASSES, SIGMA = (1, 8, 8), 10, 3e-3
 ALL = " ".join(sorted(MODELS))
+SOME = "mlp lenet-small transformer wrn-10-2"
 HAS_BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 Float64 = npt.NDArray[np.float64]
@@ -53,9 +56,12 @@ class Kind:
     forward: float
     central: float
     models: str
+    strategy: str = "copies"
+    """Of engine torch."""
 
     def __str__(self) -> str:
-        return f"{self.engine}-{self.precision}{'-branches' if self.branches else ''}"
+        which = [self.strategy] * (self.strategy != "copies") + ["branches"] * self.branches
+        return "-".join([self.engine, self.precision, *which])
 
     @property
     def exact(self) -> bool:
@@ -66,14 +72,20 @@ class Kind:
 KINDS = (
     #    engine      precision       branches  losses  forward  central  models
     Kind("torch",    "fp32",         False,    5e-6,   0.002,   0.002,   ALL),
+    Kind("torch",    "fp32",         False,    5e-6,   0.002,   0.002,   SOME, "stacked"),
+    Kind("torch",    "fp32",         False,    5e-6,   0.002,   0.002,   "lenet-small", "streaming"),
     Kind("ort",      "fp32",         False,    5e-6,   0.002,   0.002,   ALL),
     Kind("openvino", "fp32",         False,    5e-6,   0.002,   0.002,   ALL),
     Kind("ort",      "fp32",         True,     5e-6,   0.002,   0.002,   "lenet-small transformer"),
     Kind("openvino", "fp32",         True,     5e-6,   0.002,   0.002,   "lenet-small"),
     Kind("torch",    "fp16",         False,    1e-3,   0.02,    0.01,    "mlp"),
+    Kind("torch",    "fp16",         False,    1e-3,   0.02,    0.01,    "mlp", "stacked"),
+    Kind("torch",    "fp16",         False,    1e-3,   0.02,    0.01,    "mlp", "streaming"),
     Kind("ort",      "fp16",         False,    1e-3,   0.02,    0.01,    "mlp lenet-small"),
     Kind("openvino", "fp16",         False,    1e-3,   0.02,    0.01,    "mlp"),
     Kind("torch",    "bf16",         False,    0.02,   0.2,     0.08,    "mlp lenet-small transformer"),
+    Kind("torch",    "bf16",         False,    0.02,   0.2,     0.08,    "mlp", "stacked"),
+    Kind("torch",    "bf16",         False,    0.02,   0.2,     0.08,    "mlp", "streaming"),
     Kind("openvino", "bf16",         False,    0.02,   0.2,     0.08,    "mlp lenet-small transformer"),
     Kind("openvino", "bf16",         True,     0.02,   0.2,     0.08,    "lenet-small"),
     Kind("ort",      "int8-weights", False,    0.03,   0.1,     0.09,    "mlp transformer"),
@@ -107,9 +119,10 @@ def bundle_of(name: str, precision: Precision = "fp32", branches: bool = False) 
 
 
 @cache
-def runtime_of(kind: Kind, name: str, threads: int = 1) -> Runtime:
+def runtime_of(kind: Kind, name: str, threads: int = 1) -> TorchRuntime | GraphRuntime:
     if kind.engine == "torch":
-        return TorchRuntime(model_of(name), F.cross_entropy, threads, precision=kind.precision)
+        how: dict[str, Any] = {"precision": kind.precision, "strategy": kind.strategy}
+        return TorchRuntime(model_of(name), F.cross_entropy, threads, **how)
     if kind.precision == "bf16":
         return OpenVinoRuntime(bundle_of(name, "fp32", kind.branches), threads, "bf16")
     bundle = bundle_of(name, msgspec.convert(kind.precision, Precision), kind.branches)
@@ -209,6 +222,7 @@ class TestContract:
     def test_the_plan_says_how(self, case: Case) -> None:
         plan = case.runtime.plan
         assert (plan["runtime"], plan["precision"], plan["threads"]) == (case.kind.engine, case.kind.precision, 1)
+        assert plan.get("strategy", "copies") == case.kind.strategy
 
     def test_losses_have_the_shape_and_type_of_the_seam(self, case: Case) -> None:
         losses = case.runtime.losses(case.runtime.initial_weights(), passes(case.runtime), batch())
@@ -236,7 +250,7 @@ class TestContract:
         got = finite_differences(task("central", 20), losses)
         assert np.corrcoef(got, derivatives)[0, 1] > (0.97 if case.kind.precision == "int8" else 0.99)
 
-    @pytest.mark.parametrize("examples", [1, 7, 33, 300])
+    @pytest.mark.parametrize("examples", [1, 33, 300])
     def test_batches_of_any_size_give_the_losses_of_their_examples(self, case: Case, examples: int) -> None:
         runtime, data = case.runtime, batch(300).take(np.arange(300 - examples, 300))
         losses = runtime.losses(runtime.initial_weights(), passes(runtime, k=1), data)
@@ -277,8 +291,7 @@ class TestContract:
         assert result.correct is not None
         assert np.mean(result.correct != hits) <= (0 if case.kind.exact else 0.05)
 
-    @pytest.mark.parametrize("position", [0, -1])
-    @pytest.mark.parametrize("value", [np.nan, np.inf])
+    @pytest.mark.parametrize(("position", "value"), [(0, np.inf), (-1, np.nan)])
     def test_weights_that_are_not_finite_have_such_losses(self, case: Case, position: int, value: float) -> None:
         runtime = case.runtime
         weights = runtime.initial_weights()
@@ -289,7 +302,7 @@ class TestContract:
         assert np.isfinite(runtime.losses(weights, passes(runtime, k=1), batch(7))).all()
 
 
-THREADED = [k for k in HERE if k.models != "wrn-10-2"]
+THREADED = [k for k in HERE if k.models != "wrn-10-2" and k.strategy == "copies"]
 
 
 @pytest.mark.parametrize("kind", THREADED, ids=str)
@@ -301,10 +314,62 @@ def test_any_number_of_threads_gives_the_same_bits(kind: Kind) -> None:
     for threads in (2, 3):
         many = runtime_of(kind, name, threads)
         assert many.plan["threads"] == threads
-        assert np.array_equal(expected, many.losses(weights, asked, data))
         second = many.evaluate(weights, data)
+        assert np.array_equal(expected, many.losses(weights, asked, data))
         assert np.array_equal(first.losses, second.losses)
         assert np.array_equal(first.correct, second.correct)  # type: ignore[arg-type]  # labels: never None
+
+
+@pytest.mark.parametrize("kind", [k for k in HERE if k.strategy != "copies"], ids=str)
+@pytest.mark.parametrize("examples", [3, 300])
+def test_where_threads_share_a_stack_or_memory_losses_agree(kind: Kind, examples: int) -> None:
+    """How many directions or examples go through the model together depends on the threads, and so may the last bit."""
+    one, many = (runtime_of(kind, kind.models.split()[0], threads) for threads in (1, 3))
+    weights, data = one.initial_weights(), batch(examples)
+    for asked in (passes(one, k=7), passes(one, (SIGMA, -SIGMA), k=5)):
+        expected, found = one.losses(weights, asked, data), many.losses(weights, asked, data)
+        assert np.abs(expected - found).max() < kind.losses
+        assert np.array_equal(found, many.losses(weights, asked, data))
+
+
+LANED = [k for k in HERE if not k.branches and k.precision in ("fp32", "bf16", "int8") and k.models != "wrn-10-2"]
+
+
+@pytest.mark.parametrize("kind", LANED, ids=str)
+def test_a_lane_gives_the_losses_of_all_together(kind: Kind) -> None:
+    """One lane after another, and all at once, whatever was evaluated before; a stack of one lane is larger."""
+    runtime = runtime_of(kind, kind.models.split()[0], 3)
+    weights, asked, data = runtime.initial_weights(), passes(runtime, (SIGMA, -SIGMA), k=5), batch(300)
+    others = [passes(runtime, (SIGMA, -SIGMA), baseline=False, k=i + 1) for i in range(3)]
+    together = runtime.losses(weights, asked, data)
+    lanes: Sequence[Lane[Any]] = runtime.lanes
+    assert len(lanes) == 3
+    expected, *rest = [lane.losses(weights, asked, data) for lane in lanes]
+    assert all(np.array_equal(losses, expected) for losses in rest)
+    assert np.array_equal(expected, together) or kind.strategy == "stacked"
+    assert np.abs(expected - together).max() < kind.losses
+    small = [lane.losses(weights * 2, other, batch(7)) for lane, other in zip(lanes, others, strict=True)]
+
+    def work(i: int) -> bool:
+        lane = lanes[i]
+        found = [lane.losses(weights, asked, data), lane.losses(weights * 2, others[i], batch(7))]
+        found.append(lane.losses(weights, asked, data))
+        return all(np.array_equal(a, b) for a, b in zip(found, (expected, small[i], expected), strict=True))
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(work, range(3))) == [True] * 3
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_streaming_and_copies_give_the_same_bits(name: str, precision: str) -> None:
+    how: dict[str, Any] = {"threads": 1, "precision": precision}
+    copies, streaming = (
+        TorchRuntime(model_of(name), F.cross_entropy, **how, strategy=s) for s in ("copies", "streaming")
+    )
+    weights, asked = copies.initial_weights(), passes(copies, (SIGMA, -SIGMA), k=2)
+    assert np.array_equal(copies.losses(weights, asked, batch()), streaming.losses(weights, asked, batch()))
+    assert np.array_equal(copies.evaluate(weights, batch()).losses, streaming.evaluate(weights, batch()).losses)
 
 
 UNROUNDED = [c for c in CASES if c.kind.precision == "int8-weights" or (c.kind.exact and c.name == "lenet-small")]
@@ -524,6 +589,28 @@ class TestPrecision:
         loss = nn.CrossEntropyLoss(label_smoothing=0.1)
         with pytest.raises(PlanError, match=r"bf16 with a loss in the graph.*cross_entropy or mse_loss"):
             OpenVinoRuntime(export(linear(), loss, batch()), 1, "bf16")
+
+
+@pytest.mark.skipif(not HAS_BF16, reason="a processor without bf16")
+@pytest.mark.parametrize("family", ["rank1", "gaussian"])
+def test_openvino_takes_matrices_as_bf16(family: Family) -> None:
+    """Of weights 1, whose neighbours are 1 - 2**-8 and 1 + 2**-7: less than half way there is nothing."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10, bias=False))
+    runtime = OpenVinoRuntime(export(model, F.cross_entropy, batch()), 1, "bf16")
+    memory, weights = runtime.lanes[0].worker.buffers["1.weight"], np.ones(640, np.float32)
+    directions = Directions(runtime.table, family, (3, 1))
+    largest = np.abs(directions.entries(0, slice(0, 1))).max() * directions.unit
+    base, small = runtime.losses(weights, Perturbations(directions, 1, (0.99 * 2**-9 / largest,), 1), batch())
+    assert memory.dtype == np.uint16
+    assert memory.shape == (10, 64)
+    assert np.all(memory == 0x3F80)
+    assert np.array_equal(base, small)
+    step = 2**-7 / largest
+    base, large = runtime.losses(weights, Perturbations(directions, 1, (step,), 1), batch())
+    assert not np.array_equal(base, large)
+    entries = directions.entries(0, slice(0, 1))[0] * np.float32(directions.unit)
+    expected = torch.from_numpy(weights + np.float32(step) * entries).to(torch.bfloat16)
+    assert np.array_equal(memory.reshape(-1), expected.view(torch.int16).numpy().view(np.uint16))
 
 
 class TestFeeding:

@@ -92,14 +92,19 @@ def assemble(options: TrainConfig) -> Setup:
 
 def assemble_server(options: TrainConfig) -> Server:
     """Read the server's own data, build the model, and the bundle for clients that only infer."""
-    if options.runtime == "auto":
-        raise OptionError("runtime", "auto", "torch, ort or openvino: it is the clients that would have to measure")
+    require_runtime(options)
     train, validation, test = splits(options)
     vocabulary = vocabulary_of(train, validation, test)
     model, masks = model_of(options, train, vocabulary, train)
     bundle = None if options.runtime == "torch" else bundle_of(options, model, train, masks)
     runtime = runtime_of(options, model, train, masks) if bundle is None else inferring(options, bundle)
     return Server(train, validation, test, _classes(train), vocabulary, runtime, bundle, runtime.initial_weights())
+
+
+def require_runtime(options: TrainConfig) -> None:
+    """Raise OptionError if a server's options leave the runtime open."""
+    if options.runtime == "auto":
+        raise OptionError("runtime", "auto", "torch, ort or openvino: it is the clients that would have to measure")
 
 
 def model_of(
@@ -206,7 +211,7 @@ def as_planned(options: TrainConfig, plan: Mapping[str, str | int]) -> TrainConf
     """The options that evaluate as a run did: what was measured then is not measured again."""
     runtime = str(plan.get("runtime", options.runtime))
     strategy = str(plan.get("strategy", "copies")) if runtime == "torch" else "auto"
-    return msgspec.structs.replace(options, runtime=runtime, strategy=strategy, threads=int(plan.get("threads", 1)))
+    return msgspec.structs.replace(options, runtime=runtime, strategy=strategy, threads=plan.get("threads", 1))
 
 
 def chosen_of(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from baffle.data import Dataset, concatenate
-from baffle.engines.local import LocalEngine
+from baffle.engines.local import LocalEngine, require_examples
 from baffle.method import Method
 from baffle.optim import Adam, Cosine
 from baffle.runtimes.plan import choose
@@ -59,6 +59,7 @@ def fit(
     """
     from baffle.runtimes.pytorch import TorchRuntime
 
+    require_examples(clients)
     method = method or default_method(rounds)
     ways = {way: partial(TorchRuntime, model, loss, strategy=way) for way in ("copies", "stacked")}
     batch = concatenate([c.take(np.arange(min(len(c), method.batch_size or len(c)))) for c in clients[:_MEASURED_ON]])

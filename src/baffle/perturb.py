@@ -118,10 +118,14 @@ def unperturbed(table: Table) -> Perturbations:
 class Point:
     """Weights (float32[n]) ready to be perturbed as asked, into ``slots``, one a tensor; workers may share it.
 
+    Without ``select`` nothing is kept in low precision, and every pass rounds for itself: slower, the same bits, and
+    no more memory than the weights.
+
     Raises PlanError for the branch of a pruned tensor: a product cannot leave entries out.
     """
 
-    def __init__(self, asked: Perturbations, weights: Weights, slots: Sequence[Slot]) -> None:
+    @np.errstate(over="ignore", invalid="ignore", divide="ignore")  # weights that are not finite become what they may
+    def __init__(self, asked: Perturbations, weights: Weights, slots: Sequence[Slot], *, select: bool = True) -> None:
         directions, table = asked.directions, asked.directions.table
         self.directions, self.slots = directions, tuple(slots)
         self.rows: Mapping[int, Float32] = {}  # how many times the step a row of a matrix moves
@@ -130,7 +134,7 @@ class Point:
         if asked.lattice:
             weights = on_lattice(table, weights)
         self.masks: dict[int, npt.NDArray[np.bool_]] = {}
-        self._plain: dict[int, Array] = {}
+        self._plain: dict[int, Array] | None = {} if select else None
         self.base: list[Float32] = []  # unperturbed, in the slot's order
         self.pairs: dict[tuple[int, np.float32], tuple[Bits, Bits]] = {}
         for i, (spec, slot) in enumerate(zip(table, self.slots, strict=True)):
@@ -140,12 +144,14 @@ class Point:
                 self.masks[i] = self.order(i, mask)
             values, cast = self.order(i, weights[spec.slice]), self.cast(i)
             self.base.append(values)
-            if slot.kind not in ("fp32", "branch") and directions.family != "gaussian":
+            if select and slot.kind not in ("fp32", "branch") and directions.family != "gaussian":
                 for step in {abs(np.float32(s)) for s in asked.steps}:
                     self.pairs[i, step] = self._pair(i, values, step, cast)
 
     def plain(self, tensor: int) -> Array:
         """A tensor's unperturbed weights, in the slot's order and precision."""
+        if self._plain is None:
+            return self.cast(tensor)(self.base[tensor])
         if tensor not in self._plain:
             self._plain[tensor] = self.cast(tensor)(self.base[tensor])
         return self._plain[tensor]

@@ -61,6 +61,8 @@ def calibrate_command(
     given = {"batch_size": 64, "num_directions": 64} if config is None else {}
     options = train_config(config, {**given, **{k: v for k, v in flags.items() if v is not None}})
     options.method()  # what contradicts itself is refused
+    if options.runtime == "auto":  # the usual way is meant, where nothing is timed
+        options = msgspec.structs.replace(options, runtime="torch")
     if plot is not None and plot.suffix.lower() != ".png":
         raise OptionError("plot", str(plot), "a file name that ends in .png")
     calibrations, agreements, autograd = _measure(options)

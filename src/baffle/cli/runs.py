@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from baffle.assemble import assemble
+from baffle.assemble import as_planned, assemble
 from baffle.cli.common import Json, RunPath, command_of, errors, print_json, require_rounds
 from baffle.errors import CorruptRunError, OptionError
 from baffle.estimate import Execution
@@ -57,7 +57,7 @@ def evaluate_command(run: RunPath, json_output: Json = False) -> None:
     """Loss and accuracy of a run's weights on its test data: the average, and the raw weights."""
     journal = Journal.open(run)
     require_rounds(journal, whole=True)
-    setup = assemble(command_of(journal))
+    setup = assemble(as_planned(command_of(journal), journal.config.plan))
     state = journal.state()
     average, raw = (evaluate(setup.engine, w, setup.test) for w in (state.average, state.weights))
     result = {

@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 import typer
 
-from baffle.assemble import splits
+from baffle.assemble import require_runtime, splits
 from baffle.checks import require_positive
 from baffle.cli.common import Json, errors
 from baffle.cli.deploy import need_flower
@@ -109,6 +109,7 @@ def _options(config: Path | None, clients: int | None) -> TrainConfig:
     """The run's options, checked as far as they can be before anything is started."""
     options = train_config(config, {"clients": clients})
     options.method()
+    require_runtime(options)
     for name, path in (("data", options.data), ("start", options.start)):
         if path is not None and not Path(path).is_absolute():
             raise OptionError(name, path, "an absolute path: the server runs in another folder")

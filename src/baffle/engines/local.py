@@ -38,14 +38,23 @@ _TOGETHER = 2**24
 """Numbers, of inputs or of losses, in batches that go through the models together: 64 MiB in float32."""
 
 
+def require_examples(clients: Sequence[Dataset]) -> None:
+    """Raise DataError if there are no clients, or one has no examples."""
+    if not clients:
+        raise DataError("clients: an empty list: expected at least one data set")
+    for i, data in enumerate(clients):
+        if len(data) == 0:
+            raise DataError(f"client {i} has no examples: expected at least one")
+
+
 class LocalEngine:
     """Simulate clients that hold ``clients`` data sets, on one runtime.
 
     ``together``: clients with the same directions and one local step go through each perturbed model together, as
     many as 64 MiB of inputs, or of losses, hold. Where they cannot, ``workers`` of them are evaluated side by side,
     each on one lane (thread) of the runtime, by default as many as it has lanes; a single one is given all of them.
-    Replies do not depend on the number of workers. Raises DataError if a client has no examples, OptionError for
-    more workers than lanes.
+    Replies do not depend on the number of workers, but for the last bits where PyTorch stacks directions, since
+    stacks do. Raises DataError if a client has no examples, OptionError for more workers than lanes.
 
     Bytes are counted as a deployment would send them: each reply's and each task's encoded length, plus what
     the participant needs to catch up: the rows since it last took part, or the full state (weights and
@@ -71,11 +80,7 @@ class LocalEngine:
         workers: int | None = None,
         execution: Execution = FAST,
     ) -> None:
-        if not clients:
-            raise DataError("clients: an empty list: expected at least one data set")
-        for i, data in enumerate(clients):
-            if len(data) == 0:
-                raise DataError(f"client {i} has no examples: expected at least one")
+        require_examples(clients)
         self._runtime, self._clients, self._together, self._execution = runtime, tuple(clients), together, execution
         self._sizes = tuple(len(data) for data in clients)
         self._lanes: Sequence[Evaluator] = getattr(runtime, "lanes", ()) or (runtime,)

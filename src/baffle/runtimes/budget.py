@@ -7,6 +7,7 @@ activations of one example are measured: the most bytes of tensors that live at 
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,11 +31,13 @@ _MEASURED = 4  # examples
 
 @dataclass(frozen=True)
 class Sizes:
-    """Examples of a chunk, examples times directions of a stack, and bytes of directions drawn at once."""
+    """Examples of a chunk, examples times passes of a stack, bytes of directions drawn at once, and bytes of what the
+    frozen beginning of the model gives that are kept for a batch."""
 
     examples: int
     rows: int
     directions: int
+    kept: int = sys.maxsize
 
 
 def within(budget: int, usual: Sizes, an_example: int, weights: int) -> Sizes:
@@ -45,17 +48,19 @@ def within(budget: int, usual: Sizes, an_example: int, weights: int) -> Sizes:
 
     Examples:
         >>> within(10**6, Sizes(32, 1024, 10**6), an_example=10**4, weights=10**5)
-        Sizes(examples=32, rows=77, directions=125000)
+        Sizes(examples=32, rows=77, directions=125000, kept=5000)
     """
     drawn = max(_SMALLEST_DRAWN, min(usual.directions, budget // 8))
-    examples = (budget - weights - drawn) // max(1, an_example)
+    left = budget - weights - drawn
+    examples = left // max(1, an_example)
     if examples < 1:
         needed = weights + _SMALLEST_DRAWN + an_example
         raise PlanError(
             f"memory = {budget} bytes a thread: expected at least {needed} for perturbed weights ({weights}), "
             f"activations of one example ({an_example}) and directions; strategy streaming needs the least"
         )
-    return Sizes(min(usual.examples, examples), min(usual.rows, examples), drawn)
+    rows = min(usual.rows, examples)
+    return Sizes(min(usual.examples, examples), rows, drawn, left - rows * an_example)
 
 
 def weight_bytes(table: Table, itemsize: int, strategy: str) -> int:
@@ -67,7 +72,7 @@ def weight_bytes(table: Table, itemsize: int, strategy: str) -> int:
 
 def activation_bytes(replica: Replica, point: Point, example: Tensor) -> int:
     """The most bytes that live at one time in a pass, an example; ``example`` is one [1, ...]."""
-    x = example.expand(_MEASURED, *example.shape[1:])
+    x = torch.cat([example] * _MEASURED)  # not a view: its memory would be the whole batch's
     living = _Living()
     with living:
         replica.outputs(point, x)
@@ -89,7 +94,11 @@ class _Living(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         for tensor in leaves(result):
             if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
+                try:
+                    storage = tensor.untyped_storage()
+                except (NotImplementedError, RuntimeError):  # sparse, or inside vmap
+                    continue
+                self._count(storage)
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:

@@ -144,8 +144,7 @@ class GraphRuntime:
         ranges = self._ranges(lanes[0].worker, weights, chunks)
         if not _finite(weights, ranges):
             return np.full((len(perturbations), len(batch)), np.nan, np.float32)
-        with unchecked():
-            point = lanes[0].worker.point(perturbations, weights)
+        point = lanes[0].worker.point(perturbations, weights)
         parts = perturbations.split(len(lanes))
 
         def run(i: int) -> Losses:
@@ -223,8 +222,11 @@ class _Worker:
     def point(self, asked: Perturbations, weights: Weights) -> Point:
         """Weights ready to be written into the buffers."""
         slots = []
-        for spec, feed, kind in zip(self.bundle.manifest.table, self.bundle.manifest.feeds, self.kinds, strict=True):
-            slots.append(Slot(kind, scales=row_scales(spec, weights) if "codes" in feed else None))
+        with unchecked():
+            for spec, feed, kind in zip(
+                self.bundle.manifest.table, self.bundle.manifest.feeds, self.kinds, strict=True
+            ):
+                slots.append(Slot(kind, scales=row_scales(spec, weights) if "codes" in feed else None))
         return Point(asked, weights, slots)
 
     def losses(
@@ -277,8 +279,7 @@ class _Worker:
         return self.bundle.manifest.loss != "graph"
 
     def _unperturbed(self, weights: Weights, ranges: Mapping[str, tuple[float, float]]) -> None:
-        with unchecked():
-            point = self.point(unperturbed(self.bundle.manifest.table), weights)
+        point = self.point(unperturbed(self.bundle.manifest.table), weights)
         self._fix(point, ranges)
         self._write(point.unperturbed)
 

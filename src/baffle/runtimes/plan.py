@@ -20,19 +20,29 @@ from baffle.types import Family
 MARGIN = 1.5
 """How many times faster than the usual way another has to be."""
 _TURNS = 4
+_MOST_TURNS = 32
+"""Where a turn is too short to be without a disturbance."""
 
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """The runtime that was taken, its name, and perturbed passes a second of each candidate that works here."""
+    """The runtime that was taken, its name, and perturbed passes a second of each candidate that works here.
+
+    Examples:
+        >>> from typing import Any
+        >>> runtime: Any = None
+        >>> print(Choice(runtime, "copies", {"copies": 2370.4, "stacked": 13.333}))
+        copies (passes a second: copies 2,370, stacked 13.3)
+    """
 
     runtime: Runtime
     name: str
     rates: dict[str, float]
 
     def __str__(self) -> str:
-        told = ", ".join(f"{name} {rate:,.3g}" for name, rate in self.rates.items())
-        return f"{self.name} (passes a second: {told})"
+        """The name, and the rates if it was measured."""
+        told = ", ".join(f"{n} {rate:,.0f}" if rate >= 100 else f"{n} {rate:.3g}" for n, rate in self.rates.items())
+        return f"{self.name} (passes a second: {told})" if told else self.name
 
 
 def choose(
@@ -46,6 +56,7 @@ def choose(
 ) -> Choice:
     """Measure each candidate on a batch for a few times ``seconds``, in turn, and take the fastest.
 
+    The best turn of each counts; where ``num_directions`` passes take much less than ``seconds``, there are more turns.
     The first one is the usual way, which another has to beat by the ``margin``, and what goes wrong with it is raised;
     others that do not work here are left out.
 
@@ -72,7 +83,10 @@ def choose(
     if len(runtimes) == 1:
         return Choice(runtimes[usual], usual, {})
     best: dict[str, float] = {}
-    for _ in range(_TURNS):
+    until = time.perf_counter() + _TURNS * seconds * len(runtimes)
+    for turn in range(_MOST_TURNS):
+        if turn >= _TURNS and time.perf_counter() >= until:
+            break
         for name, runtime in runtimes.items():
             passes = min(num_directions, max(4, int(seconds / best[name]))) if name in best else min(num_directions, 8)
             took = _seconds(runtime, batch, passes, family) / passes

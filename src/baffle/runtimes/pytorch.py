@@ -7,20 +7,17 @@ Convolutions are fastest with channels last: four-dimensional weights and inputs
 stands it (one that calls ``view`` on a convolution's output does not).
 
 On the CPU there is a replica a core and every pass runs on one thread: passes side by side share nothing, wait for
-nobody (threads inside a pass spin while they wait), and a loss has the same bits whatever
-the number of threads.
+nobody (threads inside a pass spin while they wait). By copies a loss has the same bits whatever the number of
+threads; a stack has as many directions as a thread is given, and streaming cuts a batch the more, the more threads
+there are, so there they may differ in the last ones.
 """
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import inspect
 import itertools
 from collections.abc import Callable, Sequence
-from functools import partial
 from threading import Lock
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -39,15 +36,15 @@ from baffle.types import Losses, Masks, Table, Weights, make_table, table_size
 try:
     import torch
     from torch import Tensor, nn
-    from torch.nn.modules.batchnorm import _BatchNorm
-    from torch.nn.modules.dropout import _DropoutNd
-    from torch.nn.modules.instancenorm import _InstanceNorm
 except ImportError as error:
     raise MissingExtraError("PyTorch is not installed: pip install 'baffle[torch]'") from error
 
 from baffle.runtimes.budget import Sizes, activation_bytes, weight_bytes, within
+from baffle.runtimes.modules import check_modules, frozen_sha256
+from baffle.runtimes.modules import per_example as per_example
 from baffle.runtimes.replica import Chunk, Replica, frozen_tensors, slots_of, stack_losses
 from baffle.runtimes.stacked import NotStackable
+from baffle.runtimes.stacks import Stacks
 from baffle.runtimes.threads import one_thread
 
 _ACTIVATIONS = 2**23  # bytes of activations of one forward pass: larger batches are cut
@@ -97,7 +94,7 @@ class TorchRuntime:
     ) -> None:
         require_precision(precision, "torch", tuple(_DTYPES))
         require_choice("strategy", strategy, STRATEGIES)
-        _check_modules(model)
+        check_modules(model)
         if threads is not None:
             require_count("threads", threads, 1, 1024)
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -113,7 +110,7 @@ class TorchRuntime:
             if spec.mask is not None:
                 self._initial[spec.slice][~spec.mask] = 0
         self._precision, self._strategy, self._memory = precision, strategy, memory
-        self._dtype, self._frozen = _DTYPES[precision], _frozen_sha256(model)
+        self._dtype, self._frozen = _DTYPES[precision], frozen_sha256(model)
         self._device = next(iter(trainable.values())).device
         on_cpu = self._device.type == "cpu"
         if on_cpu:
@@ -124,6 +121,7 @@ class TorchRuntime:
         self._lanes = tuple(
             Lane(self.losses_on, Replica(model, self._table, each, self._dtype, frozen)) for _ in range(count)
         )
+        self._stacks = {lane.worker: Stacks(lane.worker) for lane in self._lanes}
         self._channels_last: bool | None = None  # known from the first images on
         self._sizes: dict[tuple[int, ...], Sizes] = {}
         self._trying = Lock()
@@ -169,20 +167,21 @@ class TorchRuntime:
         self, lanes: Sequence[Lane[Replica]], weights: Weights, perturbations: Perturbations, batch: Dataset
     ) -> Losses:
         """Losses of every pass, shared by some lanes: float32[passes, examples]."""
-        sizes, chunks = self._prepare(batch, lanes[0].worker)
-        point = Point(perturbations, weights, self._slots())
+        together = len(perturbations.steps) if self._strategy == "stacked" else 1
+        sizes, chunks = self._prepare(batch, lanes[0].worker, together)
+        point = Point(perturbations, weights, self._slots(), select=self._strategy != "streaming")
         parts = perturbations.split(len(lanes))
 
         def run(i: int) -> Losses:
             replica, part = lanes[i].worker, parts[i]
-            replica.start(chunks)
+            replica.start(chunks, sizes.kept)
             try:
                 if self._strategy == "copies":
                     rows = replica.copies(point, part, chunks, sizes.directions)
                 elif self._strategy == "streaming":
                     rows = replica.streaming(point, part, chunks, sizes.directions)
                 else:
-                    rows = replica.stacked(point, part, chunks, sizes.directions, sizes.rows)
+                    rows = self._stacks[replica].losses(point, part, chunks, sizes.directions, sizes.rows)
                 return stack_losses(rows, len(part), len(batch), self._device)
             except NotStackable as error:
                 raise ModelError(f"strategy stacked: {error}: expected copies or streaming for this model") from error
@@ -220,8 +219,9 @@ class TorchRuntime:
     def _slots(self) -> list[Slot]:
         return slots_of(self._table, self._dtype, bool(self._channels_last))
 
-    def _prepare(self, batch: Dataset, replica: Replica) -> tuple[Sizes, list[Chunk]]:
-        """How much to evaluate at once, and the batch cut so, laid out as the kernels like it."""
+    def _prepare(self, batch: Dataset, replica: Replica, together: int = 1) -> tuple[Sizes, list[Chunk]]:
+        """How much to evaluate at once, and the batch cut so that as many passes together fit, laid out as the
+        kernels like it."""
         x, y = to_tensors(batch, self._device)
         shape = tuple(x.shape[1:])
         with self._trying:
@@ -230,16 +230,18 @@ class TorchRuntime:
             if shape not in self._sizes:
                 self._sizes[shape] = self._choose_sizes(x[:1], replica)
             sizes = self._sizes[shape]
-        cut = [slice(s, s + sizes.examples) for s in range(0, len(x), sizes.examples)]
+        examples = min(sizes.examples, max(1, sizes.rows // max(1, together)))
+        cut = [slice(s, s + examples) for s in range(0, len(x), examples)]
         return sizes, [Chunk(x[part], y[part]) for part in cut]
 
     def _choose_sizes(self, x: Tensor, replica: Replica) -> Sizes:
         point = Point(unperturbed(self._table), self._initial, self._slots())
         an_example = self._run(lambda _: activation_bytes(replica, point, x), 1)[0]
         examples = max(16, min(128, _ACTIVATIONS // an_example))
-        usual = Sizes(examples, _STACKED_ROWS, BUDGET)
+        usual = Sizes(examples, _STACKED_ROWS if self._strategy == "stacked" else examples, BUDGET)
         if self._strategy == "streaming":  # all lanes together need the activations of one
-            usual = Sizes(-(-examples // len(self._lanes)), _STACKED_ROWS, BUDGET // 16)
+            share = -(-examples // len(self._lanes))
+            usual = Sizes(share, share, BUDGET // 16)
         if self._memory is None:
             return usual
         weights = weight_bytes(self._table, self._dtype.itemsize, self._strategy)
@@ -264,15 +266,6 @@ def _judged(output: Tensor, loss: Tensor, y: Tensor) -> tuple[Losses, Hits | Non
     """Losses, and where the largest output is the label."""
     labels = output.ndim == 2 and y.ndim == 1 and not y.is_floating_point()
     return loss.cpu().numpy(), (output.argmax(dim=1) == y).cpu().numpy() if labels else None
-
-
-def _frozen_sha256(model: nn.Module) -> str:
-    """Hash of what a model has besides trainable parameters; empty if nothing."""
-    digest = hashlib.sha256()
-    kept = [(n, p) for n, p in model.named_parameters() if not p.requires_grad] + list(model.named_buffers())
-    for name, tensor in kept:
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest() if kept else ""
 
 
 def load_into(model: nn.Module, table: Table, weights: Weights) -> None:
@@ -310,50 +303,3 @@ def takes_channels_last(
 def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Names and parameters that are trained, in ``named_parameters`` order."""
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-
-
-def _check_modules(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        where = f"{name or 'model'} ({type(module).__name__})"
-        if isinstance(module, (_BatchNorm, _InstanceNorm)) and module.training and module.track_running_stats:
-            raise ModelError(
-                f"{where} is in training mode: its running statistics would change with every perturbed pass. "
-                "Use GroupNorm, or put it in eval mode with .eval()"
-            )
-        if isinstance(module, _BatchNorm) and not module.track_running_stats:
-            raise ModelError(
-                f"{where} normalises by the batch: an example's loss would depend on its neighbours. "
-                "Use GroupNorm, or track_running_stats=True in eval mode"
-            )
-        rate = module.p if isinstance(module, _DropoutNd) else getattr(module, "dropout", 0.0)  # attention, LSTM, ...
-        if module.training and isinstance(rate, float) and rate > 0:
-            raise ModelError(
-                f"{where} is in training mode: each pass would drop other units and hide the difference. "
-                "Put it in eval mode with .eval(), or set its rate to 0"
-            )
-
-
-def per_example(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The loss with one number an example, where it can be asked for that."""
-    if isinstance(loss, nn.Module):
-        reduction: Any = getattr(loss, "reduction", "none")
-        if reduction != "none":
-            loss = copy.deepcopy(loss)
-            loss.reduction = "none"  # type: ignore[assignment]  # torch types attributes of modules as tensors
-            return _mean_of_each(loss)
-        return loss
-    try:
-        parameters = inspect.signature(loss).parameters
-    except (TypeError, ValueError):
-        return loss
-    return _mean_of_each(partial(loss, reduction="none")) if "reduction" in parameters else loss
-
-
-def _mean_of_each(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Average over any dimension behind the first."""
-
-    def mean(output: Tensor, target: Tensor) -> Tensor:
-        values = loss(output, target)
-        return values.flatten(1).mean(1) if values.ndim > 1 else values
-
-    return mean

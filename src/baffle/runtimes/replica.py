@@ -3,7 +3,7 @@
 * copies: every trained tensor has a buffer that the kernels read, and a pass writes all of them first;
 * streaming: a layer's perturbed weight is made just before the layer runs and gone after it, so that a pass needs an
   inference's memory and one layer's weight;
-* stacked: several directions in one batch (``baffle.runtimes.stacked``).
+* stacked: several directions in one batch (``baffle.runtimes.stacks``).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from baffle.errors import ModelError
-from baffle.perturb import Array, Block, Pass, Perturbations, Point, Slot
+from baffle.perturb import Array, Pass, Perturbations, Point, Slot
 from baffle.runtimes.intercept import Exchange, Memo, memoise_frozen_prefix
-from baffle.runtimes.stacked import NotStackable, Stack
+from baffle.runtimes.stacked import NotStackable
 from baffle.types import Losses, Table
 
 CHANNELS_LAST = (0, 2, 3, 1)
@@ -54,18 +54,28 @@ class Replica:
             for p in trained.values()
         ]
         exchanged: dict[int, Any] = dict(frozen)
-        exchanged |= {id(b): b.to(dtype) if b.is_floating_point() else b.clone() for b in model.buffers()}
+        exchanged |= {id(b): b.to(dtype, copy=True) if b.is_floating_point() else b.clone() for b in model.buffers()}
         exchanged |= {id(p): own for p, own in zip(trained.values(), self._parameters, strict=True)}
-        self.model: nn.Module = copy.deepcopy(model, exchanged)
-        self._index = {id(p): i for i, p in enumerate(self._parameters)}
-        self._table, self._loss, self._dtype = table, loss, dtype
-        self._device = self._parameters[0].device
+        try:
+            with torch.no_grad():
+                self.model: nn.Module = copy.deepcopy(model, exchanged)
+        except Exception as error:  # of the user's own code, or of PyTorch about it
+            raise ModelError(f"the model cannot be copied for a thread: {error}") from error
+        scripts = [m for m in self.model.modules() if isinstance(m, torch.jit.ScriptModule)]
+        if scripts:  # they copy what they have themselves
+            for tensor in (t for m in scripts for t in (*m.parameters(), *m.buffers()) if t.is_floating_point()):
+                tensor.data = tensor.data.to(dtype)
+            found = dict(self.model.named_parameters())
+            self._parameters = [found[name] for name in trained]
+        self.index = {id(p): i for i, p in enumerate(self._parameters)}
+        self.table, self._loss, self.dtype = table, loss, dtype
+        self.device = self._parameters[0].device
         self._memo: Memo | None = None
         self._looked_for_prefix = not frozen
         self._buffers: list[Tensor] = []
         self._bits: list[Array] = []
-        self._stackable: dict[tuple[int, ...], bool] = {}
         self._seen = set[int]()
+        self._writes: bool | None = None  # on its inputs; known from the first pass on
 
     # the three ways
 
@@ -76,115 +86,57 @@ class Replica:
             for i, bits in enumerate(self._bits):
                 evaluated.write(i, bits)
             self._upload()
-            yield torch.cat([self._forward(c.x, c.y)[1] for c in self._remembering(chunks)])
+            yield torch.cat([self.forward(c.x, c.y)[1] for c in self.remembering(chunks)])
 
     def streaming(self, point: Point, part: Perturbations, chunks: Sequence[Chunk], budget: int) -> Iterator[Tensor]:
         """The same; weights are made where they are used."""
         for evaluated in point.passes(part, budget):
-            yield torch.cat([self._streamed(point, evaluated, c) for c in chunks])
-            self._require_seen()
-
-    def stacked(
-        self, point: Point, part: Perturbations, chunks: Sequence[Chunk], budget: int, rows: int
-    ) -> Iterator[Tensor]:
-        """The same, several passes at once: as many as have ``rows`` examples together. Raises NotStackable."""
-        most = max(1, rows // (len(chunks[0].x) * max(1, len(part.steps))))
-        for evaluated in point.passes(only_baseline(part)):
-            yield torch.cat([self._streamed(point, evaluated, c) for c in chunks])
-        plain = cache(partial(self._plain, point))
-        for block in point.blocks(part, budget, most):
-            found = [self._stack(point, block, part.steps, c, plain) for c in self._remembering(chunks)]
-            yield from torch.cat(found, dim=1)
+            yield torch.cat([self.streamed(point, evaluated, c) for c in chunks])
+            self.require_seen()
 
     def evaluate(self, point: Point, chunks: Sequence[Chunk], in_buffers: bool) -> Iterator[tuple[Tensor, Tensor]]:
         """Outputs and losses of each chunk under unperturbed weights."""
         plain = point.unperturbed
         if not in_buffers:
-            with Exchange(self._index, cache(partial(self._written, point, plain))):
-                yield from [self._forward(c.x, c.y) for c in chunks]
+            with Exchange(self.index, partial(self.written, point, plain)):
+                yield from [self.forward(c.x, c.y) for c in chunks]
+            self.require_seen()
             return
         self._fill_parameters(point)
         for i, bits in enumerate(self._bits):
             plain.write(i, bits)
         self._upload()
-        yield from [self._forward(c.x, c.y) for c in chunks]
+        yield from [self.forward(c.x, c.y) for c in chunks]
 
     def outputs(self, point: Point, x: Tensor) -> object:
         """What the model makes of inputs under unperturbed weights."""
         plain = point.unperturbed
-        with Exchange(self._index, partial(self._written, point, plain)):
-            return self.model(x.to(self._dtype))
+        with Exchange(self.index, partial(self.written, point, plain)):
+            return self._called(x)
 
     # what they have in common
 
-    def _streamed(self, point: Point, evaluated: Pass, chunk: Chunk) -> Tensor:
-        with Exchange(self._index, partial(self._written, point, evaluated)):
-            return self._forward(chunk.x, chunk.y)[1]
+    def streamed(self, point: Point, evaluated: Pass, chunk: Chunk) -> Tensor:
+        """Losses [examples] of one pass, whose weights are made where they are used."""
+        with Exchange(self.index, partial(self.written, point, evaluated)):
+            return self.forward(chunk.x, chunk.y)[1]
 
-    def _stack(
-        self, point: Point, block: Block, steps: Sequence[float], chunk: Chunk, plain: Callable[[int], Tensor]
-    ) -> Tensor:
-        """Losses [passes, examples] of a block of directions."""
-        s, b = block.size * len(steps), len(chunk.x)
-        shape = (s, *chunk.x.shape)
-        passes = [Pass(point, block, k, np.float32(step)) for k in range(block.size) for step in steps]
-        if not self._stackable.get(shape, True):
-            return torch.stack([self._streamed(point, p, chunk) for p in passes])
-        each = cache(partial(self._each, point, block, steps))
-        mode = Stack(self._index, s, b, plain, cache(partial(self._factors, point, block, steps)), each)
-        try:
-            losses = self._forward(chunk.x, chunk.y, mode, s)[1].view(len(steps), block.size, b)
-        except (NotStackable, ModelError) as error:
-            if not any(self._stackable.values()):
-                raise NotStackable(str(error)) from error
-            self._stackable[shape] = False
-            return self._stack(point, block, steps, chunk, plain)
-        losses = losses.transpose(0, 1).reshape(s, b)
-        if shape not in self._stackable:  # once, that it is what passes alone give
-            alone = torch.stack([self._streamed(point, passes[i], chunk) for i in (0, -1)])
-            close = torch.allclose(losses[[0, -1]], alone, 1e-3, _LOOSE[self._dtype], equal_nan=True)
-            if not close and not any(self._stackable.values()):
-                raise NotStackable("a stack gives other losses than its examples alone")
-            self._stackable[shape] = close
-            if not close:
-                return self._stack(point, block, steps, chunk, plain)
-        return losses
+    def plain(self, point: Point, tensor: int) -> Tensor:
+        """A tensor's unperturbed weights in memory of their own."""
+        return self.written(point, point.unperturbed, tensor)
 
-    def _factors(self, point: Point, block: Block, steps: Sequence[float], tensor: int) -> tuple[Tensor, Tensor] | None:
-        """The rank-1 factors of a stack, the left ones times the step; None where a product would not do."""
-        found = block.factors(tensor)
-        if found is None or tensor in point.masks:
-            return None
-        a = torch.from_numpy(np.concatenate([found[0] * np.float32(step) for step in steps]))
-        b = torch.from_numpy(np.concatenate([found[1]] * len(steps)))
-        axes = point.slots[tensor].axes
-        if axes is not None:
-            shape = self._table[tensor].shape
-            b = b.view(-1, *[shape[a] for a in axes[1:]]).permute(0, *[axes.index(d) for d in range(1, len(axes))])
-        return a.to(self._device, self._dtype), b.to(self._device, self._dtype)
-
-    def _each(self, point: Point, block: Block, steps: Sequence[float], tensor: int) -> Tensor:
-        """A tensor's weights of every pass of a stack: [passes, *shape]."""
-        made, view = self._memory(point.slots[tensor], tensor, len(steps) * block.size)
-        for step, part in zip(steps, np.split(as_bits(made), len(steps)), strict=True):
-            Pass(point, block, slice(0, block.size), np.float32(step)).write(tensor, part)
-        return view.to(self._device)
-
-    def _plain(self, point: Point, tensor: int) -> Tensor:
-        return self._written(point, point.unperturbed, tensor)
-
-    def _written(self, point: Point, evaluated: Pass, tensor: int) -> Tensor:
+    def written(self, point: Point, evaluated: Pass, tensor: int) -> Tensor:
         """A tensor's perturbed weights in memory of their own."""
-        made, view = self._memory(point.slots[tensor], tensor)
+        made, view = self.memory(point.slots[tensor], tensor)
         evaluated.write(tensor, as_bits(made))
         self._seen.add(tensor)
-        return view.to(self._device)
+        return view.to(self.device)
 
-    def _memory(self, slot: Slot, tensor: int, *lead: int) -> tuple[Tensor, Tensor]:
+    def memory(self, slot: Slot, tensor: int, *lead: int) -> tuple[Tensor, Tensor]:
         """Memory of a slot, as many times as ``lead`` says, and it as the tensor that the model sees."""
-        shape = self._table[tensor].shape
+        shape = self.table[tensor].shape
         axes = slot.axes or tuple(range(len(shape)))
-        made = torch.empty([*lead, *[shape[a] for a in axes]], dtype=self._dtype)
+        made = torch.empty([*lead, *[shape[a] for a in axes]], dtype=self.dtype)
         if slot.axes is None:
             return made, made
         return made, made.permute([*range(len(lead)), *[len(lead) + axes.index(d) for d in range(len(shape))]])
@@ -194,24 +146,25 @@ class Replica:
         if self._bits:
             return
         for i, p in enumerate(self._parameters):
-            made, view = self._memory(point.slots[i], i)
+            made, view = self.memory(point.slots[i], i)
             self._bits.append(as_bits(made))
             self._buffers.append(view)
-            p.data = view if self._device.type == "cpu" else view.to(self._device)
+            p.data = view if self.device.type == "cpu" else view.to(self.device)
 
-    def _require_seen(self) -> None:
+    def require_seen(self) -> None:
         """A tensor whose use is hidden from Python would never be perturbed."""
-        if missing := [spec.name for i, spec in enumerate(self._table) if i not in self._seen]:
+        if missing := [spec.name for i, spec in enumerate(self.table) if i not in self._seen]:
             raise ModelError(
                 f"{missing[0]}: no function was seen to use it (does TorchScript?): expected strategy copies"
             )
 
     def _upload(self) -> None:
-        if self._device.type != "cpu":
+        if self.device.type != "cpu":
             for p, host in zip(self._parameters, self._buffers, strict=True):
                 p.data.copy_(host)
 
-    def _remembering(self, chunks: Sequence[Chunk]) -> Iterator[Chunk]:
+    def remembering(self, chunks: Sequence[Chunk]) -> Iterator[Chunk]:
+        """The chunks of the batch, for passes that may take what the frozen beginning made of them before."""
         for number, chunk in enumerate(chunks):
             if self._memo is not None:
                 self._memo.at(number)
@@ -219,13 +172,14 @@ class Replica:
         if self._memo is not None:
             self._memo.at(None)
 
-    def start(self, chunks: Sequence[Chunk]) -> None:
-        """A new batch: what is frozen at the beginning of the model is evaluated once for it."""
+    def start(self, chunks: Sequence[Chunk], most: int) -> None:
+        """A new batch: what is frozen at the beginning of the model is evaluated once for it, and kept within so many
+        bytes."""
         if not self._looked_for_prefix:
             self._looked_for_prefix = True
-            self._memo = memoise_frozen_prefix(self.model, self._index, self._cast(chunks[0].x[:1]))
+            self._memo = memoise_frozen_prefix(self.model, self.index, self._cast(chunks[0].x[:1]))
         if self._memo is not None:
-            self._memo.start()
+            self._memo.start(most)
 
     def finish(self) -> None:
         """Let go of what was kept for the batch."""
@@ -233,26 +187,37 @@ class Replica:
             self._memo.start()
 
     def _cast(self, x: Tensor) -> Tensor:
-        return x.to(self._dtype) if x.is_floating_point() else x
+        return x.to(self.dtype) if x.is_floating_point() else x
 
-    def _forward(
-        self, x: Tensor, y: Tensor, mode: AbstractContextManager[Any] | None = None, passes: int = 1
-    ) -> tuple[Tensor, Tensor]:
-        """Outputs and losses, one an example, or one an example and pass of a stack."""
+    def _called(self, x: Tensor) -> Any:
+        """What the model makes of inputs, which it may write on; whatever it raises is told."""
+        given = self._cast(x)
+        if given is x and self._writes is not False:
+            with torch.inference_mode(False):  # where writes are counted
+                given = x.clone()
         try:
-            with mode or nullcontext():
-                output = self.model(self._cast(x))
+            output = self.model(given)
+            if self._writes is None and not given.is_inference():
+                self._writes = given._version > 0
+            return output
         except NotStackable:
             raise
         except Exception as error:  # of the user's own code
             raise ModelError(f"the model failed on inputs {tuple(x.shape)} of {x.dtype}: {error}") from error
+
+    def forward(
+        self, x: Tensor, y: Tensor, mode: AbstractContextManager[Any] | None = None, passes: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs and losses, one an example, or one an example and pass of a stack."""
+        with mode or nullcontext():
+            output = self._called(x)
         if not isinstance(output, Tensor):
             raise ModelError(f"the model gives a {type(output).__name__}: expected one tensor of outputs")
         if passes > 1:
             if len(output) != passes * len(x):
                 raise NotStackable(f"outputs {tuple(output.shape)} of {passes} x {len(x)} examples")
             y = y.repeat(passes, *[1] * (y.ndim - 1))
-        output = output if self._dtype is torch.float32 else output.float()
+        output = output if self.dtype is torch.float32 else output.float()
         try:
             loss = self._loss(output, y)
         except (IndexError, RuntimeError, TypeError) as error:
@@ -265,10 +230,6 @@ class Replica:
                 "example (reduction='none', averaged over any further dimension)"
             )
         return output, loss.to(torch.float32)
-
-
-_LOOSE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 1e-2}
-"""How far losses of a stack may be from those of its examples alone; another function is further."""
 
 
 def as_bits(made: Tensor) -> Array:
@@ -292,11 +253,6 @@ def stack_losses(rows: Iterator[Tensor], passes: int, examples: int, device: tor
     for row, losses in zip(out, rows, strict=True):
         row.copy_(losses)
     return np.asarray(out.cpu().numpy())
-
-
-def only_baseline(part: Perturbations) -> Perturbations:
-    """The unperturbed passes of a portion."""
-    return Perturbations(part.directions, 0, (), part.baseline, part.first, part.lattice)
 
 
 def slots_of(table: Table, dtype: torch.dtype, channels_last: bool) -> list[Slot]:

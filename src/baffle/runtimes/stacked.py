@@ -137,14 +137,22 @@ class Stack(TorchFunctionMode):
             return y + bias.reshape(-1, *[1] * (y.ndim - 2))
         return self._channelwise(torch.Tensor.add, y, bias)
 
-    def _embedding(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _embedding(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        *_: Any,
+        **__: Any,
+    ) -> Tensor:
         number = self._number(weight)
         assert number is not None
         factors = self._factors(number)
-        if self.stacked(input) or factors is None:
-            raise NotStackable("an embedding of another family than rank1, or behind a trained layer")
+        if (self.stacked(input) and self._passes > 1) or factors is None or max_norm is not None:
+            raise NotStackable("an embedding with max_norm, of another family than rank1, or behind a trained layer")
         a, b = factors
-        found = F.embedding(input, self._plain(number), *args, **kwargs)
+        found = F.embedding(input, self._plain(number), padding_idx)
         right = b.reshape(len(b), *[1] * input.ndim, -1)
         return torch.addcmul(found, a[:, input][..., None], right).flatten(0, 1)
 
