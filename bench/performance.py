@@ -34,7 +34,10 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 
 def memory(quick: bool, progress: Progress) -> list[Result]:
-    """Streaming, the default and backpropagation (R4) against plain inference with the replay state."""
+    """Streaming, the default and backpropagation (R4) against plain inference with the replay state.
+
+    The default has its target with one thread, as a client runs: each further one has buffers of its own.
+    """
     results, state = [], "inference and state"
     targets = {"streaming": 1.2, "default": 1.5, "inference": None, "backprop": None}
     for model in ("wrn-10-2", "transformer"):
@@ -43,7 +46,8 @@ def memory(quick: bool, progress: Progress) -> list[Result]:
             for work, target in targets.items():
                 case = f"{WORKLOADS[model].title}, {threads} thread{'s' if threads > 1 else ''}, {work}"
                 of = f"peak memory, to {state}"
-                results.append(compare(case, peaks, work, state, of=of, unit="MiB", target=target, wanted="at most"))
+                wanted = None if work == "default" and threads > 1 else target
+                results.append(compare(case, peaks, work, state, of=of, unit="MiB", target=wanted, wanted="at most"))
     return results
 
 

@@ -102,7 +102,7 @@ def runtimes(workload: Workload, precision: str, threads: int | None = None) -> 
 
 
 def shortlist(
-    made: dict[str, Runtime], ask: Callable[[Runtime, int], Perturbations], batch: Dataset, passes: int = 8
+    made: dict[str, Runtime], ask: Callable[[Runtime, int], Perturbations], batch: Dataset, passes: int = 32
 ) -> dict[str, float]:
     """Seconds of a pass by runtime, those of a short measurement, the fastest first; without what cannot do it."""
     found: dict[str, float] = {}
