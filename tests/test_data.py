@@ -438,7 +438,7 @@ def test_every_pass_over_a_batch_sees_the_same_images() -> None:
     batch = sample(train, 20, np.random.default_rng(0))
     asked = Perturbations(Directions(runtime.table, "rank1", (0, 0)), 5, (0.1,), baseline=True)
     runtime.losses(runtime.initial_weights(), asked, batch)
-    assert model.inputs == [batch.x.tobytes()] * 6
+    assert model.inputs[1:] == [batch.x.tobytes()] * 6  # the first call measures what an example takes
 
 
 def test_batches_of_clients_are_augmented_by_key_round_client_and_step() -> None:
@@ -509,7 +509,7 @@ def test_a_model_is_given_scaled_pixels() -> None:
     model.linear = nn.Linear(90, 10)
     runtime = TorchRuntime(model, F.cross_entropy, threads=1)
     runtime.evaluate(runtime.initial_weights(), pixels())
-    given = np.frombuffer(b"".join(model.inputs), np.float32)  # channels last or not: the same numbers
+    given = np.frombuffer(model.inputs[-1], np.float32)  # after an example that is measured
     assert np.array_equal(given.reshape(4, 3, 5, 6), pixels().inputs())
 
 

@@ -4,8 +4,10 @@ things."""
 from __future__ import annotations
 
 import copy
+import gc
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -22,12 +24,12 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 from baffle.data import Dataset
-from baffle.errors import ModelError, PlanError
+from baffle.errors import DataError, ModelError, OptionError, PlanError
 from baffle.perturb import Point, unperturbed
 from baffle.runtimes.allocator import give_back_freed_memory, keep_freed_memory
 from baffle.runtimes.budget import Sizes, _Living, activation_bytes, weight_bytes, within
 from baffle.runtimes.lanes import side_by_side
-from baffle.runtimes.pytorch import STRATEGIES, TorchRuntime
+from baffle.runtimes.pytorch import STRATEGIES, TorchRuntime, takes_channels_last
 from baffle.runtimes.threads import one_thread
 from baffle.types import Family, Losses, make_table
 from test_strategies import Make, With, asked_of, by, data_of, exact_losses, frozen, layer, losses_of, parameter
@@ -308,6 +310,76 @@ class TestThreads:
 def test_the_c_library_is_told(tell: Callable[[], bool]) -> None:
     glibc = sys.platform == "linux" and bool(sys.modules["os"].confstr("CS_GNU_LIBC_VERSION"))
     assert tell() is glibc
+
+
+def test_a_glibc_that_refuses_large_thresholds_is_told_a_smaller_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, int]] = []
+
+    def mallopt(option: int, value: int) -> bool:
+        told.append((option, value))
+        return option != -3 or value <= 2**25  # M_MMAP_THRESHOLD before glibc 2.35
+
+    monkeypatch.setattr("baffle.runtimes.allocator._mallopt", mallopt)
+    assert keep_freed_memory()
+    assert told == [(-3, 2**30), (-3, 2**25), (-1, 2**30)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "off", "same"),
+    [
+        (torch.float32, 0.0, True),
+        (torch.float32, 0.02, False),
+        (torch.bfloat16, 0.02, True),
+        (torch.bfloat16, 0.5, False),
+        (torch.float16, 0.005, True),
+        (torch.float16, 0.1, False),
+        (torch.float64, 0.0, True),
+    ],
+)
+def test_layouts_are_compared_as_precisely_as_they_compute(dtype: torch.dtype, off: float, same: bool) -> None:
+    def outputs(x: Tensor, layout: torch.memory_format) -> Tensor:
+        return torch.ones(len(x), 3, dtype=dtype) + off * (layout is torch.channels_last)
+
+    assert takes_channels_last(outputs, (3, 8, 8), torch.device("cpu")) is same
+
+
+def test_a_runtime_is_freed_with_its_last_reference() -> None:
+    """Replicas are as large as the model: they do not wait for the collector of cycles."""
+    gc.disable()
+    try:
+        runtime = TorchRuntime(layer(), F.cross_entropy, 2)
+        losses_of(runtime, data_of((6,)), asked_of(runtime))
+        replica = weakref.ref(runtime.lanes[1].worker)
+        del runtime
+        assert replica() is None
+    finally:
+        gc.enable()
+
+
+def test_what_cannot_be_evaluated_is_told() -> None:
+    runtime = TorchRuntime(layer(), F.cross_entropy, 1)
+    weights, data = runtime.initial_weights(), data_of((6,))
+    size = len(weights)
+    empty = data.take(np.arange(0))
+    for call in (partial(runtime.losses, weights, asked_of(runtime)), partial(runtime.evaluate, weights)):
+        with pytest.raises(DataError, match="no examples: expected at least one"):
+            call(empty)
+    for wrong in (weights[:-1], weights.astype(np.float64)):
+        with pytest.raises(PlanError, match=rf"weights: float\d+\[\d+\]: expected float32\[{size}\]"):
+            runtime.losses(wrong, asked_of(runtime), data)  # type: ignore[arg-type]  # one has the wrong type
+
+
+@pytest.mark.parametrize("memory", [0, -1, "1GB"])
+def test_a_budget_is_a_number_of_bytes(memory: Any) -> None:
+    with pytest.raises(OptionError, match=r"memory = .*: expected an integer >= 1"):
+        TorchRuntime(layer(), F.cross_entropy, 1, memory=memory)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_model_without_numbers_is_refused(trained: bool) -> None:
+    model = nn.Sequential(layer(), nn.Linear(2, 2, device="meta").requires_grad_(trained))
+    with pytest.raises(ModelError, match=r"1\.weight: on the device meta: expected numbers"):
+        TorchRuntime(model, F.cross_entropy, 1)
 
 
 def writes_on_input(m: Any, x: Tensor) -> object:

@@ -25,7 +25,7 @@ from baffle.directions import Directions
 from baffle.errors import PlanError
 from baffle.quantize import encode, lattice_steps, on_lattice
 from baffle.rounding import mask_of, to_bfloat16, to_float16
-from baffle.types import Table, Weights
+from baffle.types import Table, Weights, table_size
 
 BUDGET = 4 * 2**20
 """Bytes of directions drawn at once, unless told otherwise."""
@@ -121,12 +121,15 @@ class Point:
     Without ``select`` nothing is kept in low precision, and every pass rounds for itself: slower, the same bits, and
     no more memory than the weights.
 
-    Raises PlanError for the branch of a pruned tensor: a product cannot leave entries out.
+    Raises PlanError for weights of another kind or number, and for the branch of a pruned tensor: a product cannot
+    leave entries out.
     """
 
     @np.errstate(over="ignore", invalid="ignore", divide="ignore")  # weights that are not finite become what they may
     def __init__(self, asked: Perturbations, weights: Weights, slots: Sequence[Slot], *, select: bool = True) -> None:
         directions, table = asked.directions, asked.directions.table
+        if weights.dtype != np.float32 or weights.shape != (table_size(table),):
+            raise PlanError(f"weights: {weights.dtype}{list(weights.shape)}: expected float32[{table_size(table)}]")
         self.directions, self.slots = directions, tuple(slots)
         self.rows: Mapping[int, Float32] = {}  # how many times the step a row of a matrix moves
         if asked.lattice and asked.steps:

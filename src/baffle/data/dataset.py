@@ -116,6 +116,11 @@ class Dataset:
             object.__setattr__(part, field, value)
         return part
 
+    def require_examples(self) -> None:
+        """Raise DataError if there are none."""
+        if len(self) == 0:
+            raise DataError(f"{self.name}: no examples: expected at least one")
+
     def check_labels(self, classes: int) -> None:
         """Raise DataError unless every label is an integer in [0, classes)."""
         if not np.issubdtype(self.y.dtype, np.integer):

@@ -13,6 +13,7 @@ import sys
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt, malloc.h
 _NEVER, _LARGE = 2**30, 2**18
+_MOST = 2**25  # of the threshold of mmap, before glibc 2.35
 
 
 def keep_freed_memory() -> bool:
@@ -22,7 +23,8 @@ def keep_freed_memory() -> bool:
         >>> keep_freed_memory() in (True, False)
         True
     """
-    return _mallopt(_MMAP_THRESHOLD, _NEVER) and _mallopt(_TRIM_THRESHOLD, _NEVER)
+    told = _mallopt(_MMAP_THRESHOLD, _NEVER) or _mallopt(_MMAP_THRESHOLD, _MOST)
+    return told and _mallopt(_TRIM_THRESHOLD, _NEVER)
 
 
 def give_back_freed_memory() -> bool:

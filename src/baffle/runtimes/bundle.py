@@ -157,7 +157,8 @@ class Bundle:
         return bundle
 
     def check_data(self, data: Dataset) -> None:
-        """Raise DataError unless examples are of the kind that the graph was made for."""
+        """Raise DataError unless examples are of the kind that the graph was made for, and there are some."""
+        data.require_examples()
         for field, example, array in (("x", self.manifest.x, data.x), ("y", self.manifest.y, data.y)):
             kind = "float32" if field == "x" and data.scaling is not None else str(array.dtype)
             if array.shape[1:] != example.shape or kind != example.dtype:

@@ -64,8 +64,7 @@ class GraphRuntime:
                 return load(file, buffers)
 
         chosen = [kinds(spec, feed) for spec, feed in zip(bundle.manifest.table, bundle.manifest.feeds, strict=True)]
-        workers = [Worker(bundle, one_at_a_time, chosen) for _ in range(threads or cores())]
-        self._lanes = tuple(Lane(self.losses_on, worker) for worker in workers)
+        self._workers = tuple(Worker(bundle, one_at_a_time, chosen) for _ in range(threads or cores()))
 
     @property
     def table(self) -> Table:
@@ -75,7 +74,7 @@ class GraphRuntime:
     @property
     def lanes(self) -> tuple[Lane[Worker], ...]:
         """The runtime one thread at a time: each evaluates losses alone, and all may do so at once."""
-        return self._lanes
+        return tuple(Lane(self.losses_on, w) for w in self._workers)  # not kept: lanes have the runtime
 
     @property
     def plan(self) -> dict[str, str | int]:
@@ -84,7 +83,7 @@ class GraphRuntime:
         found = self._engine | {
             "bundle": self._bundle.sha256,
             "chunk_inputs": _CHUNK_INPUTS,
-            "threads": len(self._lanes),
+            "threads": len(self._workers),
         }
         return found | ({"frozen": frozen} if frozen else {})
 
@@ -94,7 +93,7 @@ class GraphRuntime:
 
     def losses(self, weights: Weights, perturbations: Perturbations, batch: Dataset) -> Losses:
         """Losses of every pass: float32[passes, examples]."""
-        return self.losses_on(self._lanes, weights, perturbations, batch)
+        return self.losses_on(self.lanes, weights, perturbations, batch)
 
     def losses_on(
         self, lanes: Sequence[Lane[Worker]], weights: Weights, perturbations: Perturbations, batch: Dataset
@@ -121,12 +120,12 @@ class GraphRuntime:
     def evaluate(self, weights: Weights, data: Dataset) -> Evaluation:
         """Losses, and hits of the largest output where targets are integer labels of a 2-D output."""
         self._bundle.check_data(data)
-        chunks = self._chunks(data, self._lanes[0].worker)
-        ranges = self._ranges(self._lanes[0].worker, weights, chunks)
-        shares = [list(s) for s in np.array_split(np.arange(len(chunks)), len(self._lanes)) if len(s)]
+        chunks = self._chunks(data, self._workers[0])
+        ranges = self._ranges(self._workers[0], weights, chunks)
+        shares = [list(s) for s in np.array_split(np.arange(len(chunks)), len(self._workers)) if len(s)]
 
         def run(i: int) -> tuple[Losses, npt.NDArray[np.bool_] | None]:
-            return self._lanes[i].worker.evaluate(weights, [chunks[c] for c in shares[i]], ranges)
+            return self._workers[i].evaluate(weights, [chunks[c] for c in shares[i]], ranges)
 
         found = side_by_side(run, len(shares))
         hits = [h for _, h in found if h is not None]

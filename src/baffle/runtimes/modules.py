@@ -28,7 +28,10 @@ def frozen_sha256(model: nn.Module) -> str:
 
 
 def check_modules(model: nn.Module) -> None:
-    """Refuse layers whose outputs are random or depend on the batch. Raises ModelError."""
+    """Refuse tensors without numbers, and layers whose outputs are random or depend on the batch: ModelError."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            raise ModelError(f"{name}: on the device meta: expected numbers; load the model's weights first")
     for name, module in model.named_modules():
         where = f"{name or 'model'} ({type(module).__name__})"
         if isinstance(module, (_BatchNorm, _InstanceNorm)) and module.training and module.track_running_stats:

@@ -28,6 +28,8 @@ from baffle.types import Losses, Table
 
 CHANNELS_LAST = (0, 2, 3, 1)
 _BITS = {torch.float32: torch.float32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+LOOSE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 1e-2}
+"""How far results computed in another way may be from the usual ones; another function's are further."""
 _WORDS = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.float16: np.uint16}
 
 

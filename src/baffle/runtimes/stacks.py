@@ -15,11 +15,8 @@ from torch import Tensor
 
 from baffle.errors import ModelError
 from baffle.perturb import Block, Pass, Perturbations, Point
-from baffle.runtimes.replica import Chunk, Replica, as_bits
+from baffle.runtimes.replica import LOOSE, Chunk, Replica, as_bits
 from baffle.runtimes.stacked import NotStackable, Stack
-
-_LOOSE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 1e-2}
-"""How far losses of a stack may be from those of its examples alone; another function is further."""
 
 
 class Stacks:
@@ -71,7 +68,7 @@ class Stacks:
         if shape not in self._stackable:  # once, that it is what passes alone give
             alone = torch.stack([self._replica.streamed(point, passes[i], chunk) for i in (0, -1)])
             both = losses[[0, -1]].isfinite() & alone.isfinite()
-            close = torch.allclose(losses[[0, -1]][both], alone[both], 1e-3, _LOOSE[self._replica.dtype])
+            close = torch.allclose(losses[[0, -1]][both], alone[both], 1e-3, LOOSE[self._replica.dtype])
             if not close and not any(self._stackable.values()):
                 raise NotStackable("a stack gives other losses than its examples alone")
             self._stackable[shape] = close

@@ -184,7 +184,7 @@ class Worker:
     def _outputs(self, file: str, chunk: Chunk) -> Mapping[str, Array]:
         key = file, len(chunk.x)
         if key not in self.programs:
-            x, y = np.empty_like(chunk.x), np.empty_like(chunk.y)
+            x, y = (_aligned(a.size, a.dtype).reshape(a.shape) for a in (chunk.x, chunk.y))
             self.programs[key] = (self.load(file, self.buffers | {"x": x, "y": y}), x, y)
         program, x, y = self.programs[key]
         x[...], y[...] = chunk.x, chunk.y
@@ -220,7 +220,7 @@ def _host_loss(loss: str, outputs: Array, y: Array) -> npt.NDArray[np.float64]:
     raise ModelError(f"outputs {outputs.shape[1:]} and targets {y.shape}: expected [examples, classes] and [examples]")
 
 
-def _aligned(size: int, dtype: type[np.generic]) -> Array:
+def _aligned(size: int, dtype: npt.DTypeLike) -> Array:
     """An array that starts at a multiple of 64 bytes, as engines like them."""
     bytes_ = size * np.dtype(dtype).itemsize
     raw = np.zeros(bytes_ + 64, np.uint8)
