@@ -85,7 +85,7 @@ def test_secure_sums_over_the_network_give_the_weights_of_plain_sums(tmp_path: P
     rounds = 4
     with site(tmp_path, secure=True, clients=4) as here:
         here.start_nodes("--only-secure")  # there is no other answer to be had of them
-        here.submit(SECURE | {"rounds": rounds, "num-directions": 100})
+        here.submit(SECURE | {"rounds": rounds, "num-directions": 100}, deadline=15.0)  # on a busy machine: seconds
         here.finish(90)
         digest = check_run(here.out, rounds)
         options = train_config(tmp_path / "train.toml", {"threads": 1, "secure_sum": False})
