@@ -28,6 +28,7 @@ from baffle.config import TrainConfig
 from baffle.deploy.federation import Federation
 from baffle.deploy.places import app_folder
 from baffle.roster import read_rounds
+from kernel import memory_mib
 
 Found = dict[str, object]
 
@@ -120,7 +121,7 @@ def many(clients: int, rounds: int) -> list[Found]:
             if number % 2:  # each imports PyTorch: not all at once
                 time.sleep(1.0)
         run = train(federation, {"rounds": rounds, "batch-size": 16}, clients=clients, deadline=300.0, quorum=1.0)
-        memory = [peak_mib(process.pid) for process in federation.nodes.values()]
+        memory = [memory_mib(process.pid) for process in federation.nodes.values()]
         own = [own_mib(process.pid) for process in federation.nodes.values()]
         logs = read_rounds(run)
         outcomes = Counter(visit.outcome for log in logs for visit in log.visits)
@@ -251,12 +252,6 @@ def wait_for(condition: Callable[[], bool]) -> None:
         if time.monotonic() > give_up:
             raise SystemExit("the run did not end in time")
         time.sleep(0.5)
-
-
-def peak_mib(pid: int) -> float:
-    """Peak resident memory of a living process, as Linux counts it."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def own_mib(pid: int) -> float:

@@ -23,18 +23,13 @@ import baffle as bf
 from baffle.engines.pipe import PipeEngine, write_clients
 from baffle.models import build
 from baffle.runtimes.bundle import Precision
+from kernel import memory_mib
 
 _CELLS: list[tuple[str, Precision, list[str]]] = [
     ("ort", "fp32", []),
     ("ort", "int8", []),
     ("openvino", "fp32", ["--runtime", "openvino"]),
 ]
-
-
-def peak_mib(pid: int) -> float:
-    """Peak resident memory of a living process, as Linux counts it."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def without_torch(folder: Path) -> None:
@@ -60,7 +55,7 @@ def train(precision: Precision, arguments: list[str], rounds: int, clients: int)
         commands = [[*command, *arguments] for command in commands]
         with PipeEngine(bundle, commands, bf.OrtRuntime(bundle)) as engine:
             run = bf.train(method, engine, bundle.initial, rounds=rounds, test=test)
-            peak = max(peak_mib(pid) for pid in engine.pids)
+            peak = max(memory_mib(pid) for pid in engine.pids)
     up = sum(r.bytes_up or 0 for r in run.records) / (len(run.records) * clients)
     down = sum(r.bytes_down or 0 for r in run.records) / (len(run.records) * clients)
     return {

@@ -25,8 +25,8 @@ from torch.nn.functional import cross_entropy
 from baffle.directions import Directions
 from baffle.perturb import Perturbations
 from baffle.runtimes.pytorch import TorchRuntime
+from kernel import memory_mib
 from references import gradient, torch_threads
-from runtimes import peak_mib
 from workloads import SIGMA, WORKLOADS
 
 Work = Literal["inference", "inference and state", "streaming", "default", "backprop"]
@@ -45,7 +45,7 @@ class Job(msgspec.Struct, frozen=True):
 
 def child(job: Job) -> float:
     """Do the work of a client; MiB at the peak above those after the imports."""
-    imports = peak_mib()
+    imports = memory_mib()
     workload = WORKLOADS[job.model]
     model, batch = workload.model(), workload.examples(_BATCH)
     x, y = torch.from_numpy(batch.inputs()), torch.from_numpy(batch.y)
@@ -62,7 +62,7 @@ def child(job: Job) -> float:
             runtime = TorchRuntime(model, cross_entropy, job.threads, strategy=strategy)
             directions = Directions(runtime.table, "rank1", (0, 1))
             runtime.losses(state[0], Perturbations(directions, job.passes, (SIGMA,), 1), batch)
-    return peak_mib() - imports
+    return memory_mib() - imports
 
 
 def in_child(job: Job) -> float:

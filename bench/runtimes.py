@@ -19,7 +19,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -31,11 +30,11 @@ import msgspec
 import numpy as np
 
 from baffle.data import Dataset
-from baffle.directions import Directions
 from baffle.errors import MissingExtraError, OptionError
-from baffle.perturb import Perturbations
 from baffle.runtimes import Runtime
 from baffle.runtimes.bundle import Bundle, Precision
+from baffle.runtimes.plan import seconds_of
+from kernel import memory_mib
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -156,15 +155,6 @@ def graph_runtime(engine: Engine, bundle: Bundle) -> Runtime:
     return OpenVinoRuntime(bundle, threads=1, precision=engine.precision)
 
 
-def perturbed(runtime: Runtime, passes: int, batch: Dataset) -> float:
-    """Seconds that some perturbed passes over a batch take."""
-    asked = Perturbations(Directions(runtime.table, "rank1", (0, 1)), passes, (1e-3,), baseline=False)
-    weights = runtime.initial_weights()
-    started = time.perf_counter()
-    runtime.losses(weights, asked, batch)
-    return time.perf_counter() - started
-
-
 def milliseconds(
     runtimes: dict[Engine, Runtime], batch: Dataset, repeat: int, seconds: float, progress: Progress, title: str
 ) -> dict[Engine, list[float]]:
@@ -176,14 +166,14 @@ def milliseconds(
     line = progress.add_task(title, total=len(runtimes) * (1 + repeat))
     passes: dict[Engine, int] = {}
     for engine, runtime in runtimes.items():
-        perturbed(runtime, 1, batch)  # memory and kernels are prepared
-        passes[engine] = max(4, min(256, math.ceil(seconds / perturbed(runtime, 1, batch))))
+        seconds_of(runtime, batch, 1)  # memory and kernels are prepared
+        passes[engine] = max(4, min(256, math.ceil(seconds / seconds_of(runtime, batch, 1))))
         progress.advance(line)
     found: dict[Engine, list[float]] = {engine: [] for engine in runtimes}
     for _ in range(repeat):
         for engine, runtime in runtimes.items():
-            once = perturbed(runtime, 1, batch)
-            more = perturbed(runtime, 1 + passes[engine], batch)
+            once = seconds_of(runtime, batch, 1)
+            more = seconds_of(runtime, batch, 1 + passes[engine])
             found[engine].append(1000 * (more - once) / passes[engine])
             progress.advance(line)
     return found
@@ -293,10 +283,10 @@ def child(job: Job, passes: int) -> dict[str, float] | None:
         torch.set_num_threads(1)
         if job.work == "checkpointed":  # the first call imports what is not needed otherwise
             torch.utils.checkpoint.checkpoint(torch.neg, torch.zeros(1), use_reentrant=False)
-        imports, batch = peak_mib(), stored(job.data)
+        imports, batch = memory_mib(), stored(job.data)
         model = build(job.model, SHAPES[job.model], 10)
         if job.work == "forward":
-            perturbed(TorchRuntime(model, torch.nn.functional.cross_entropy, threads=1), passes, batch)
+            seconds_of(TorchRuntime(model, torch.nn.functional.cross_entropy, threads=1), batch, passes)
         else:
             model = checkpointed(model)[0] if job.work == "checkpointed" else model
             backpropagate(model, batch, _MICRO if job.work == "micro" else len(batch))
@@ -306,24 +296,18 @@ def child(job: Job, passes: int) -> dict[str, float] | None:
                 import baffle.runtimes.ort
             else:
                 import baffle.runtimes.openvino  # noqa: F401  # to know what the import takes
-            imports, batch = peak_mib(), stored(job.data)
-            perturbed(graph_runtime(job.engine, Bundle.load(str(job.bundle))), passes, batch)
+            imports, batch = memory_mib(), stored(job.data)
+            seconds_of(graph_runtime(job.engine, Bundle.load(str(job.bundle))), batch, passes)
         except (MissingExtraError, OptionError):
             return None
         assert "torch" not in sys.modules
-    return {"imports": imports, "peak": peak_mib()}
+    return {"imports": imports, "peak": memory_mib()}
 
 
 def stored(path: str) -> Dataset:
     """The batch in a file."""
     with np.load(path) as file:
         return Dataset(file["x"], file["y"])
-
-
-def peak_mib() -> float:
-    """Peak resident memory of this process. (getrusage would count the process that started it, before exec.)"""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def in_child(job: Job, passes: int) -> dict[str, float] | None:

@@ -42,6 +42,7 @@ from baffle.perturb import Perturbations
 from baffle.runtimes import Evaluation, Evaluator, Runtime
 from baffle.runtimes.pytorch import TorchRuntime
 from baffle.types import Losses, Sharing, Table, Weights
+from kernel import memory_mib
 
 SHAPE = (1, 28, 28)
 
@@ -165,7 +166,7 @@ def child(job: Job) -> dict[str, Any]:
     seconds(runtime, passes(runtime, job.num_directions, 1), whole, initial)  # memory that any round needs
     before = clear_peak()
     engine = bf.LocalEngine(timed, bf.partition(train, job.clients))
-    made = status("VmRSS") - before
+    made = memory_mib(name="VmRSS") - before
     method = bf.Method(
         num_directions=job.num_directions,
         batch_size=job.batch_size,
@@ -182,7 +183,7 @@ def child(job: Job) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         bf.train(method, engine, initial, rounds=job.rounds, out=Path(folder, "run"), progress=note)
-    peak = status("VmHWM") - before
+    peak = memory_mib(name="VmHWM") - before
     return {
         "clients": job.clients,
         "batch": min(job.batch_size, job.examples // job.clients),
@@ -199,13 +200,7 @@ def child(job: Job) -> dict[str, Any]:
 def clear_peak() -> float:
     """Forget the peak of this process's memory; what it holds now, in MiB."""
     Path("/proc/self/clear_refs").write_text("5")
-    return status("VmRSS")
-
-
-def status(name: str) -> float:
-    """A size that the kernel tells of this process, in MiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
+    return memory_mib(name="VmRSS")
 
 
 def measure(

@@ -212,7 +212,7 @@ def test_runtime_auto_takes_the_fastest_and_keeps_to_it(
     def seconds(runtime: Any, *arguments: object) -> float:
         return 1.0 if fastest in (runtime.plan["runtime"], runtime.plan.get("strategy")) else 1.01
 
-    monkeypatch.setattr(plan, "_seconds", seconds)
+    monkeypatch.setattr(plan, "seconds_of", seconds)
     flags = ("--runtime", "auto", "--precision", precision, "--sigma", "0.01")
     outcome = invoke(tmp_path, *TRAIN, *flags)
     summary = last_json(outcome)
@@ -229,7 +229,7 @@ def test_runtime_auto_takes_the_fastest_and_keeps_to_it(
     def measured(*arguments: object) -> float:
         raise AssertionError("measured")
 
-    monkeypatch.setattr(plan, "_seconds", measured)
+    monkeypatch.setattr(plan, "seconds_of", measured)
     cut(tmp_path / "run", 2)
     resumed = invoke(tmp_path, "resume", "run", "--json")
     assert last_json(resumed)["weights_sha256"] == summary["weights_sha256"]

@@ -14,20 +14,19 @@ import numpy as np
 from safetensors import SafetensorError
 
 from baffle.config import TrainConfig
-from baffle.data import Dataset, concatenate, hold_out, load
+from baffle.data import Dataset, hold_out, load
 from baffle.engines.local import LocalEngine
 from baffle.errors import CorruptRunError, DataError, ModelError, OptionError, PlanError
 from baffle.journal import Journal
 from baffle.runtimes import Runtime
 from baffle.runtimes.bundle import Bundle, Precision
-from baffle.runtimes.plan import MARGIN, Choice, choose
+from baffle.runtimes.plan import MARGIN, Choice, choose, trial_batch
 from baffle.types import Masks, Weights
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _SCORED_ON = 128  # examples
-_MEASURED_ON = 16  # clients
 _MOST_CLASSES = 2**20  # a larger label is a mistake, not a reason to build such a model
 
 
@@ -228,10 +227,9 @@ def chosen_of(
         ways["openvino"] = partial(runtime_of, msgspec.structs.replace(options, runtime="openvino"), model)
     together = options.sharing == "shared" and options.local_steps == 1
     count = max(1, round(options.participation * len(clients))) if together else 1
-    batch = concatenate([c.take(np.arange(min(len(c), options.batch_size))) for c in clients[:count][:_MEASURED_ON]])
     return choose(
         {name: partial(way, data, masks) for name, way in ways.items()},
-        batch,
+        trial_batch(clients[:count], options.batch_size),
         num_directions=options.num_directions,
         family=options.family,
         margin=1.0 if options.runtime == "auto" else MARGIN,  # who asks for it wants the fastest

@@ -15,6 +15,7 @@ from baffle.errors import JournalError, OptionError, require_choice
 from baffle.guard import Guard
 from baffle.method import Method
 from baffle.optim import Adam, AdamW, ClipUpdate, Constant, Cosine, Optimizer, Sgd
+from baffle.runtimes.plan import STRATEGIES
 from baffle.types import Difference, Family, Sharing
 
 PARTITIONS = ("iid", "dirichlet", "shards", "column")
@@ -25,7 +26,6 @@ RUNTIMES = {
     "openvino": ("fp32", "bf16", "fp16", "int8-weights", "int8"),
 }
 """Runtimes and their precisions; auto: torch or openvino, whichever a short measurement finds faster."""
-STRATEGIES = ("auto", "copies", "stacked", "streaming")
 PRUNE_BY = ("magnitude", "inputs", "channels")
 DEFAULT_CLIENTS = 10
 DEFAULT_ALPHA = 0.5
@@ -91,7 +91,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         require_between("prune", self.prune, 0, 1, open_high=True)
         if self.prune_by != _DEFAULTS["prune_by"] and not self.prune:
             raise OptionError("prune_by", self.prune_by, "prune > 0 with it")
-        require_choice("strategy", self.strategy, STRATEGIES)
+        require_choice("strategy", self.strategy, ("auto", *STRATEGIES))
         if self.branches and self.runtime in ("torch", "auto"):
             raise OptionError("branches", self.branches, "runtime ort or openvino: torch perturbs weights in float")
         if self.runtime != "torch":

@@ -7,19 +7,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from baffle.data import Dataset, concatenate
+from baffle.data import Dataset
 from baffle.engines.local import LocalEngine, require_examples
 from baffle.method import Method
 from baffle.optim import Adam, Cosine
-from baffle.runtimes.plan import choose
+from baffle.runtimes.plan import choose, trial_batch
 from baffle.train import Progress, Run, train
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-_MEASURED_ON = 16  # clients
 
 
 def default_method(rounds: int) -> Method:
@@ -62,7 +58,7 @@ def fit(
     require_examples(clients)
     method = method or default_method(rounds)
     ways = {way: partial(TorchRuntime, model, loss, strategy=way) for way in ("copies", "stacked")}
-    batch = concatenate([c.take(np.arange(min(len(c), method.batch_size or len(c)))) for c in clients[:_MEASURED_ON]])
+    batch = trial_batch(clients, method.batch_size)
     runtime = choose(ways, batch, num_directions=method.num_directions, family=method.family).runtime
     return train(
         method,

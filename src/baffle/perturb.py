@@ -24,7 +24,8 @@ import numpy.typing as npt
 from baffle.directions import Directions
 from baffle.errors import PlanError
 from baffle.quantize import encode, lattice_steps, on_lattice
-from baffle.rounding import mask_of, to_bfloat16, to_float16
+from baffle.rounding import Bits, mask_of, to_bfloat16, to_float16
+from baffle.rounding import Float32 as Float32
 from baffle.types import Table, Weights, table_size
 
 BUDGET = 4 * 2**20
@@ -33,11 +34,8 @@ _KEPT = 2**16  # entries of a block's directions up to which they are kept in fl
 _WHOLE = 2**18  # entries of a matrix up to which it is perturbed in one go
 
 Array = npt.NDArray[Any]
-Bits = npt.NDArray[np.unsignedinteger[Any]]
-Float32 = npt.NDArray[np.float32]
 Factors = Mapping[int, tuple[Float32, Float32]]
 Kind = Literal["fp32", "bf16", "fp16", "int8", "branch"]
-_WORDS: dict[Kind, type[np.unsignedinteger[Any]]] = {"bf16": np.uint16, "fp16": np.uint16, "int8": np.uint8}
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ import typer
 
 from baffle.checks import parse_bytes
 from baffle.cli.common import Json, print_json
-from baffle.config import STRATEGIES
 from baffle.errors import MissingExtraError, OptionError, require_choice
+from baffle.runtimes.plan import STRATEGIES
 
 _SECURITY = "Security"
 
@@ -84,7 +84,7 @@ def node_command(
 
     if insecure == (root_certificates is not None):
         raise OptionError("root-certificates", root_certificates and str(root_certificates), "it, or --insecure")
-    require_choice("strategy", strategy, STRATEGIES[1:])
+    require_choice("strategy", strategy, STRATEGIES)
     trusted = [_sha256(text) for text in trust or [_own_app()]]
     own = None if bundle is None else Bundle.load(bundle)
     budget = None if memory is None else parse_bytes("memory", memory)

@@ -20,23 +20,39 @@ _VIEWS = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
 """Properties that give its numbers; the others ask about it."""
 
 
-class Exchange(TorchFunctionMode):
-    """Give functions of a model ``exchanged(tensor)`` for each of the trained tensors among its arguments.
+class Interception(TorchFunctionMode):
+    """Let ``given`` decide what a function of a model does that needs the numbers of trained tensors.
 
     ``index`` has the number of every trained parameter by its id.
     """
 
-    def __init__(self, index: Mapping[int, int], exchanged: Callable[[int], Tensor]) -> None:
+    def __init__(self, index: Mapping[int, int]) -> None:
         super().__init__()
-        self._index, self._exchanged = index, exchanged
+        self._index = index
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Call the function with perturbed tensors."""
+        """Call the function, or ``given`` for it."""
         kwargs = kwargs or {}
         if asks_about(func) or not any(id(a) in self._index for a in leaves((args, kwargs))):
             return func(*args, **kwargs)
+        return self.given(func, args, kwargs)
+
+    def given(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What a function gives that has trained tensors among its arguments."""
+        raise NotImplementedError
+
+
+class Exchange(Interception):
+    """Give functions of a model ``exchanged(tensor)`` for each of the trained tensors among its arguments."""
+
+    def __init__(self, index: Mapping[int, int], exchanged: Callable[[int], Tensor]) -> None:
+        super().__init__(index)
+        self._exchanged = exchanged
+
+    def given(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Call the function with perturbed tensors."""
         return func(*self._replace(args), **{name: self._replace(value) for name, value in kwargs.items()})
 
     def _replace(self, value: Any) -> Any:

@@ -7,18 +7,23 @@ round differently, so a choice that changed from run to run would change the bit
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from baffle.data import Dataset
+import numpy as np
+
+from baffle.data import Dataset, concatenate
 from baffle.directions import Directions
 from baffle.errors import MissingExtraError, ModelError, OptionError, PlanError
 from baffle.perturb import Perturbations
 from baffle.runtimes import Runtime
 from baffle.types import Family
 
+STRATEGIES = ("copies", "stacked", "streaming")
+"""Of PyTorch's runtime."""
 MARGIN = 1.5
 """How many times faster than the usual way another has to be."""
+_MEASURED_ON = 16  # clients
 _TURNS = 4
 _MOST_TURNS = 32
 """Where a turn is too short to be without a disturbance."""
@@ -75,7 +80,7 @@ def choose(
     for name, make in candidates.items():
         try:
             runtimes[name] = make()
-            _seconds(runtimes[name], batch, 2, family)  # memory and kernels are prepared
+            seconds_of(runtimes[name], batch, 2, family)  # memory and kernels are prepared
         except (MissingExtraError, ModelError, OptionError, PlanError):
             if name == usual:
                 raise
@@ -89,7 +94,7 @@ def choose(
             break
         for name, runtime in runtimes.items():
             passes = min(num_directions, max(4, int(seconds / best[name]))) if name in best else min(num_directions, 8)
-            took = _seconds(runtime, batch, passes, family) / passes
+            took = seconds_of(runtime, batch, passes, family) / passes
             best[name] = min(took, best.get(name, took))
     fastest = min(best, key=lambda name: best[name])
     if best[usual] < margin * best[fastest]:
@@ -97,7 +102,13 @@ def choose(
     return Choice(runtimes[fastest], fastest, {name: 1 / took for name, took in best.items()})
 
 
-def _seconds(runtime: Runtime, batch: Dataset, passes: int, family: Family) -> float:
+def trial_batch(clients: Sequence[Dataset], batch_size: int | None) -> Dataset:
+    """The first examples of the first clients, a mini-batch of each, to measure on; ``batch_size`` None: all."""
+    return concatenate([c.take(np.arange(min(len(c), batch_size or len(c)))) for c in clients[:_MEASURED_ON]])
+
+
+def seconds_of(runtime: Runtime, batch: Dataset, passes: int, family: Family = "rank1") -> float:
+    """How long a call of so many perturbed passes over a batch takes."""
     asked = Perturbations(Directions(runtime.table, family, (0, 1)), passes, (1e-3,), baseline=False)
     weights = runtime.initial_weights()
     started = time.perf_counter()

@@ -31,6 +31,7 @@ from baffle.runtimes.allocator import give_back_freed_memory, keep_freed_memory
 from baffle.runtimes.bundle import require_precision
 from baffle.runtimes.cores import cores
 from baffle.runtimes.lanes import Lane, side_by_side
+from baffle.runtimes.plan import STRATEGIES as STRATEGIES
 from baffle.types import Array, Losses, Masks, Table, Weights, make_table, table_size
 
 try:
@@ -50,7 +51,6 @@ from baffle.runtimes.threads import one_thread
 _ACTIVATIONS = 2**23  # bytes of activations of one forward pass: larger batches are cut
 _STACKED_ROWS = 2**12  # examples times directions that go through the model at once
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-STRATEGIES = ("copies", "stacked", "streaming")
 
 Hits: TypeAlias = npt.NDArray[np.bool_]
 Result = TypeVar("Result")

@@ -85,9 +85,7 @@ class Replica:
         """Losses [examples] of each pass; weights are written into buffers that the model's parameters are."""
         self._fill_parameters(point)
         for evaluated in point.passes(part, budget):
-            for i, bits in enumerate(self._bits):
-                evaluated.write(i, bits)
-            self._upload()
+            self._fill(evaluated)
             yield torch.cat([self.forward(c.x, c.y)[1] for c in self.remembering(chunks)])
 
     def streaming(self, point: Point, part: Perturbations, chunks: Sequence[Chunk], budget: int) -> Iterator[Tensor]:
@@ -105,9 +103,7 @@ class Replica:
             self.require_seen()
             return
         self._fill_parameters(point)
-        for i, bits in enumerate(self._bits):
-            plain.write(i, bits)
-        self._upload()
+        self._fill(plain)
         yield from [self.forward(c.x, c.y) for c in chunks]
 
     def outputs(self, point: Point, x: Tensor) -> object:
@@ -160,7 +156,10 @@ class Replica:
                 f"{missing[0]}: no function was seen to use it (does TorchScript?): expected strategy copies"
             )
 
-    def _upload(self) -> None:
+    def _fill(self, evaluated: Pass) -> None:
+        """Write a pass's weights into the buffers, and bring them to the device."""
+        for i, bits in enumerate(self._bits):
+            evaluated.write(i, bits)
         if self.device.type != "cpu":
             for p, host in zip(self._parameters, self._buffers, strict=True):
                 p.data.copy_(host)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import time
-
 from baffle.data import Dataset
-from baffle.directions import Directions
-from baffle.perturb import Perturbations
 from baffle.runtimes import Runtime
+from baffle.runtimes.plan import seconds_of
 
 
 def passes_per_second(runtime: Runtime, batch: Dataset, seconds: float) -> float:
@@ -21,16 +18,9 @@ def passes_per_second(runtime: Runtime, batch: Dataset, seconds: float) -> float
         >>> passes_per_second(runtime, load("digits")[0], seconds=0.01) > 0
         True
     """
-    weights, directions = runtime.initial_weights(), Directions(runtime.table, "rank1", (0, 1))
-
-    def run(passes: int) -> float:
-        started = time.perf_counter()
-        runtime.losses(weights, Perturbations(directions, passes, (1e-3,), baseline=False), batch)
-        return time.perf_counter() - started
-
-    run(4)  # memory and kernels are prepared
-    passes, took = 8, run(8)
+    seconds_of(runtime, batch, 4)  # memory and kernels are prepared
+    passes, took = 8, seconds_of(runtime, batch, 8)
     while took < seconds:
         passes = max(2 * passes, min(64 * passes, int(passes * seconds / took)))
-        took = run(passes)
+        took = seconds_of(runtime, batch, passes)
     return passes / took

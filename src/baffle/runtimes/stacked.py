@@ -16,9 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from baffle.runtimes.intercept import asks_about, leaves
+from baffle.runtimes.intercept import Interception
 
 Factors = tuple[Tensor, Tensor]
 _ELEMENTWISE = frozenset({"add", "sub", "mul", "div", "rsub", "true_divide", "multiply", "subtract"})
@@ -28,7 +27,7 @@ class NotStackable(Exception):  # noqa: N818  # no error of the user's: another 
     """A model uses a trained tensor in a way that is not known how to do for a stack."""
 
 
-class Stack(TorchFunctionMode):
+class Stack(Interception):
     """The meaning of a model's trained tensors for ``passes`` directions at once, on ``examples`` of a batch.
 
     ``index`` numbers the trained parameters by id; ``plain(i)`` is one unperturbed, ``factors(i)`` its (a [S, out],
@@ -44,17 +43,12 @@ class Stack(TorchFunctionMode):
         factors: Callable[[int], Factors | None],
         each: Callable[[int], Tensor],
     ) -> None:
-        super().__init__()
-        self._index, self._passes, self._examples = index, passes, examples
+        super().__init__(index)
+        self._passes, self._examples = passes, examples
         self._plain, self._factors, self._each = plain, factors, each
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Call the function, or what it is for a stack if it is given a trained tensor."""
-        kwargs = kwargs or {}
-        if asks_about(func) or not any(id(a) in self._index for a in leaves((args, kwargs))):
-            return func(*args, **kwargs)
+    def given(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What the function is for a stack."""
         name = getattr(func, "__name__", "").strip("_")
         try:
             if name in _ELEMENTWISE or name[1:] in _ELEMENTWISE:
@@ -135,7 +129,7 @@ class Stack(TorchFunctionMode):
             return y
         if free is None:
             return y + bias.reshape(-1, *[1] * (y.ndim - 2))
-        return self._channelwise(torch.Tensor.add, y, bias)
+        return self._channels_affine(y, None, bias)
 
     def _embedding(
         self,
@@ -165,10 +159,7 @@ class Stack(TorchFunctionMode):
         eps: float = 1e-5,
     ) -> Tensor:
         y = F.layer_norm(input, list(normalized_shape), None, None, eps)
-        for operation, tensor in ((torch.Tensor.mul, weight), (torch.Tensor.add, bias)):
-            if tensor is not None:
-                y = self._elementwise(operation, (y, tensor), {})
-        return y
+        return self._affine(y, weight, bias)
 
     def _group_norm(
         self,
@@ -179,7 +170,7 @@ class Stack(TorchFunctionMode):
         eps: float = 1e-5,
     ) -> Tensor:
         y = F.group_norm(input, num_groups, None, None, eps)
-        return self._scaled(y, weight, bias)
+        return self._channels_affine(y, weight, bias)
 
     def _batch_norm(
         self,
@@ -193,18 +184,18 @@ class Stack(TorchFunctionMode):
         eps: float = 1e-5,
     ) -> Tensor:
         y = F.batch_norm(input, running_mean, running_var, None, None, training, momentum, eps)
-        return self._scaled(y, weight, bias)
+        return self._channels_affine(y, weight, bias)
 
-    def _scaled(self, y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    def _affine(self, y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """y * weight + bias, as far as they are there, for tensors of the shape of y's last dimensions."""
         for operation, tensor in ((torch.Tensor.mul, weight), (torch.Tensor.add, bias)):
             if tensor is not None:
-                y = self._channelwise(operation, y, tensor)
+                y = self._elementwise(operation, (y, tensor), {})
         return y
 
-    def _channelwise(self, operation: Callable[..., Tensor], y: Tensor, tensor: Tensor) -> Tensor:
-        """Of images [n, channels, ...] with a vector of their channels."""
-        last = y.movedim(1, -1)
-        return self._elementwise(operation, (last, tensor), {}).movedim(-1, 1)
+    def _channels_affine(self, y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """The same of images [n, channels, ...] with vectors of their channels."""
+        return self._affine(y.movedim(1, -1), weight, bias).movedim(-1, 1)
 
     def _elementwise(self, func: Callable[..., Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
         """An operation of one tensor of examples with one trained tensor, in any order."""
