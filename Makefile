@@ -37,7 +37,7 @@ test-all: test docs  ## Also what takes long: docs, wheels, full fault tests.
 	$(BIN)/pytest -q -m slow
 
 bench: .venv/installed  ## Measure speed and memory against the references, and write the docs' figures.
-	$(BIN)/python bench/performance.py
+	$(BIN)/python -m bench.performance
 
 docs: .venv/installed  ## Build the documentation into site/.
 	$(BIN)/mkdocs build --strict --quiet

@@ -1,6 +1,6 @@
 """Training with clients that can only infer: float32, bf16, int8, the int8 lattice, pruned, at one budget.
 
-    python bench/inference.py digits|mnist [--data FOLDER] [--rounds N] [--seeds 3] [--plot FILE.png] [--json FILE]
+    python -m bench.tables.inference digits|mnist [--data FOLDER] [--seeds 3] [--plot FILE.png] [--json FILE]
 
 Takes about 5 minutes (digits) and 20 (mnist) on two idle cores, a run on each. Runs that are in the JSON file are
 not repeated, so that it can be interrupted.

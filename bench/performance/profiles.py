@@ -1,6 +1,6 @@
 """Where the time of a perturbed pass goes, and how far it is from the matrix products that one core can do.
 
-    python bench/performance.py profiles
+    python -m bench.performance profiles
 
 The ceiling is a product of two large matrices in the same precision on one core, measured in turn with the passes.
 Our fastest runtime evaluates a batch of 32 on one thread; its time in kernels is PyTorch's profiler's, or OpenVINO's
@@ -25,12 +25,12 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-import graphs
 from baffle.runtimes import Runtime
 from baffle.runtimes.bundle import Bundle
-from references import torch_threads
-from results import in_turn
-from workloads import WORKLOADS, Workload, asked, exported, precisions, runtimes, seconds, shortlist
+from bench.performance import graphs
+from bench.performance.references import torch_threads
+from bench.performance.results import in_turn
+from bench.performance.workloads import WORKLOADS, Workload, asked, exported, precisions, runtimes, seconds, shortlist
 
 BATCH, _PASSES, _SIZE = 32, 20, 2048
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -1,6 +1,6 @@
 """A client's peak memory, by what it does with one batch: each time in a fresh process, above its imports.
 
-    python bench/performance.py memory
+    python -m bench.performance memory
 
 The peak is the kernel's count of a process (VmHWM), less what it was after the imports, which are the same for all.
 Whoever follows a run by its rows keeps the replay state, weights and Adam's two slots: all but backpropagation hold it
@@ -25,9 +25,9 @@ from torch.nn.functional import cross_entropy
 from baffle.directions import Directions
 from baffle.perturb import Perturbations
 from baffle.runtimes.pytorch import TorchRuntime
-from kernel import memory_mib
-from references import gradient, torch_threads
-from workloads import SIGMA, WORKLOADS
+from bench.performance.references import gradient, torch_threads
+from bench.performance.workloads import SIGMA, WORKLOADS
+from bench.process_memory import memory_mib
 
 Work = Literal["inference", "inference and state", "streaming", "default", "backprop"]
 WORKS: tuple[Work, ...] = get_args(Work)
@@ -67,7 +67,7 @@ def child(job: Job) -> float:
 
 def in_child(job: Job) -> float:
     """The same in a fresh process."""
-    command = [sys.executable, __file__, msgspec.json.encode(job).decode()]
+    command = [sys.executable, "-m", __spec__.name, msgspec.json.encode(job).decode()]
     environment = os.environ | {"OMP_NUM_THREADS": str(job.threads)}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return float(json.loads(done.stdout.splitlines()[-1]))

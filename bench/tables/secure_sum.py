@@ -1,6 +1,6 @@
 """What a round of the secure sum costs: bytes and CPU of a client by stage, CPU of the server.
 
-    python bench/secure_sum.py [--clients 10 100 1000] [--scalars 100 1000] [--sample 20] [--json FILE]
+    python -m bench.tables.secure_sum [--clients 10 100 1000] [--scalars 100 1000] [--sample 20] [--json FILE]
 
 All clients run here, one after another, and every letter is made. A client's CPU is the mean over ``--sample`` of
 them, spread over the cohort; bytes are of all. Each case runs with nobody lost and with 10 % lost before their vector.

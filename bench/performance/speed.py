@@ -1,6 +1,6 @@
 """Speed of the clients' work: a round against the reference loops, the floor, the perceptron.
 
-All three are sections of bench/performance.py.
+All three are sections of bench/performance/__main__.py.
 """
 
 from __future__ import annotations
@@ -15,19 +15,29 @@ import numpy as np
 import torch
 from rich.progress import Progress
 
-import references
 from baffle.data import Dataset, partition
 from baffle.engines.local import LocalEngine
 from baffle.method import State
 from baffle.runtimes import Runtime
 from baffle.runtimes.cores import cores
 from baffle.types import Sharing, Task
-from references import torch_threads
-from results import Result, compare, in_turn
-from workloads import SIGMA, WORKLOADS, asked, exported, precisions, runtimes, seconds, shortlist, unperturbed
+from bench.performance import references
+from bench.performance.references import torch_threads
+from bench.performance.results import Result, compare, in_turn
+from bench.performance.workloads import (
+    SIGMA,
+    WORKLOADS,
+    asked,
+    exported,
+    precisions,
+    runtimes,
+    seconds,
+    shortlist,
+    unperturbed,
+)
 
 if TYPE_CHECKING:
-    import graphs
+    from bench.performance import graphs
 
 _SHARING: tuple[Sharing, ...] = ("shared", "per-client")
 
@@ -165,7 +175,7 @@ class Floor:
         for name in sorted({self.lowest, self.chosen}):
             works[f"R3, {name}"] = partial(self._plain, made[name], batch)
         if "openvino" in made:
-            import graphs
+            from bench.performance import graphs
 
             baked = graphs.Baked(exported(workload), batch, self.precision)
             works["constants"] = lambda: 1000 * _passes(baked, self.passes) / self.passes

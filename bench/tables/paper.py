@@ -1,6 +1,6 @@
 """The paper's setting on the official data: LeNet and WRN-10-2, ten IID clients x 32 examples, K = 100.
 
-    python bench/paper.py --mnist DIR --cifar10 DIR [--out runs/paper]
+    python -m bench.tables.paper --mnist DIR --cifar10 DIR [--out runs/paper]
 
 An epoch of MNIST (172 rounds) and 20 rounds of CIFAR-10, by forward passes with shared and with per-client directions
 and by backpropagation (FedSGD), over learning rates. Each cell is one ``baffle train`` command; cells that are done

@@ -1,6 +1,6 @@
 """Many simulated clients: what a round costs besides its forward passes, and memory, by the number of clients.
 
-    python bench/simulation.py [--precision fp32 bf16] [--clients 100 1000 10000] [--rounds 5] [--json FILE]
+    python -m bench.performance.simulation [--precision fp32 bf16] [--clients 100 1000 10000] [--rounds 5] [--json FILE]
 
 LeNet on random pixels of MNIST's shape, 100 participants a round with 32 examples each, K = 100. There are 320,000
 examples, so that each of 10,000 clients has a whole batch; of MNIST's 60,000 (``--examples 60000``) it has six. Every
@@ -42,7 +42,7 @@ from baffle.perturb import Perturbations
 from baffle.runtimes import Evaluation, Evaluator, Runtime
 from baffle.runtimes.pytorch import TorchRuntime
 from baffle.types import Losses, Sharing, Table, Weights
-from kernel import memory_mib
+from bench.process_memory import memory_mib
 
 SHAPE = (1, 28, 28)
 
@@ -215,7 +215,7 @@ def measure(
     found = []
     for count in clients:
         job = msgspec.convert({"clients": count, "precision": precision} | options, Job)
-        command = [sys.executable, __file__, "--child", msgspec.json.encode(job).decode()]
+        command = [sys.executable, "-m", __spec__.name, "--child", msgspec.json.encode(job).decode()]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         inside = float(np.median(np.divide(result["passes"], result["rounds"])))

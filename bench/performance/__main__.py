@@ -1,6 +1,6 @@
 """The performance suite: every figure a ratio of two things measured in turn in one run.
 
-    python bench/performance.py [round] [floor] [mlp] [rebuild] [memory] [simulation] [profiles] [--quick]
+    python -m bench.performance [round] [floor] [mlp] [rebuild] [memory] [simulation] [profiles] [--quick]
 
 Without names it runs every section, about 15 minutes on two cores, and writes performance.json, a picture a section
 into images/, and the tables of performance.md, all in docs/ or the folder that ``--docs`` names. A section that is
@@ -21,16 +21,13 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-import memory as client_memory
-import profiles
-import rebuild
-import simulation
-import speed
 from baffle.runtimes.cores import cores
-from results import Result, bars, compare, insert, machine, table, where
-from workloads import WORKLOADS, precisions
+from bench.performance import memory as client_memory
+from bench.performance import profiles, rebuild, simulation, speed
+from bench.performance.results import Result, bars, compare, insert, machine, table, where
+from bench.performance.workloads import WORKLOADS, precisions
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def memory(quick: bool, progress: Progress) -> list[Result]:

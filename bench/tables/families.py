@@ -1,6 +1,6 @@
 """Every family x difference x sharing learns digits: accuracy, passes and seconds, at equal passes a round.
 
-    python bench/families.py [--rounds 160] [--seeds 1] [--json FILE]
+    python -m bench.tables.families [--rounds 160] [--seeds 1] [--json FILE]
 
 Prints the Markdown table of docs/design.md. Takes about 20 minutes on two cores.
 """

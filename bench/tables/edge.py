@@ -1,6 +1,6 @@
 """Clients without PyTorch: digits trained over pipes, and the memory of each client process.
 
-    python bench/edge.py [--rounds 200] [--clients 3] [--json FILE]
+    python -m bench.tables.edge [--rounds 200] [--clients 3] [--json FILE]
 
 Every client is a process that cannot import PyTorch and runs ``python -m baffle.edge`` on its own part of digits.
 Prints accuracy, bytes and peak resident memory by runtime and precision. Takes about five minutes on two cores.
@@ -23,7 +23,7 @@ import baffle as bf
 from baffle.engines.pipe import PipeEngine, write_clients
 from baffle.models import build
 from baffle.runtimes.bundle import Precision
-from kernel import memory_mib
+from bench.process_memory import memory_mib
 
 _CELLS: list[tuple[str, Precision, list[str]]] = [
     ("ort", "fp32", []),

@@ -1,6 +1,6 @@
 """The server's rebuild: against regenerating normal numbers (R5), and its time against n and against K.
 
-    python bench/rebuild.py [--quick] [--json FILE] [--plot FILE]
+    python -m bench.performance.rebuild [--quick] [--json FILE] [--plot FILE]
 
 R5 is what most forward-only federated code does: ``torch.randn`` again from a seed for each direction, times its
 scalar, added in place in float32, with the thread count that is the faster one here. Every timed result is compared
@@ -30,7 +30,7 @@ from baffle.estimate import combine_slowly, scaled
 from baffle.models import build
 from baffle.runtimes.cores import cores
 from baffle.types import LIMIT, Family, Integers, Table, Weights, make_table, table_size
-from results import in_turn
+from bench.performance.results import in_turn
 
 FACTOR = 2.0**-20
 _COLOURS = {"rank1": "#0072B2", "rademacher": "#009E73", "gaussian": "#D55E00"}

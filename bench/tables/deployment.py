@@ -1,9 +1,9 @@
 """Deployment measured with real processes on this machine: SuperLink, SuperExec and clients on loopback, with TLS.
 
-    python bench/deployment.py trip       [--rounds 60] [--stock-rounds 8]   seconds of a round with trivial work
-    python bench/deployment.py downlink   [--rounds 200]                     bytes down: rows against weights
-    python bench/deployment.py many       [--clients 50] [--rounds 20]       many warm clients: errors, memory
-    python bench/deployment.py simulation [--clients 100] [--rounds 10]      the same app in Flower's Ray simulation
+    python -m bench.tables.deployment trip       [--rounds 60] [--stock-rounds 8]   seconds of a round with trivial work
+    python -m bench.tables.deployment downlink   [--rounds 200]                     bytes down: rows against weights
+    python -m bench.tables.deployment many       [--clients 50] [--rounds 20]       many warm clients: errors, memory
+    python -m bench.tables.deployment simulation [--clients 100] [--rounds 10]      the same app in Flower with Ray
 
 Each prints a table and, with --json FILE, writes its numbers. Nothing else should run meanwhile.
 """
@@ -28,7 +28,7 @@ from baffle.config import TrainConfig
 from baffle.deploy.federation import Federation
 from baffle.deploy.places import app_folder
 from baffle.roster import read_rounds
-from kernel import memory_mib
+from bench.process_memory import memory_mib
 
 Found = dict[str, object]
 

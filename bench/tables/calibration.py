@@ -1,6 +1,6 @@
 """Which sigma gives a derivative: correlation with float64 by sigma, model and precision, before and after training.
 
-    python bench/calibration.py [--models lenet wrn-10-2 transformer] [--dataset mnist --data FOLDER] [--plot FOLDER]
+    python -m bench.tables.calibration [--models lenet ...] [--dataset mnist --data FOLDER] [--plot FOLDER]
 
 Trained weights are those of a few hundred steps of Adam by backpropagation. Each cell is one ``baffle calibrate``
 command, by central differences but for one row. Prints the Markdown tables of docs/inference.md, and with --plot

@@ -118,7 +118,7 @@ def shortlist(
 def precisions() -> tuple[str, ...]:
     """fp32, and what this processor has instructions for, as OpenVINO tells it."""
     try:
-        from graphs import capabilities
+        from bench.performance.graphs import capabilities
     except MissingExtraError:
         return ("fp32",)
     has = capabilities()

@@ -1,6 +1,6 @@
 """Forward passes by runtime and precision: how long one takes, and how much memory a client needs.
 
-    python bench/runtimes.py [--models lenet wrn-10-2 transformer] [--batches 32 320] [--repeat 7] [--json FILE]
+    python -m bench.tables.runtimes [--models lenet wrn-10-2 transformer] [--batches 32 320] [--repeat 7] [--json FILE]
 
 Speed: one perturbed pass on one thread, the median of repetitions that go around all runtimes, so that whatever else
 the machine does slows all alike. Memory: the peak of a fresh process that does one client's work on one batch, by
@@ -34,7 +34,7 @@ from baffle.errors import MissingExtraError, OptionError
 from baffle.runtimes import Runtime
 from baffle.runtimes.bundle import Bundle, Precision
 from baffle.runtimes.plan import seconds_of
-from kernel import memory_mib
+from bench.process_memory import memory_mib
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -312,7 +312,15 @@ def stored(path: str) -> Dataset:
 
 def in_child(job: Job, passes: int) -> dict[str, float] | None:
     """The same in a fresh process."""
-    command = [sys.executable, __file__, "--passes", str(passes), "--child", msgspec.json.encode(job).decode()]
+    command = [
+        sys.executable,
+        "-m",
+        __spec__.name,
+        "--passes",
+        str(passes),
+        "--child",
+        msgspec.json.encode(job).decode(),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     found: dict[str, float] | None = json.loads(done.stdout.splitlines()[-1])

@@ -1,0 +1,1 @@
+"""Speed and memory against the references: ``python -m bench.performance`` (``make bench``)."""
