@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 import baffle as bf
+from baffle.core.method import weights_sha256
 from baffle.deploy.federation import Federation
 from baffle.deploy.places import app_folder
-from baffle.method import weights_sha256
 from baffle.roster import RoundLog, read_members, read_rounds
 
 OPTIONS: dict[str, str | int | float] = {

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import baffle as bf
+from baffle.core.types import Task, Weights
 from baffle.runtimes.pytorch import TorchRuntime
 from baffle.train import Progress
-from baffle.types import Task, Weights
 
 BIN = Path(sys.executable).parent
 CHAIN = 32  # bytes of a checksum in rows.bin

@@ -14,16 +14,16 @@ import pytest
 import torch.nn.functional as F
 
 import baffle as bf
+from baffle.core.method import State
+from baffle.core.types import Task
 from baffle.engines import Exchange, remote
 from baffle.engines.remote import RemoteEngine
 from baffle.engines.transport import Arrival, Letter, Sent
 from baffle.journal import Record
 from baffle.messages import Ask, Question, Response, Setup, decode_question, decode_response
-from baffle.method import State
 from baffle.participant import Participant
 from baffle.roster import Roster
 from baffle.runtimes.pytorch import TorchRuntime
-from baffle.types import Task
 from baffle.wire import decode_row
 from helpers import initial_weights, linear
 

@@ -24,10 +24,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import baffle as bf
+from baffle.core.method import weights_sha256
 from baffle.data import Dataset, Scaling
 from baffle.errors import BundleError, JournalError
 from baffle.exporter import export
-from baffle.method import weights_sha256
 from baffle.runtimes.bundle import FORMAT, Bundle, Pixels, make_bundle
 from baffle.runtimes.ort import OrtRuntime
 
@@ -332,7 +332,7 @@ import baffle as bf
 import baffle.runtimes.ort
 from baffle.data import Dataset
 from baffle.errors import MissingExtraError
-from baffle.method import weights_sha256
+from baffle.core.method import weights_sha256
 
 for needs_torch in ("TorchRuntime", "export"):
     try:

@@ -20,15 +20,15 @@ from torch import nn
 import baffle as bf
 from baffle.calibrate import DIRECTIONS, LADDER, Agreement, Calibration, calibrate, choose, compare, estimate_errors
 from baffle.client import finite_differences, perturbations
+from baffle.core.directions import Directions
+from baffle.core.method import FIRST_SIGMA, State
+from baffle.core.quantize import lattice_steps, on_lattice, row_scales
+from baffle.core.types import Difference, Family, Row, Task, Weights
 from baffle.data import Dataset
-from baffle.directions import Directions
 from baffle.engines import Exchange
 from baffle.errors import DivergedError
-from baffle.method import FIRST_SIGMA, State
 from baffle.models import build
-from baffle.quantize import lattice_steps, on_lattice, row_scales
 from baffle.runtimes.pytorch import TorchRuntime
-from baffle.types import Difference, Family, Row, Task, Weights
 from baffle.wire import decode_row
 from helpers import TASK, initial_weights, linear
 

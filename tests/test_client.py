@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baffle.aggregate import (
+from baffle.client import finite_differences, reply
+from baffle.core.aggregate import (
     FIRST_EXPONENT,
     WeightedSum,
     calibrates,
@@ -19,9 +20,9 @@ from baffle.aggregate import (
     next_exponent,
     typical_scalar,
 )
-from baffle.client import Encoded, encode, finite_differences, reply, weight_of
+from baffle.core.scalars import Encoded, encode, weight_of
+from baffle.core.types import LIMIT, Integers, Reply, Row, pack_int32, unpack_int32
 from baffle.errors import ReplyError
-from baffle.types import LIMIT, Integers, Reply, Row, pack_int32, unpack_int32
 from helpers import TASK
 
 COHORT = {1: 1, 2: 2, 4: 3, 7: 1}

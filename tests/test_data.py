@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset as MapDataset
 from torch.utils.data import IterableDataset, TensorDataset
 
+from baffle.core.directions import Directions
+from baffle.core.philox import Purpose, generator
 from baffle.data import Dataset, Scaling, augment, concatenate, from_torch, hold_out, load, partition, sample
-from baffle.directions import Directions
 from baffle.engines.local import LocalEngine
 from baffle.errors import BaffleError, DataError, OptionError, PlanError
 from baffle.perturb import Perturbations
-from baffle.philox import Purpose, generator
 from baffle.runtimes.pytorch import TorchRuntime
 from helpers import TASK
 

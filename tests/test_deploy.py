@@ -22,6 +22,7 @@ from flwr.app import Message
 import baffle as bf
 from baffle.assemble import assemble_server
 from baffle.config import train_config
+from baffle.core.types import pack_int32
 from baffle.deploy.adapter import Fleet, app_sha256, read_key
 from baffle.deploy.federation import free_port, make_certificates, private_bytes
 from baffle.deploy.places import app_folder
@@ -31,7 +32,6 @@ from baffle.engines.flower import reply_to, to_records
 from baffle.errors import FederationError
 from baffle.messages import Answer, decode_response, encode
 from baffle.participant import Participant
-from baffle.types import pack_int32
 from deploy_helpers import OPTIONS, Site, check_run, members, one_line, peak_mb, site, until
 from helpers import BIN, invoke
 

@@ -13,14 +13,14 @@ import pytest
 
 import baffle as bf
 import doomed_client
-from baffle.aggregate import nothing
 from baffle.assemble import assemble_server
 from baffle.config import train_config
+from baffle.core.aggregate import nothing
+from baffle.core.method import State
+from baffle.core.types import Task
 from baffle.data import Dataset
 from baffle.engines import Exchange
-from baffle.method import State
 from baffle.runtimes import Runtime
-from baffle.types import Task
 from baffle.wire import decode_row
 from deploy_helpers import OPTIONS, Site, check_run, members, site, until
 

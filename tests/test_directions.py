@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats  # type: ignore[import-untyped]
 
-from baffle import gaussian
-from baffle.directions import Directions, Entries
-from baffle.types import Family, make_table
+from baffle.core import gaussian
+from baffle.core.directions import Directions, Entries
+from baffle.core.types import Family, make_table
 
 Float64 = npt.NDArray[np.float64]
 

@@ -28,6 +28,7 @@ import baffle as bf
 from baffle import edge
 from baffle.calibrate import LADDER
 from baffle.client import draw, respond
+from baffle.core.types import Reply, Weights
 from baffle.engines import pipe
 from baffle.engines.pipe import PipeEngine, write_clients
 from baffle.errors import DataError, ModelError, OptionError, ReplyError
@@ -45,7 +46,6 @@ from baffle.pipes import (
     skip_to_mark,
 )
 from baffle.runtimes.bundle import Precision
-from baffle.types import Reply, Weights
 from helpers import TASK
 
 CLIENTS = 3

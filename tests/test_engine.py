@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import baffle as bf
+from baffle.core.types import LIMIT
 from baffle.data import Dataset
 from baffle.errors import DataError, ModelError
 from baffle.models import build
 from baffle.runtimes.pytorch import TorchRuntime
-from baffle.types import LIMIT
 from baffle.wire import encode_message
 
 

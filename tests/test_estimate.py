@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from baffle.client import encode, finite_differences, perturbations
-from baffle.directions import Directions
-from baffle.errors import PlanError
-from baffle.estimate import Execution, check_exact, combine, combine_slowly, estimate
-from baffle.types import (
+from baffle.client import finite_differences, perturbations
+from baffle.core.directions import Directions
+from baffle.core.rebuild import Execution, check_exact, combine, combine_slowly, estimate
+from baffle.core.scalars import encode
+from baffle.core.types import (
     LIMIT,
     MAX_WEIGHT_SUM,
     Difference,
@@ -32,6 +32,7 @@ from baffle.types import (
     pack_int32,
     table_size,
 )
+from baffle.errors import PlanError
 from helpers import TASK
 
 Float64 = npt.NDArray[np.float64]

@@ -22,8 +22,8 @@ from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
 
 import baffle
+from baffle.core.directions import Directions
 from baffle.data import Dataset, Scaling
-from baffle.directions import Directions
 from baffle.errors import ModelError, OptionError, PlanError
 from baffle.exporter import export
 from baffle.exporter.trace import host_loss

@@ -19,12 +19,12 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 import baffle as bf
+from baffle.core.method import State, replay, state_sha256, weights_sha256
+from baffle.core.rebuild import Execution
+from baffle.core.types import Family, Row, Sharing, Table
 from baffle.errors import CorruptRunError, JournalError, OptionError, PlanError, RunExistsError
-from baffle.estimate import Execution
 from baffle.journal import Record
-from baffle.method import State, replay, state_sha256, weights_sha256
 from baffle.runtimes.pytorch import TorchRuntime
-from baffle.types import Family, Row, Sharing, Table
 from baffle.wire import decode_row
 from helpers import (
     METHOD,

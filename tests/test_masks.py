@@ -17,14 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import baffle as bf
-from baffle.directions import Directions
+from baffle.core.directions import Directions
+from baffle.core.method import state_sha256
+from baffle.core.rebuild import Execution, combine, combine_slowly
+from baffle.core.types import Family, Integers, ParamSpec, Table, Weights, make_table
 from baffle.errors import CorruptRunError, ModelError, PlanError
-from baffle.estimate import Execution, combine, combine_slowly
-from baffle.method import state_sha256
 from baffle.models import build
 from baffle.perturb import Perturbations
 from baffle.runtimes.pytorch import TorchRuntime
-from baffle.types import Family, Integers, ParamSpec, Table, Weights, make_table
 from baffle.wire import decode_row
 from helpers import copy_run
 

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from baffle.calibrate import LADDER
+from baffle.core.method import State, state_sha256
+from baffle.core.types import Reply, make_table
 from baffle.errors import CorruptRunError, JournalError, ReplyError
 from baffle.messages import (
     Answer,
@@ -32,10 +34,8 @@ from baffle.messages import (
     encode,
     printable,
 )
-from baffle.method import State, state_sha256
 from baffle.parcels import pack_state, pack_weights, unpack_state, unpack_weights
 from baffle.roster import Member, Roster, RoundLog, Visit, read_members, read_rounds
-from baffle.types import Reply, make_table
 from helpers import TASK
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=50)

@@ -11,12 +11,24 @@ import numpy as np
 import pytest
 
 import baffle as bf
-from baffle.client import Encoded, reply, weight_of
-from baffle.directions import Directions
+from baffle.client import reply
+from baffle.core.directions import Directions
+from baffle.core.method import Method, State, quantum_for, replay, state_sha256, weights_sha256
+from baffle.core.rebuild import Execution
+from baffle.core.scalars import Encoded, weight_of
+from baffle.core.types import (
+    MAX_WEIGHT,
+    MAX_WEIGHT_SUM,
+    Cohort,
+    Integers,
+    Reply,
+    Row,
+    Table,
+    Task,
+    make_table,
+    table_size,
+)
 from baffle.errors import BaffleError, DivergedError, OptionError, PlanError
-from baffle.estimate import Execution
-from baffle.method import Method, State, quantum_for, replay, state_sha256, weights_sha256
-from baffle.types import MAX_WEIGHT, MAX_WEIGHT_SUM, Cohort, Integers, Reply, Row, Table, Task, make_table, table_size
 
 TABLE: Table = make_table({"w": (3, 4), "b": (3,)})
 SIZES = (10, 20, 30, 40)
@@ -163,7 +175,7 @@ def test_exactness_is_of_the_heaviest_clients_that_may_meet(
 ) -> None:
     sizes = (7, 300, 2, 90, 90, 1000, 1, 40)
     told: list[int] = []
-    monkeypatch.setattr("baffle.method.check_exact", lambda *arguments: told.append(arguments[-1]))
+    monkeypatch.setattr("baffle.core.method.check_exact", lambda *arguments: told.append(arguments[-1]))
     task, _ = Method(participation=participation).plan(start(Method()), TABLE, sizes, 5, None)
     weights = sorted((weight_of(size, task.quantum) for size in sizes), reverse=True)
     assert told == [sum(weights[: round(participation * len(sizes))])]

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import baffle as bf
 import reference
+from baffle.core.directions import Directions
 from baffle.data import Dataset
-from baffle.directions import Directions
 from baffle.errors import BaffleError, ModelError, OptionError
 from baffle.models import MODELS, build
 from baffle.models.parts import ACTIVATIONS, NORMS, groups, norm_of

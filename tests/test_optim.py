@@ -10,8 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baffle.errors import OptionError
-from baffle.optim import (
+from baffle.core.optim import (
     Adam,
     AdamW,
     ClipUpdate,
@@ -24,7 +23,8 @@ from baffle.optim import (
     average_decay,
     update,
 )
-from baffle.types import Weights
+from baffle.core.types import Weights
+from baffle.errors import OptionError
 
 OPTIMIZERS: list[Optimizer] = [
     Sgd(lr=0.1),

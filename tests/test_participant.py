@@ -16,6 +16,8 @@ import torch.nn.functional as F
 
 import baffle as bf
 from baffle.calibrate import LADDER
+from baffle.core.method import State, state_sha256
+from baffle.core.types import Task
 from baffle.errors import DataError, ModelError, ReplyError
 from baffle.messages import (
     SETUP,
@@ -33,12 +35,10 @@ from baffle.messages import (
     decode_response,
     encode,
 )
-from baffle.method import State, state_sha256
 from baffle.parcels import pack_state, pack_weights
 from baffle.participant import Memory, Participant, catch_up
 from baffle.runtimes import Runtime
 from baffle.runtimes.pytorch import TorchRuntime
-from baffle.types import Task
 from baffle.wire import decode_row, encode_message
 from helpers import TASK, initial_weights, linear
 from remote_helpers import METHOD, RUNTIME, SETUP_OF_DIGITS, TRAIN

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from baffle.philox import BLOCK_BITS, U64, Key, Purpose, generator, philox, stream, streams, word3
+from baffle.core.philox import BLOCK_BITS, U64, Key, Purpose, generator, philox, stream, streams, word3
 
 Counter = tuple[int, int, int, int]
 

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 import baffle as bf
 from baffle import assemble
 from baffle.config import TrainConfig
+from baffle.core.types import Losses, Table, Weights, make_table
 from baffle.data import Dataset, load, partition
 from baffle.errors import DataError, MissingExtraError, ModelError, OptionError, PlanError
 from baffle.perturb import Perturbations
 from baffle.runtimes import Evaluation, Runtime, plan
 from baffle.runtimes.plan import MARGIN, Choice, choose
-from baffle.types import Losses, Table, Weights, make_table
 from helpers import linear
 
 fit = sys.modules["baffle.fit"]  # the name in the package is the function's

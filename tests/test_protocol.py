@@ -15,18 +15,34 @@ import numpy.typing as npt
 import pytest
 from msgspec import inspect as schema
 
-from baffle import gaussian, optim, pipes
-from baffle.aggregate import FIRST_EXPONENT, calibrates, next_exponent, nothing
-from baffle.client import Encoded, encode, finite_differences, local_update, perturbations, weight_of
-from baffle.directions import Directions
+from baffle import pipes
+from baffle.client import finite_differences, local_update, perturbations
+from baffle.core import gaussian, optim
+from baffle.core.aggregate import FIRST_EXPONENT, calibrates, next_exponent, nothing
+from baffle.core.directions import Directions
+from baffle.core.method import Method, State, quantum_for, replay, state_sha256, weights_sha256
+from baffle.core.philox import Purpose, philox, word3
+from baffle.core.quantize import MOST_CODES, lattice_steps, row_scales, unscale
+from baffle.core.quantize import encode as encode_rows
+from baffle.core.rebuild import FAST, estimate
+from baffle.core.scalars import Encoded, encode, weight_of
+from baffle.core.types import (
+    LIMIT,
+    MAX_WEIGHT,
+    MAX_WEIGHT_SUM,
+    Family,
+    Reply,
+    Row,
+    Table,
+    Task,
+    Weights,
+    make_table,
+    pack_int32,
+    table_size,
+)
 from baffle.errors import ReplyError
-from baffle.estimate import FAST, estimate
 from baffle.journal import Journal, Record, RunConfig
 from baffle.messages import Advertise, Concealed, Unmask, decode_introductions
-from baffle.method import Method, State, quantum_for, replay, state_sha256, weights_sha256
-from baffle.philox import Purpose, philox, word3
-from baffle.quantize import MOST_CODES, lattice_steps, row_scales, unscale
-from baffle.quantize import encode as encode_rows
 from baffle.secure.client import SecureClient
 from baffle.secure.graph import neighbourhoods, threshold
 from baffle.secure.letters import (
@@ -43,20 +59,6 @@ from baffle.secure.letters import (
 from baffle.secure.masks import Identity, mask_key, pair_mask, self_mask
 from baffle.secure.server import SecureRound
 from baffle.secure.shares import recombine, split
-from baffle.types import (
-    LIMIT,
-    MAX_WEIGHT,
-    MAX_WEIGHT_SUM,
-    Family,
-    Reply,
-    Row,
-    Table,
-    Task,
-    Weights,
-    make_table,
-    pack_int32,
-    table_size,
-)
 from baffle.wire import decode_reply, decode_row, decode_task, encode_message
 
 Vector = dict[str, Any]

@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 import baffle as bf
+from baffle.core.directions import Directions
+from baffle.core.types import Masks
 from baffle.data import Dataset
-from baffle.directions import Directions
 from baffle.errors import BaffleError, DataError, MissingExtraError, ModelError, OptionError
 from baffle.models import MODELS, build
 from baffle.models.parts import NORMS
 from baffle.perturb import Perturbations
 from baffle.pruning.unstructured import input_norms, lamp, ranks_in_rows
 from baffle.runtimes import Evaluation, Runtime
-from baffle.types import Masks
 
 Float64 = npt.NDArray[np.float64]
 SHAPE, SCORES = (1, 8, 8), ("magnitude", "inputs")

@@ -14,14 +14,10 @@ from hypothesis import strategies as st
 
 import baffle as bf
 from baffle import perturb
-from baffle.client import encode as encode_scalars
 from baffle.client import finite_differences, perturbations
-from baffle.directions import Directions
-from baffle.errors import OptionError, PlanError
-from baffle.estimate import estimate
-from baffle.method import Method
-from baffle.perturb import Perturbations
-from baffle.quantize import (
+from baffle.core.directions import Directions
+from baffle.core.method import Method, replay
+from baffle.core.quantize import (
     CODES,
     LARGEST_CODE,
     MOST_CODES,
@@ -31,7 +27,11 @@ from baffle.quantize import (
     row_scales,
     unscale,
 )
-from baffle.types import Family, ParamSpec, Row, Table, Task, Weights, make_table, pack_int32, table_size
+from baffle.core.rebuild import estimate
+from baffle.core.scalars import encode as encode_scalars
+from baffle.core.types import Family, ParamSpec, Row, Table, Task, Weights, make_table, pack_int32, table_size
+from baffle.errors import OptionError, PlanError
+from baffle.perturb import Perturbations
 from helpers import TASK
 
 Float64 = npt.NDArray[np.float64]
@@ -399,6 +399,6 @@ def test_the_task_and_the_row_carry_the_lattice() -> None:
     task, _ = method.plan(state, TABLE, (5,), 7, None)
     assert (task.lattice, perturbations(task, TABLE, 0).lattice) == (3, 3)
     row = lattice_row(task, np.array([[[900, -400]]]))
-    after = bf.method.replay(state, TABLE, msgspec.structs.replace(row, ema=0.0))
+    after = replay(state, TABLE, msgspec.structs.replace(row, ema=0.0))
     expected = unscale(TABLE, estimate(TABLE, row), HAND, task.sigma, 3)
     assert np.array_equal(after.weights, HAND - expected)

@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 
 import baffle as bf
 from baffle.calibrate import LADDER
+from baffle.core.guard import Guard
+from baffle.core.types import LIMIT
 from baffle.engines.remote import Downlink
 from baffle.engines.transport import Arrival, Letter
 from baffle.errors import FederationError
-from baffle.guard import Guard
 from baffle.journal import Record
 from baffle.messages import (
     SETUP,
@@ -40,7 +41,6 @@ from baffle.messages import (
     encode,
 )
 from baffle.roster import Roster, RoundLog, read_members, read_rounds
-from baffle.types import LIMIT
 from baffle.wire import decode_row
 from helpers import initial_weights
 from remote_helpers import (

@@ -21,12 +21,12 @@ import numpy.typing as npt
 import pytest
 
 import baffle as bf
-from baffle.client import weight_of
-from baffle.directions import Directions
+from baffle.core.directions import Directions
+from baffle.core.method import quantum_for
+from baffle.core.scalars import weight_of
+from baffle.core.types import Family, Row, Sharing, Table, make_table, pack_int32, table_size
 from baffle.errors import CorruptRunError, DivergedError, JournalError, MissingExtraError, OptionError
 from baffle.journal import Record, RunConfig
-from baffle.method import quantum_for
-from baffle.types import Family, Row, Sharing, Table, make_table, pack_int32, table_size
 from helpers import METHOD, copy_run, digits_engine, flip, initial_weights, places, train_digits
 
 pytest.importorskip("matplotlib")

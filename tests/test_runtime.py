@@ -19,13 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from baffle.client import finite_differences
+from baffle.core.directions import Directions
+from baffle.core.quantize import on_lattice, row_scales
+from baffle.core.types import Array, Family, Task, Weights, make_table
 from baffle.data import Dataset, Scaling, load
-from baffle.directions import Directions
 from baffle.errors import DataError, ModelError, OptionError, PlanError
 from baffle.exporter import export
 from baffle.models import MODELS, build
 from baffle.perturb import Perturbations
-from baffle.quantize import on_lattice, row_scales
 from baffle.runtimes import Runtime
 from baffle.runtimes.bundle import Bundle, Example, Feed, Manifest, Precision, make_bundle
 from baffle.runtimes.graph import Buffers, GraphRuntime
@@ -33,7 +34,6 @@ from baffle.runtimes.lanes import Lane
 from baffle.runtimes.openvino import OpenVinoRuntime
 from baffle.runtimes.ort import OrtRuntime
 from baffle.runtimes.pytorch import TorchRuntime, load_into
-from baffle.types import Array, Family, Task, Weights, make_table
 from helpers import TASK
 
 SHAPE, CLASSES, SIGMA = (1, 8, 8), 10, 3e-3

@@ -25,11 +25,12 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import baffle as bf
-from baffle.aggregate import SecureSum, next_exponent, nothing
 from baffle.config import TrainConfig
+from baffle.core.aggregate import SecureSum, next_exponent, nothing
+from baffle.core.method import State, replay
+from baffle.core.types import LIMIT, Aggregate, Integers, Reply, Task, pack_int32
 from baffle.engines import Exchange
 from baffle.errors import OptionError, PlanError, ReplyError, SecureSumError
-from baffle.method import State, replay
 from baffle.runtimes.pytorch import TorchRuntime
 from baffle.secure import letters, masks
 from baffle.secure.client import SecureClient
@@ -39,7 +40,6 @@ from baffle.secure.masks import Card, Identity, mask_key, pair_mask, self_mask
 from baffle.secure.server import COUNTS, SecureRound
 from baffle.secure.shares import SECRET, recombine, split
 from baffle.secure.together import Lost, sum_together
-from baffle.types import LIMIT, Aggregate, Integers, Reply, Task, pack_int32
 from baffle.wire import decode_row
 from helpers import METHOD, TASK, digits_engine, initial_weights, invoke, linear
 

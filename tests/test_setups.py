@@ -18,9 +18,9 @@ from flwr.supercore.task_identity import TaskIdentity
 import baffle as bf
 from baffle.assemble import Server, assemble_server
 from baffle.config import TrainConfig
+from baffle.core.directions import Directions
 from baffle.data import Scaling
 from baffle.deploy.setups import Own, builder, setup_of
-from baffle.directions import Directions
 from baffle.edge import load_arrays
 from baffle.engines.flower import GridTransport, Node, from_records, reply_to, size_of, to_records
 from baffle.engines.transport import Letter

@@ -12,6 +12,7 @@ import pytest
 import torch.nn.functional as F
 
 import baffle as bf
+from baffle.core.types import Losses, Reply, Table, Task, Weights, make_table
 from baffle.data import Dataset, Scaling, partition
 from baffle.engines import local
 from baffle.errors import ModelError, OptionError
@@ -19,7 +20,6 @@ from baffle.models import build
 from baffle.perturb import Perturbations
 from baffle.runtimes import Evaluation
 from baffle.runtimes.pytorch import TorchRuntime
-from baffle.types import Losses, Reply, Table, Task, Weights, make_table
 
 INPUTS = 6
 

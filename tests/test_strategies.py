@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from baffle.core.directions import Directions
+from baffle.core.types import Family, Losses, Masks
 from baffle.data import Dataset
-from baffle.directions import Directions
 from baffle.errors import ModelError
 from baffle.perturb import Perturbations
 from baffle.runtimes.pytorch import TorchRuntime
 from baffle.runtimes.replica import Replica
-from baffle.types import Family, Losses, Masks
 
 CLASSES = 3
 Make = Callable[[], nn.Module]

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
+from baffle.core.types import Family, Losses, make_table
 from baffle.data import Dataset
 from baffle.errors import DataError, ModelError, OptionError, PlanError
 from baffle.perturb import Point, unperturbed
@@ -31,7 +32,6 @@ from baffle.runtimes.budget import Sizes, _Living, activation_bytes, weight_byte
 from baffle.runtimes.lanes import side_by_side
 from baffle.runtimes.pytorch import STRATEGIES, TorchRuntime, takes_channels_last
 from baffle.runtimes.threads import one_thread
-from baffle.types import Family, Losses, make_table
 from test_strategies import Make, With, asked_of, by, data_of, exact_losses, frozen, layer, losses_of, parameter
 
 CALLS = list[int]()

@@ -52,7 +52,7 @@ def test_the_core_replays_a_run_without_torch(wheel: Path, tmp_path: Path) -> No
     code = (
         "import baffle as bf\n"
         "states = list(bf.Journal.open('run').states())\n"
-        "from baffle.method import weights_sha256\n"
+        "from baffle.core.method import weights_sha256\n"
         "print(weights_sha256(states[-1].weights).hex())\n"
     )
     assert sh(python, "-c", code, cwd=tmp_path).strip() == trained["weights_sha256"]

@@ -21,7 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from baffle.runtimes.cores import cores
+from baffle.core.cores import cores
 from bench.performance import memory as client_memory
 from bench.performance import profiles, rebuild, simulation, speed
 from bench.performance.results import Result, bars, compare, insert, machine, table, where

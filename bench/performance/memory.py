@@ -22,7 +22,7 @@ import torch
 from rich.progress import Progress
 from torch.nn.functional import cross_entropy
 
-from baffle.directions import Directions
+from baffle.core.directions import Directions
 from baffle.perturb import Perturbations
 from baffle.runtimes.pytorch import TorchRuntime
 from bench.performance.references import gradient, torch_threads

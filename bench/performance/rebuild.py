@@ -25,11 +25,11 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress
 
-from baffle.directions import Directions
-from baffle.estimate import combine_slowly, scaled
+from baffle.core.cores import cores
+from baffle.core.directions import Directions
+from baffle.core.rebuild import combine_slowly, scaled
+from baffle.core.types import LIMIT, Family, Integers, Table, Weights, make_table, table_size
 from baffle.models import build
-from baffle.runtimes.cores import cores
-from baffle.types import LIMIT, Family, Integers, Table, Weights, make_table, table_size
 from bench.performance.results import in_turn
 
 FACTOR = 2.0**-20

@@ -22,7 +22,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.progress import Progress
 
-from baffle.runtimes.cores import cores
+from baffle.core.cores import cores
 
 Wanted = Literal["at least", "at most"]
 

@@ -34,14 +34,14 @@ import numpy as np
 from torch.nn.functional import cross_entropy
 
 import baffle as bf
+from baffle.core.directions import Directions
+from baffle.core.types import Losses, Sharing, Table, Weights
 from baffle.data import Dataset, Scaling
-from baffle.directions import Directions
 from baffle.errors import MissingExtraError, OptionError
 from baffle.models import build
 from baffle.perturb import Perturbations
 from baffle.runtimes import Evaluation, Evaluator, Runtime
 from baffle.runtimes.pytorch import TorchRuntime
-from baffle.types import Losses, Sharing, Table, Weights
 from bench.process_memory import memory_mib
 
 SHAPE = (1, 28, 28)

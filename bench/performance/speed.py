@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from rich.progress import Progress
 
+from baffle.core.cores import cores
+from baffle.core.method import State
+from baffle.core.types import Sharing, Task
 from baffle.data import Dataset, partition
 from baffle.engines.local import LocalEngine
-from baffle.method import State
 from baffle.runtimes import Runtime
-from baffle.runtimes.cores import cores
-from baffle.types import Sharing, Task
 from bench.performance import references
 from bench.performance.references import torch_threads
 from bench.performance.results import Result, compare, in_turn

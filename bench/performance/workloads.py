@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from baffle.core.directions import Directions
 from baffle.data import Dataset
-from baffle.directions import Directions
 from baffle.errors import MissingExtraError, ModelError, OptionError
 from baffle.models.lenet import lenet
 from baffle.models.transformer import transformer

@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.progress import track
 
 import baffle as bf
+from baffle.core.types import Difference, Family, Sharing
 from baffle.models import build
-from baffle.types import Difference, Family, Sharing
 
 
 def train(family: Family, difference: Difference, sharing: Sharing, rounds: int, seed: int) -> bf.Run:

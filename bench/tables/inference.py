@@ -31,14 +31,14 @@ from rich.progress import track
 from torch import nn
 
 import baffle as bf
+from baffle.core.cores import cores
+from baffle.core.types import Masks, Sharing
 from baffle.data import Dataset
 from baffle.errors import OptionError
 from baffle.models import build
 from baffle.report.charts import Chart, Line, Panel, draw
 from baffle.runtimes import Runtime
 from baffle.runtimes.bundle import Precision
-from baffle.runtimes.cores import cores
-from baffle.types import Masks, Sharing
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,11 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
+from baffle.core.types import LIMIT
 from baffle.secure.client import SecureClient
 from baffle.secure.graph import MOST_NEIGHBOURS
 from baffle.secure.masks import Identity
 from baffle.secure.server import SecureRound
-from baffle.types import LIMIT
 
 P = ParamSpec("P")
 Result = TypeVar("Result")

@@ -13,23 +13,23 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from baffle.aggregate import SecureSum as secure_sum
-from baffle.aggregate import WeightedSum as weighted_sum
-from baffle.client import ClipScalars as clip_scalars
+from baffle.core.aggregate import SecureSum as secure_sum
+from baffle.core.aggregate import WeightedSum as weighted_sum
+from baffle.core.guard import Guard as guard
+from baffle.core.method import Method
+from baffle.core.optim import Adam as adam
+from baffle.core.optim import AdamW as adamw
+from baffle.core.optim import ClipUpdate as clip_update
+from baffle.core.optim import Constant as constant
+from baffle.core.optim import Cosine as cosine
+from baffle.core.optim import Decay as decay
+from baffle.core.optim import Sgd as sgd
+from baffle.core.scalars import ClipScalars as clip_scalars
 from baffle.data import Dataset, from_torch, hold_out, load, partition
 from baffle.engines.local import LocalEngine
 from baffle.errors import BaffleError
 from baffle.fit import fit
-from baffle.guard import Guard as guard
 from baffle.journal import Journal
-from baffle.method import Method
-from baffle.optim import Adam as adam
-from baffle.optim import AdamW as adamw
-from baffle.optim import ClipUpdate as clip_update
-from baffle.optim import Constant as constant
-from baffle.optim import Cosine as cosine
-from baffle.optim import Decay as decay
-from baffle.optim import Sgd as sgd
 from baffle.runtimes.bundle import Bundle
 from baffle.train import Run, resume, train
 

@@ -14,6 +14,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from baffle.config import TrainConfig
+from baffle.core.types import Masks, Weights
 from baffle.data import Dataset, hold_out, load
 from baffle.engines.local import LocalEngine
 from baffle.errors import CorruptRunError, DataError, ModelError, OptionError, PlanError
@@ -21,7 +22,6 @@ from baffle.journal import Journal
 from baffle.runtimes import Runtime
 from baffle.runtimes.bundle import Bundle, Precision
 from baffle.runtimes.plan import MARGIN, Choice, choose, trial_batch
-from baffle.types import Masks, Weights
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

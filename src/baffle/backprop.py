@@ -17,18 +17,18 @@ from typing import Literal
 
 import numpy as np
 
-from baffle import optim
-from baffle.checks import require_count
+from baffle.core import optim
+from baffle.core.checks import require_count
+from baffle.core.method import Method, State, descend, weights_sha256
+from baffle.core.types import Cohort, Task, Weights
 from baffle.data import Dataset
 from baffle.engines.local import LocalEngine
 from baffle.errors import MissingExtraError, ModelError, PlanError
 from baffle.files import append
 from baffle.journal import Record, RunConfig, create_folder, encode_record, write_file
-from baffle.method import Method, State, descend, weights_sha256
 from baffle.runtimes.pytorch import load_into, per_example, takes_channels_last, to_tensors, trainable_parameters
 from baffle.snapshots import encode_weights
 from baffle.train import Progress, Run, evaluate, finish, require_key
-from baffle.types import Cohort, Task, Weights
 
 try:
     import torch

@@ -20,12 +20,12 @@ import numpy as np
 import numpy.typing as npt
 
 from baffle.client import finite_differences, perturbations
+from baffle.core.quantize import row_scales
+from baffle.core.types import Task, Weights
 from baffle.data import Dataset
 from baffle.errors import ReplyError
 from baffle.messages import Found
-from baffle.quantize import row_scales
 from baffle.runtimes import Runtime
-from baffle.types import Task, Weights
 
 LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 DIRECTIONS = 16

@@ -8,39 +8,20 @@ encoded as an integer on the round's power-of-two scale and weighted by an integ
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from baffle.checks import keep_floats, require_count, require_positive
+from baffle.core.checks import require_count, require_positive
+from baffle.core.directions import Directions
+from baffle.core.philox import Purpose, generator
+from baffle.core.rebuild import FAST, Execution, scaled
+from baffle.core.scalars import Encoded, encode, weight_of
+from baffle.core.types import Losses, Reply, Table, Task, Weights, pack_int32
 from baffle.data import Dataset, sample
-from baffle.directions import Directions
-from baffle.estimate import FAST, Execution, scaled
 from baffle.perturb import Perturbations
-from baffle.philox import Purpose, generator
 from baffle.runtimes import Evaluator, Runtime
-from baffle.types import LIMIT, MAX_WEIGHT, Integers, Losses, Reply, Table, Task, Weights, pack_int32
-
-
-class ClipScalars(msgspec.Struct, frozen=True, tag="clip_scalars"):
-    """Clip each scalar (a directional derivative of the loss) to [-limit, limit] on the client."""
-
-    limit: float
-
-    def __post_init__(self) -> None:
-        keep_floats(self)
-        require_positive("clip_scalars.limit", self.limit)
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Fixed-point scalars int64[K] and how many were clipped, or not finite and sent as 0."""
-
-    integers: Integers
-    clipped: int
-    nonfinite: int
 
 
 def perturbations(task: Task, table: Table, client: int, step: int = 0) -> Perturbations:
@@ -67,31 +48,6 @@ def finite_differences(task: Task, losses: Losses) -> npt.NDArray[np.float64]:
         else:
             gaps, width = precise[0::2] - precise[1::2], 2 * task.sigma
         return np.asarray(gaps.sum(axis=1) / (losses.shape[1] * width))
-
-
-def encode(task: Task, scalars: npt.NDArray[np.float64]) -> Encoded:
-    """Round to the task's scale, clip, and count; non-finite scalars become 0.
-
-    Half-way cases go to the even integer.
-    """
-    finite = np.isfinite(scalars)
-    limit = float(LIMIT)
-    if task.clip is not None:
-        limit = min(limit, float(np.floor(np.ldexp(task.clip, -task.exponent))))
-    with np.errstate(over="ignore"):  # infinitely many units are clipped like any other excess
-        units = np.rint(np.ldexp(np.where(finite, scalars, 0.0), -task.exponent))
-    integers = np.clip(units, -limit, limit)
-    return Encoded(integers.astype(np.int64), int((integers != units).sum()), int((~finite).sum()))
-
-
-def weight_of(examples: int, quantum: int) -> int:
-    """A client's integer weight: its examples in units of ``quantum``, from 1 to 255.
-
-    Examples:
-        >>> [weight_of(n, quantum=4) for n in (1, 40, 42, 10**6)]
-        [1, 10, 11, 255]
-    """
-    return max(1, min(MAX_WEIGHT, (examples + quantum // 2) // quantum))
 
 
 def reply(task: Task, client: int, weight: int, steps: Sequence[Encoded]) -> Reply:

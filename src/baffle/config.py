@@ -7,16 +7,16 @@ from typing import Literal, get_args
 
 import msgspec
 
-from baffle.aggregate import SecureSum, WeightedSum
-from baffle.checks import keep_floats, parse_bytes, require_between, require_count, require_positive
-from baffle.client import ClipScalars
+from baffle.core.aggregate import SecureSum, WeightedSum
+from baffle.core.checks import keep_floats, parse_bytes, require_between, require_count, require_positive
+from baffle.core.guard import Guard
+from baffle.core.method import Method
+from baffle.core.optim import Adam, AdamW, ClipUpdate, Constant, Cosine, Optimizer, Sgd
+from baffle.core.scalars import ClipScalars
+from baffle.core.types import Difference, Family, Sharing
 from baffle.data import Dataset, partition
 from baffle.errors import JournalError, OptionError, require_choice
-from baffle.guard import Guard
-from baffle.method import Method
-from baffle.optim import Adam, AdamW, ClipUpdate, Constant, Cosine, Optimizer, Sgd
 from baffle.runtimes.plan import STRATEGIES
-from baffle.types import Difference, Family, Sharing
 
 PARTITIONS = ("iid", "dirichlet", "shards", "column")
 RUNTIMES = {

@@ -20,13 +20,13 @@ import numpy as np
 
 from baffle.calibrate import EXAMPLES, calibrate
 from baffle.client import check_task, draw, respond
+from baffle.core.types import Array, Weights, table_size
 from baffle.data import Dataset, Scaling
 from baffle.errors import BaffleError, DataError, OptionError, ReplyError
 from baffle.messages import Answer, Failed, Found
 from baffle.pipes import BESIDES, MARK, Hello, Message, Work, decode, receive_frame, send
 from baffle.runtimes import Runtime
 from baffle.runtimes.bundle import Bundle
-from baffle.types import Array, Weights, table_size
 
 _REASON = 2000  # letters
 

@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from baffle.core.method import Method
+from baffle.core.optim import Adam, Cosine
 from baffle.data import Dataset
 from baffle.engines.local import LocalEngine, require_examples
-from baffle.method import Method
-from baffle.optim import Adam, Cosine
 from baffle.runtimes.plan import choose, trial_batch
 from baffle.train import Progress, Run, train
 

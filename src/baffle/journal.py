@@ -28,13 +28,13 @@ from typing import Literal
 import msgspec
 
 from baffle import rowlog
-from baffle.aggregate import scalar_rms
+from baffle.core.aggregate import scalar_rms
+from baffle.core.method import Method, State, replay, state_sha256, weights_sha256
+from baffle.core.rebuild import FAST, Execution
+from baffle.core.types import Row, Table, UInt64, Weights
 from baffle.errors import BaffleError, CorruptRunError, JournalError, RunExistsError
-from baffle.estimate import FAST, Execution
 from baffle.files import TEMPORARY, append, free_name, sync_folder, write_atomic
-from baffle.method import Method, State, replay, state_sha256, weights_sha256
 from baffle.snapshots import decode_weights, encode_state, encode_weights, load_state
-from baffle.types import Row, Table, UInt64, Weights
 from baffle.wire import decode_row
 
 _FORMAT = 3

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from baffle.guard import Guard, Watch
+from baffle.core.guard import Guard, Watch
+from baffle.core.method import Good, Method, State
+from baffle.core.types import Row
 from baffle.journal import Journal, Record
-from baffle.method import Good, Method, State
-from baffle.types import Row
 from baffle.wire import decode_row
 
 

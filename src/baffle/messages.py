@@ -10,9 +10,9 @@ from typing import TypeAlias
 
 import msgspec
 
+from baffle.core.types import Reply, Table, Task
 from baffle.errors import ReplyError
 from baffle.secure.letters import Advert, Card, Introduced, Masked, Survivors, Unmasked
-from baffle.types import Reply, Table, Task
 
 STATE, WEIGHTS, SETUP = "state", "weights", "setup"
 """Names of parcels: the replay state, the weights alone, an encoded Setup."""

@@ -11,9 +11,9 @@ import zlib
 import msgspec
 import numpy as np
 
+from baffle.core.method import State
+from baffle.core.types import Weights
 from baffle.errors import ReplyError
-from baffle.method import State
-from baffle.types import Weights
 
 _BESIDES = 2**16
 

@@ -15,6 +15,8 @@ import msgspec
 
 from baffle.calibrate import EXAMPLES, calibrate
 from baffle.client import check_task, draw, respond
+from baffle.core.method import State, replay, state_sha256
+from baffle.core.types import Reply, Table, Task, Weights, table_size, unpack_int32
 from baffle.data import Dataset
 from baffle.errors import BaffleError, PlanError, ReplyError, SecureSumError
 from baffle.messages import (
@@ -42,11 +44,9 @@ from baffle.messages import (
     encode,
     printable,
 )
-from baffle.method import State, replay, state_sha256
 from baffle.parcels import unpack_state, unpack_weights
 from baffle.runtimes import Runtime
 from baffle.secure.letters import Card
-from baffle.types import Reply, Table, Task, Weights, table_size, unpack_int32
 from baffle.wire import decode_row, encode_message
 
 if TYPE_CHECKING:

@@ -21,12 +21,12 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from baffle.directions import Directions
+from baffle.core.directions import Directions
+from baffle.core.quantize import encode, lattice_steps, on_lattice
+from baffle.core.types import Table, Weights, table_size
 from baffle.errors import PlanError
-from baffle.quantize import encode, lattice_steps, on_lattice
 from baffle.rounding import Bits, mask_of, to_bfloat16, to_float16
 from baffle.rounding import Float32 as Float32
-from baffle.types import Table, Weights, table_size
 
 BUDGET = 4 * 2**20
 """Bytes of directions drawn at once, unless told otherwise."""
@@ -59,7 +59,7 @@ class Perturbations:
     baseline, then direction by direction, step by step.
 
     Examples:
-        >>> from baffle.types import make_table
+        >>> from baffle.core.types import make_table
         >>> d = Directions(make_table({"w": (2, 2)}), "rank1", key=(7, 1))
         >>> p = Perturbations(d, num_directions=1, steps=(0.5, -0.5), baseline=True)
         >>> scratch = np.empty(4, np.float32)

@@ -12,9 +12,9 @@ from typing import BinaryIO, TypeAlias
 
 import msgspec
 
+from baffle.core.types import Task
 from baffle.errors import ReplyError
 from baffle.messages import Answer, Failed, Found
-from baffle.types import Task
 
 MARK = b"\0baffle\n"
 BESIDES = 2**16

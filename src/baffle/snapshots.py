@@ -9,8 +9,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from baffle.method import State, weights_sha256
-from baffle.types import Table, Weights, table_size
+from baffle.core.method import State, weights_sha256
+from baffle.core.types import Table, Weights, table_size
 
 
 def encode_weights(table: Table, weights: Weights) -> bytes:

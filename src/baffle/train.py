@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
-from baffle.checks import require_count
+from baffle.core.checks import require_count
+from baffle.core.method import Method, State, weights_sha256
+from baffle.core.types import Row, Weights, table_size
 from baffle.data import Dataset
 from baffle.engines import Engine, Exchange
 from baffle.errors import BaffleError, DivergedError, JournalError, ModelError, OptionError, PlanError
 from baffle.journal import Journal, Record, RunConfig, record_of, write_file
 from baffle.lookout import Lookout
-from baffle.method import Method, State, weights_sha256
-from baffle.types import Row, Weights, table_size
 from baffle.wire import decode_row, encode_message
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from typing import TypeVar
 
 import msgspec
 
+from baffle.core.types import Reply, Row, Task
 from baffle.errors import ReplyError
-from baffle.types import Reply, Row, Task
 
 Message = TypeVar("Message")
 

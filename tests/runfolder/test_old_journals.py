@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from baffle.core.method import weights_sha256
 from baffle.journal import Journal
-from baffle.method import weights_sha256
 from baffle.wire import decode_row
 from helpers import invoke
 

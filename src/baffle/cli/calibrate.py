@@ -18,10 +18,10 @@ from baffle.calibrate import Agreement, Calibration, calibrate, compare
 from baffle.cli.common import Json, errors, option, print_json
 from baffle.client import perturbations
 from baffle.config import TrainConfig, train_config
+from baffle.core.quantize import MOST_CODES
+from baffle.core.types import Task
 from baffle.errors import JournalError, OptionError
 from baffle.files import write_atomic
-from baffle.quantize import MOST_CODES
-from baffle.types import Task
 
 _D = TrainConfig()
 _WHAT, _HOW = "Model and data", "Measurement"

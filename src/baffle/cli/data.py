@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from baffle.assemble import splits
-from baffle.checks import require_between
 from baffle.cli.common import Json, print_json
 from baffle.config import TrainConfig, train_config
+from baffle.core.checks import require_between
 from baffle.data import DATASETS, Dataset
 from baffle.data.official import ENVIRONMENT, OFFICIAL, check
 from baffle.errors import DataError, JournalError, OptionError

@@ -13,8 +13,8 @@ from typing import Annotated
 
 import typer
 
-from baffle.checks import parse_bytes
 from baffle.cli.common import Json, print_json
+from baffle.core.checks import parse_bytes
 from baffle.errors import MissingExtraError, OptionError, require_choice
 from baffle.runtimes.plan import STRATEGIES
 

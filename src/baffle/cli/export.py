@@ -13,10 +13,10 @@ from rich.table import Table
 from baffle.assemble import bundle_of, model_of, model_of_run, narrowed, splits, vocabulary_of
 from baffle.cli.common import Json, command_of, option, print_json
 from baffle.config import TrainConfig, train_config
+from baffle.core.types import table_size
 from baffle.errors import BundleError, OptionError, require_choice
 from baffle.journal import Journal
 from baffle.runtimes.bundle import Bundle
-from baffle.types import table_size
 
 _D = TrainConfig()
 _MODEL, _CLIENT = "Model", "Client"

@@ -13,10 +13,10 @@ from rich.table import Table
 
 from baffle.assemble import as_planned, assemble
 from baffle.cli.common import Json, RunPath, command_of, errors, print_json, require_rounds
+from baffle.core.method import weights_sha256
+from baffle.core.rebuild import Execution
 from baffle.errors import CorruptRunError, OptionError
-from baffle.estimate import Execution
 from baffle.journal import Journal
-from baffle.method import weights_sha256
 from baffle.train import evaluate
 
 

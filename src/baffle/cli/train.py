@@ -18,9 +18,9 @@ from rich.table import Table
 from baffle.assemble import Setup, as_planned, assemble
 from baffle.cli.common import Json, RunPath, command_of, errors, number_or_auto, option, print_json, warn_of_lost
 from baffle.config import DEFAULT_ALPHA, DEFAULT_CLIENTS, DEFAULT_SHARDS, TrainConfig, train_config
+from baffle.core.method import Method
+from baffle.core.optim import Cosine
 from baffle.journal import Journal, Record
-from baffle.method import Method
-from baffle.optim import Cosine
 from baffle.report.events import EventLog
 from baffle.train import Run, resume, train
 

@@ -20,12 +20,12 @@ import numpy as np
 import typer
 
 from baffle.assemble import require_runtime, splits
-from baffle.checks import require_positive
 from baffle.cli.common import Json, errors
 from baffle.cli.deploy import need_flower
 from baffle.cli.status import show_live
 from baffle.cli.train import print_summary
 from baffle.config import TrainConfig, train_config
+from baffle.core.checks import require_positive
 from baffle.data import Dataset
 from baffle.errors import FederationError, JournalError, OptionError, require_choice
 from baffle.report.status import Status, read_status

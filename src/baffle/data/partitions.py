@@ -11,10 +11,10 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from baffle.checks import require_count, require_positive
+from baffle.core.checks import require_count, require_positive
+from baffle.core.philox import Purpose, generator
 from baffle.data.dataset import Dataset
 from baffle.errors import DataError, PlanError
-from baffle.philox import Purpose, generator
 
 Indices = npt.NDArray[np.int64]
 

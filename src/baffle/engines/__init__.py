@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from baffle.calibrate import Calibration
+from baffle.core.method import State
+from baffle.core.types import Aggregate, Reply, Table, Task, Weights
 from baffle.data import Dataset
-from baffle.method import State
 from baffle.runtimes import Evaluation
-from baffle.types import Aggregate, Reply, Table, Task, Weights
 
 
 @dataclass(frozen=True)

@@ -17,16 +17,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from baffle.calibrate import EXAMPLES, Calibration, calibrate
-from baffle.checks import require_count
-from baffle.client import draw, encode, finite_differences, perturbations, reply, respond, weight_of
+from baffle.client import draw, finite_differences, perturbations, reply, respond
+from baffle.core.checks import require_count
+from baffle.core.method import State
+from baffle.core.rebuild import FAST, Execution
+from baffle.core.scalars import encode, weight_of
+from baffle.core.types import Losses, Reply, Table, Task, Weights
 from baffle.data import Dataset, concatenate
 from baffle.engines import Exchange
 from baffle.errors import DataError, OptionError
-from baffle.estimate import FAST, Execution
-from baffle.method import State
 from baffle.perturb import Perturbations
 from baffle.runtimes import Evaluation, Evaluator, Runtime
-from baffle.types import Losses, Reply, Table, Task, Weights
 from baffle.wire import decode_row, encode_message
 
 if TYPE_CHECKING:

@@ -18,15 +18,15 @@ import numpy as np
 
 from baffle.calibrate import Calibration, agree, check_found
 from baffle.client import perturbations
+from baffle.core.method import State
+from baffle.core.types import Reply, Table, Task, Weights
 from baffle.data import Dataset
 from baffle.engines import Exchange
 from baffle.errors import DataError, ModelError, OptionError, ReplyError
 from baffle.messages import Answer, Failed, Found, printable
-from baffle.method import State
 from baffle.pipes import BESIDES, Hello, Message, Work, receive, send, skip_to_mark
 from baffle.runtimes import Evaluation, Runtime
 from baffle.runtimes.bundle import Bundle
-from baffle.types import Reply, Table, Task, Weights
 
 _PATIENCE = 3.0  # seconds for clients to end by themselves
 _MOST_EXAMPLES = 2**40

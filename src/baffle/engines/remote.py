@@ -22,10 +22,13 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 import numpy as np
 
-from baffle.aggregate import check_reply, nothing
 from baffle.calibrate import Calibration, agree, check_found
-from baffle.checks import require_between, require_count, require_positive
-from baffle.client import perturbations, weight_of
+from baffle.client import perturbations
+from baffle.core.aggregate import check_reply, nothing
+from baffle.core.checks import require_between, require_count, require_positive
+from baffle.core.method import State
+from baffle.core.scalars import weight_of
+from baffle.core.types import LIMIT, Aggregate, Cohort, Table, Task, Weights
 from baffle.data import Dataset
 from baffle.engines import Exchange
 from baffle.engines.history import History
@@ -55,13 +58,11 @@ from baffle.messages import (
     encode,
     printable,
 )
-from baffle.method import State
 from baffle.parcels import pack_state, pack_weights
 from baffle.roster import Member, Outcome, Roster, RoundLog, Visit
 from baffle.runtimes import Evaluation, Runtime
 from baffle.secure.graph import threshold
 from baffle.secure.letters import Advert, Card, Unmasked
-from baffle.types import LIMIT, Aggregate, Cohort, Table, Task, Weights
 
 if TYPE_CHECKING:
     from baffle.secure.server import SecureRound

@@ -7,13 +7,13 @@ from collections.abc import Callable
 import msgspec
 import numpy as np
 
+from baffle.core.directions import Directions
+from baffle.core.types import Losses, Masks
 from baffle.data import Dataset
-from baffle.directions import Directions
 from baffle.errors import MissingExtraError, ModelError, OptionError, PlanError
 from baffle.perturb import Perturbations
 from baffle.runtimes import Runtime
 from baffle.runtimes.bundle import Bundle, Example, Feed, Manifest, Pixels, Precision, make_bundle, require_precision
-from baffle.types import Losses, Masks
 
 try:
     import onnx

@@ -1,6 +1,6 @@
 """Int8 in a graph whose weights are inputs: codes and scales as inputs, QuantizeLinear pairs around activations.
 
-Weights: signed codes with a scale a row (output channel), as ``baffle.quantize`` makes them. Activations: unsigned
+Weights: signed codes with a scale a row (output channel), as ``baffle.core.quantize`` makes them. Activations: unsigned
 codes with one scale and zero point a tensor, which are inputs too: the client measures them on its own data with
 the second graph made here, which gives the least and largest value of every such tensor.
 
@@ -19,7 +19,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from baffle.quantize import LARGEST_CODE
+from baffle.core.quantize import LARGEST_CODE
 
 _OPERATORS = ("Conv", "Gemm", "MatMul")
 

@@ -23,12 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from baffle.core.types import Table
 from baffle.data import Dataset
 from baffle.errors import ModelError
 from baffle.exporter.branches import add_branches
 from baffle.runtimes.bundle import Feed
 from baffle.runtimes.pytorch import per_example, to_tensors
-from baffle.types import Table
 
 OPSET = 20
 

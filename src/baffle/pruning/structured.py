@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from baffle.checks import require_between
+from baffle.core.checks import require_between
 from baffle.data import Dataset
 from baffle.errors import DataError, MissingExtraError, ModelError
 from baffle.pruning.unstructured import require_plain

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from baffle.checks import require_between
+from baffle.core.checks import require_between
+from baffle.core.types import Masks
 from baffle.data import Dataset
 from baffle.errors import DataError, MissingExtraError, ModelError, OptionError, require_choice
-from baffle.types import Masks
 
 try:
     import torch

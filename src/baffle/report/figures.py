@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from baffle.core.types import LIMIT
 from baffle.data import Dataset
 from baffle.report.charts import Chart, Line, Panel, drawable, unit
 from baffle.report.log import Floats, RunLog, cumulative, floats, round_kind
 from baffle.report.signal import Progress, measure_power, pool
 from baffle.report.words import counted
-from baffle.types import LIMIT
 
 _AGAINST = {"round": "rounds", "passes": "forward passes", "bytes": "bytes sent", "seconds": "time"}
 _WINDOWS = 8

@@ -12,10 +12,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from baffle.core.types import Row, table_size
 from baffle.errors import JournalError
 from baffle.journal import Journal, Record, RunConfig, read_config
 from baffle.train import total
-from baffle.types import Row, table_size
 from baffle.wire import decode_row
 
 Floats: TypeAlias = npt.NDArray[np.float64]

@@ -19,12 +19,12 @@ from typing import TypeAlias
 
 import numpy as np
 
-from baffle.client import weight_of
-from baffle.estimate import estimate
+from baffle.core.method import quantum_for
+from baffle.core.rebuild import estimate
+from baffle.core.scalars import weight_of
+from baffle.core.types import Row, table_size
 from baffle.journal import RunConfig
-from baffle.method import quantum_for
 from baffle.report.log import RunLog
-from baffle.types import Row, table_size
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with the number of rebuilds that are done, and of all."""

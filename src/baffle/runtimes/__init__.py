@@ -11,9 +11,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from baffle.core.types import Losses, Table, Weights
 from baffle.data import Dataset
 from baffle.perturb import Perturbations
-from baffle.types import Losses, Table, Weights
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from baffle.core.types import Table, table_size
 from baffle.errors import PlanError
 from baffle.runtimes.intercept import leaves
-from baffle.types import Table, table_size
 
 if TYPE_CHECKING:
     from baffle.perturb import Point

@@ -22,10 +22,10 @@ import msgspec
 import numpy as np
 import safetensors.numpy
 
+from baffle.core.types import Table, Weights
 from baffle.data import Dataset, Scaling
 from baffle.errors import BundleError, DataError, require_choice
 from baffle.files import write_atomic
-from baffle.types import Table, Weights
 
 FORMAT = 1
 Precision = Literal["fp32", "fp16", "int8", "int8-weights"]

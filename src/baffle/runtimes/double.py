@@ -13,11 +13,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from baffle.core.quantize import lattice_steps
+from baffle.core.types import Weights
 from baffle.data import Dataset
 from baffle.perturb import Perturbations
-from baffle.quantize import lattice_steps
 from baffle.runtimes.pytorch import per_example, to_tensors
-from baffle.types import Weights
 
 _STEP = 1e-6
 
@@ -34,7 +34,7 @@ def derivatives(
 
     Examples:
         >>> from baffle.data import load
-        >>> from baffle.directions import Directions
+        >>> from baffle.core.directions import Directions
         >>> from baffle.runtimes.pytorch import TorchRuntime
         >>> model, loss = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), nn.functional.cross_entropy
         >>> runtime = TorchRuntime(model, loss)

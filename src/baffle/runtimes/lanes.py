@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from baffle.core.types import Losses, Weights
 from baffle.data import Dataset
 from baffle.perturb import Perturbations
-from baffle.types import Losses, Weights
 
 Worker = TypeVar("Worker")
 Result = TypeVar("Result")

@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
+from baffle.core.types import Array
 from baffle.errors import MissingExtraError
 from baffle.runtimes.bundle import Bundle, require_precision
 from baffle.runtimes.graph import Buffers, GraphRuntime, explained
-from baffle.types import Array
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 try:

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from baffle.core.directions import Directions
+from baffle.core.types import Family
 from baffle.data import Dataset, concatenate
-from baffle.directions import Directions
 from baffle.errors import MissingExtraError, ModelError, OptionError, PlanError
 from baffle.perturb import Perturbations
 from baffle.runtimes import Runtime
-from baffle.types import Family
 
 STRATEGIES = ("copies", "stacked", "streaming")
 """Of PyTorch's runtime."""

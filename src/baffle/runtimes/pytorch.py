@@ -22,17 +22,17 @@ from typing import TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from baffle.checks import require_count
+from baffle.core.checks import require_count
+from baffle.core.cores import cores
+from baffle.core.types import Array, Losses, Masks, Table, Weights, make_table, table_size
 from baffle.data import Dataset
 from baffle.errors import MissingExtraError, ModelError, require_choice
 from baffle.perturb import BUDGET, Perturbations, Point, Slot, unperturbed
 from baffle.runtimes import Evaluation
 from baffle.runtimes.allocator import give_back_freed_memory, keep_freed_memory
 from baffle.runtimes.bundle import require_precision
-from baffle.runtimes.cores import cores
 from baffle.runtimes.lanes import Lane, side_by_side
 from baffle.runtimes.plan import STRATEGIES as STRATEGIES
-from baffle.types import Array, Losses, Masks, Table, Weights, make_table, table_size
 
 try:
     import torch

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from baffle.core.types import Losses, Table
 from baffle.errors import ModelError
 from baffle.perturb import Array, Pass, Perturbations, Point, Slot
 from baffle.runtimes.intercept import Exchange, Memo, memoise_frozen_prefix
 from baffle.runtimes.stacked import NotStackable
-from baffle.types import Losses, Table
 
 CHANNELS_LAST = (0, 2, 3, 1)
 _BITS = {torch.float32: torch.float32, torch.bfloat16: torch.int16, torch.float16: torch.int16}

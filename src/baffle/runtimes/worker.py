@@ -13,11 +13,11 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from baffle.core.quantize import row_scales
+from baffle.core.types import Array, Losses, Weights
 from baffle.errors import ModelError
 from baffle.perturb import Float32, Kind, Pass, Perturbations, Point, Slot, unperturbed
-from baffle.quantize import row_scales
 from baffle.runtimes.bundle import Bundle
-from baffle.types import Array, Losses, Weights
 
 _KEPT_OUTPUTS = 2**18  # numbers in the outputs of passes whose losses are taken together
 _DTYPES: dict[str, type[np.generic]] = {

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from baffle.core.aggregate import FEWEST_NEIGHBOURS
+from baffle.core.types import MAX_WEIGHT_SUM, Integers
 from baffle.errors import SecureSumError
-from baffle.secure.graph import FEWEST_NEIGHBOURS, MOST_NEIGHBOURS, neighbourhoods, threshold
+from baffle.secure.graph import MOST_NEIGHBOURS, neighbourhoods, threshold
 from baffle.secure.letters import (
     Advert,
     Introduced,
@@ -29,7 +31,6 @@ from baffle.secure.letters import (
 )
 from baffle.secure.masks import Card, Identity, mask_key, pair_mask, self_mask, verify
 from baffle.secure.shares import MOST_HOLDERS, SECRET, split
-from baffle.types import MAX_WEIGHT_SUM, Integers
 
 
 @dataclass

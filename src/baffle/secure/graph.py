@@ -11,11 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from baffle.philox import Purpose, stream, word3
+from baffle.core.philox import Purpose, stream, word3
 
 MOST_NEIGHBOURS = 100
-FEWEST_NEIGHBOURS = 4
-"""With two or three a circle falls apart where clients are lost, and each part has a sum of its own."""
 
 
 def neighbourhoods(

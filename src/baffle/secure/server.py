@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from baffle.core.types import Integers
 from baffle.errors import SecureSumError
 from baffle.secure.graph import MOST_NEIGHBOURS, neighbourhoods, threshold
 from baffle.secure.letters import (
@@ -28,7 +29,6 @@ from baffle.secure.letters import (
 )
 from baffle.secure.masks import Card, Words, agree, mask_key, pair_mask, self_mask, verify
 from baffle.secure.shares import SECRET, recombine
-from baffle.types import Integers
 
 COUNTS = 3
 """Numbers behind the scalars of a vector: weight, clipped, nonfinite."""

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from baffle.core.types import Aggregate, Reply, Task, unpack_int32
 from baffle.secure.client import SecureClient
 from baffle.secure.server import SecureRound
-from baffle.types import Aggregate, Reply, Task, unpack_int32
 
 
 @dataclass(frozen=True)

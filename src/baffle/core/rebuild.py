@@ -20,12 +20,12 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from baffle.directions import ENTRIES_PER_BLOCK, FACTORS, Bytes, Directions, Run
+from baffle.core.cores import cores
+from baffle.core.directions import ENTRIES_PER_BLOCK, FACTORS, Bytes, Directions, Run
+from baffle.core.gaussian import from_bits
+from baffle.core.philox import BLOCK_BITS, Purpose
+from baffle.core.types import LIMIT, Integers, ParamSpec, Row, Table, Weights, table_size
 from baffle.errors import PlanError
-from baffle.gaussian import from_bits
-from baffle.philox import BLOCK_BITS, Purpose
-from baffle.runtimes.cores import cores
-from baffle.types import LIMIT, Integers, ParamSpec, Row, Table, Weights, table_size
 
 Float64 = npt.NDArray[np.float64]
 Floats: TypeAlias = npt.NDArray[np.floating]
@@ -58,7 +58,7 @@ def combine(directions: Directions, scalars: Integers, execution: Execution = FA
     """sum_k scalars[k] * d_k in units of the entries, exact: int64[K] -> float64[n].
 
     Examples:
-        >>> from baffle.types import make_table
+        >>> from baffle.core.types import make_table
         >>> d = Directions(make_table({"w": (2, 3)}), "rank1", key=(7, 1))
         >>> combine(d, np.array([10, 1])).tolist()
         [-9.0, -11.0, 9.0, 11.0, 9.0, -11.0]
@@ -99,7 +99,7 @@ def scaled(table: Table, terms: Terms, factor: float, execution: Execution = FAS
     """factor * the exact sum of all terms, rounded once to float32[n], without float64[n] on the way.
 
     Examples:
-        >>> from baffle.types import make_table
+        >>> from baffle.core.types import make_table
         >>> d = Directions(make_table({"w": (2, 3)}), "rank1", key=(7, 1))
         >>> scaled(d.table, [(d, np.array([10, 1]))], 0.5).tolist()
         [-4.5, -5.5, 4.5, 5.5, 4.5, -5.5]

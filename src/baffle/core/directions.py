@@ -23,9 +23,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from baffle import gaussian
-from baffle.philox import BLOCK_BITS, U64, Key, Purpose, philox, streams, word3
-from baffle.types import Family, Table
+from baffle.core import gaussian
+from baffle.core.philox import BLOCK_BITS, U64, Key, Purpose, philox, streams, word3
+from baffle.core.types import Family, Table
 
 Signs = npt.NDArray[np.int8]
 Bytes = npt.NDArray[np.uint8]
@@ -58,7 +58,7 @@ class Directions:
     ``client`` is 0 for directions that all clients share and index + 1 for a client's own.
 
     Examples:
-        >>> from baffle.types import make_table
+        >>> from baffle.core.types import make_table
         >>> d = Directions(make_table({"w": (2, 3)}), "rank1", key=(7, 1))
         >>> d.entries(0, slice(0, 2)).tolist()
         [[-1, -1, 1, 1, 1, -1], [1, -1, -1, 1, -1, -1]]
@@ -101,7 +101,7 @@ class Directions:
         One call of the generator draws all the short ones.
 
         Examples:
-            >>> from baffle.types import make_table
+            >>> from baffle.core.types import make_table
             >>> d = Directions(make_table({"w": (2, 3)}), "rank1", key=(7, 1))
             >>> left, right = (Run(purpose, 0, 0, 1) for purpose in FACTORS)
             >>> [packed[:, 0].tolist() for packed in d.bits([left, right], slice(0, 2))]

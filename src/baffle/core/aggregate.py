@@ -8,13 +8,15 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
-from baffle.checks import require_count
+from baffle.core.checks import require_count
+from baffle.core.types import LIMIT, Aggregate, Cohort, Integers, Reply, Row, Task, unpack_int32
 from baffle.errors import PlanError, ReplyError
-from baffle.secure.graph import FEWEST_NEIGHBOURS
-from baffle.types import LIMIT, Aggregate, Cohort, Integers, Reply, Row, Task, unpack_int32
 
 FIRST_EXPONENT = -8
 """Scale of round 0: range +-64, resolution 1/256. It only has to be near enough to measure with."""
+FEWEST_NEIGHBOURS = 4
+"""Of a client in a secure sum. With two or three a circle falls apart where clients are lost, and each part has a sum
+of its own."""
 _TARGET_BITS = 10  # root mean square of one client's integers; the limit is 16 times that
 _CALIBRATION_ROUNDS = 4
 

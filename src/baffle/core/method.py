@@ -17,18 +17,17 @@ from typing import Literal, TypeAlias
 import msgspec
 import numpy as np
 
-from baffle import optim
-from baffle.aggregate import SecureSum, WeightedSum, calibrates, next_exponent
-from baffle.checks import keep_floats, require_between, require_count, require_positive
-from baffle.client import ClipScalars, weight_of
-from baffle.directions import Directions
-from baffle.errors import DivergedError, OptionError, PlanError, require_choice
-from baffle.estimate import FAST, Execution, check_exact, estimate
-from baffle.guard import Guard
-from baffle.optim import Adam, ClipUpdate, Optimizer, Sgd, Slots
-from baffle.philox import Purpose, generator
-from baffle.quantize import MOST_CODES, unscale
-from baffle.types import (
+from baffle.core import optim
+from baffle.core.aggregate import SecureSum, WeightedSum, calibrates, next_exponent
+from baffle.core.checks import keep_floats, require_between, require_count, require_positive
+from baffle.core.directions import Directions
+from baffle.core.guard import Guard
+from baffle.core.optim import Adam, ClipUpdate, Optimizer, Sgd, Slots
+from baffle.core.philox import Purpose, generator
+from baffle.core.quantize import MOST_CODES, unscale
+from baffle.core.rebuild import FAST, Execution, check_exact, estimate
+from baffle.core.scalars import ClipScalars, weight_of
+from baffle.core.types import (
     MAX_WEIGHT,
     MAX_WEIGHT_SUM,
     Aggregate,
@@ -43,6 +42,7 @@ from baffle.types import (
     Weights,
     pack_int32,
 )
+from baffle.errors import DivergedError, OptionError, PlanError, require_choice
 
 FIRST_SIGMA = 1e-3
 """Sigma where none was given or measured."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
-from baffle.checks import keep_floats, require_between, require_count, require_positive
+from baffle.core.checks import keep_floats, require_between, require_count, require_positive
 from baffle.errors import OptionError
 
 

@@ -19,8 +19,8 @@ from typing import TypeAlias
 import msgspec
 import numpy as np
 
-from baffle.checks import keep_floats, require_between, require_count, require_positive
-from baffle.types import Weights
+from baffle.core.checks import keep_floats, require_between, require_count, require_positive
+from baffle.core.types import Weights
 
 Slots: TypeAlias = dict[str, Weights]
 """The optimizer's own state: name -> float32[n]."""

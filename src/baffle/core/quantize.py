@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from baffle.types import ParamSpec, Table, Weights
+from baffle.core.types import ParamSpec, Table, Weights
 
 CODES = 119  # the largest code of unperturbed weights
 LARGEST_CODE = 127

@@ -1,0 +1,1 @@
+"""The method's exact mathematics: it imports nothing of the package but its errors."""
