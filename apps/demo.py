@@ -26,7 +26,7 @@ import baffle as bf
 from baffle.deploy.federation import Federation
 from baffle.deploy.places import app_folder
 from baffle.errors import BaffleError, FederationError
-from baffle.roster import Outcome, read_rounds
+from baffle.runfolder.clients import Outcome, read_rounds
 
 ROUNDS, CLIENTS, BATCH = 200, 3, 16
 KILLED = 1  # the client

@@ -17,7 +17,7 @@ import baffle as bf
 from baffle.core.method import weights_sha256
 from baffle.deploy.federation import Federation
 from baffle.deploy.places import app_folder
-from baffle.roster import RoundLog, read_members, read_rounds
+from baffle.runfolder.clients import RoundLog, read_members, read_rounds
 
 OPTIONS: dict[str, str | int | float] = {
     "model": "mlp",

@@ -14,9 +14,9 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 
 import baffle as bf
 from baffle.errors import JournalError, MissingExtraError
-from baffle.journal import Record, encode_record
 from baffle.report.events import EventLog
-from baffle.roster import RoundLog, Visit
+from baffle.runfolder.clients import RoundLog, Visit
+from baffle.runfolder.metrics import Record, encode_record
 from helpers import digits_engine, initial_weights, invoke, train_digits
 
 METHOD = bf.Method(num_directions=2, batch_size=4)

@@ -23,7 +23,7 @@ from baffle.core.method import State, replay, state_sha256, weights_sha256
 from baffle.core.rebuild import Execution
 from baffle.core.types import Family, Row, Sharing, Table
 from baffle.errors import CorruptRunError, JournalError, OptionError, PlanError, RunExistsError
-from baffle.journal import Record
+from baffle.runfolder.metrics import Record
 from baffle.runtimes.pytorch import TorchRuntime
 from baffle.wire import decode_row
 from helpers import (
@@ -146,7 +146,7 @@ def test_two_runs_have_the_same_rows(whole: Path, tmp_path: Path) -> None:
 def test_every_truncation_of_the_rows_keeps_the_valid_prefix_and_resumes(
     run: Path, where: list[Place], final: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("baffle.journal.os.fsync", lambda descriptor: None)  # thousands: the test is not about power
+    monkeypatch.setattr("baffle.runfolder.journal.os.fsync", lambda descriptor: None)
     data, metrics = (run / "rows.bin").read_bytes(), (run / "metrics.jsonl").read_bytes()
     rows, lines = bf.Journal.open(run).rows, metrics.splitlines(keepends=True)
     runtime = TorchRuntime(linear(), F.cross_entropy, threads=1)
@@ -472,7 +472,7 @@ def count_replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         rounds.append(row.round)
         return replay(state, table, row, execution, earlier)
 
-    monkeypatch.setattr("baffle.journal.replay", counted)
+    monkeypatch.setattr("baffle.runfolder.journal.replay", counted)
     return rounds
 
 
@@ -700,7 +700,7 @@ def trained_full(path: Path, function: str, at: int, *, partial: bool = False) -
     """Train 4 rounds on a disk that is full once; the message, or None if it never came to the n-th call."""
     full = Full(getattr(os, function), at, partial=partial)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(f"baffle.journal.os.{function}", full)
+        patch.setattr(f"baffle.runfolder.journal.os.{function}", full)
         try:
             train_digits(path, 4)
         except JournalError as error:
@@ -762,7 +762,7 @@ def test_a_full_disk_while_a_folder_is_made_leaves_nothing_behind(
             return actual(dir=str(dir), prefix=prefix)
 
         with monkeypatch.context() as patch:
-            patch.setattr("baffle.journal.tempfile.mkstemp", full)
+            patch.setattr("baffle.runfolder.journal.tempfile.mkstemp", full)
             with pytest.raises(JournalError, match="run: cannot create the run folder: No space left"):
                 train_digits(tmp_path / "run", 1)
         assert list(tmp_path.iterdir()) == []
@@ -775,7 +775,7 @@ def test_a_full_disk_while_resuming_loses_nothing(run: Path, where: list[Place],
     for at in range(4):
         full = Full(os.write, at)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("baffle.journal.os.write", full)
+            patch.setattr("baffle.runfolder.journal.os.write", full)
             with pytest.raises(JournalError, match="No space left"):
                 resume_digits(run)
         journal = bf.Journal.open(run)
@@ -792,7 +792,7 @@ def test_a_commit_that_failed_can_be_repeated(run: Path, where: list[Place], fin
     journal = bf.Journal.open(run, write=True)
     for at in (0, 1):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("baffle.journal.os.write", Full(os.write, at))
+            patch.setattr("baffle.runfolder.journal.os.write", Full(os.write, at))
             with pytest.raises(JournalError, match=f"round {ROUNDS}"):
                 journal.commit(row, record)
         assert len(journal.rows) == len(journal.records) == ROUNDS
@@ -886,7 +886,7 @@ def test_replay_notices_a_row_that_lies(run: Path, monkeypatch: pytest.MonkeyPat
         row = decode_row(data)
         return msgspec.structs.replace(row, clip_factor=0.5) if row.round == 5 else row
 
-    monkeypatch.setattr("baffle.journal.decode_row", lying)
+    monkeypatch.setattr("baffle.runfolder.journal.decode_row", lying)
     states = bf.Journal.open(run).states()
     for _ in range(5):
         next(states)

@@ -35,7 +35,7 @@ from baffle.messages import (
     printable,
 )
 from baffle.parcels import pack_state, pack_weights, unpack_state, unpack_weights
-from baffle.roster import Member, Roster, RoundLog, Visit, read_members, read_rounds
+from baffle.runfolder.clients import Member, Roster, RoundLog, Visit, read_members, read_rounds
 from helpers import TASK
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=50)

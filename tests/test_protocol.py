@@ -41,8 +41,10 @@ from baffle.core.types import (
     table_size,
 )
 from baffle.errors import ReplyError
-from baffle.journal import Journal, Record, RunConfig
 from baffle.messages import Advertise, Concealed, Unmask, decode_introductions
+from baffle.runfolder.config import RunConfig
+from baffle.runfolder.journal import Journal
+from baffle.runfolder.metrics import Record
 from baffle.secure.client import SecureClient
 from baffle.secure.graph import neighbourhoods, threshold
 from baffle.secure.letters import (

@@ -23,7 +23,6 @@ from baffle.core.types import LIMIT
 from baffle.engines.remote import Downlink
 from baffle.engines.transport import Arrival, Letter
 from baffle.errors import FederationError
-from baffle.journal import Record
 from baffle.messages import (
     SETUP,
     STATE,
@@ -40,7 +39,8 @@ from baffle.messages import (
     decode_response,
     encode,
 )
-from baffle.roster import Roster, RoundLog, read_members, read_rounds
+from baffle.runfolder.clients import Roster, RoundLog, read_members, read_rounds
+from baffle.runfolder.metrics import Record
 from baffle.wire import decode_row
 from helpers import initial_weights
 from remote_helpers import (

@@ -14,7 +14,6 @@ import pytest
 
 import baffle as bf
 from baffle.engines.transport import Arrival, Letter
-from baffle.journal import Record
 from baffle.messages import (
     STATE,
     Advertise,
@@ -28,7 +27,8 @@ from baffle.messages import (
     encode,
 )
 from baffle.participant import Participant
-from baffle.roster import Roster, read_members, read_rounds
+from baffle.runfolder.clients import Roster, read_members, read_rounds
+from baffle.runfolder.metrics import Record
 from baffle.secure.letters import Advert, Unmasked
 from baffle.secure.masks import Identity
 from baffle.wire import decode_row

@@ -26,7 +26,8 @@ from baffle.core.method import quantum_for
 from baffle.core.scalars import weight_of
 from baffle.core.types import Family, Row, Sharing, Table, make_table, pack_int32, table_size
 from baffle.errors import CorruptRunError, DivergedError, JournalError, MissingExtraError, OptionError
-from baffle.journal import Record, RunConfig
+from baffle.runfolder.config import RunConfig
+from baffle.runfolder.metrics import Record
 from helpers import METHOD, copy_run, digits_engine, flip, initial_weights, places, train_digits
 
 pytest.importorskip("matplotlib")

@@ -13,9 +13,10 @@ from rich.console import Console
 
 from baffle.cli.status import draw, show_live, statuses
 from baffle.errors import JournalError
-from baffle.journal import Journal, Record, encode_record
 from baffle.report.status import ClientStatus, Status, by_attention, read_status
-from baffle.roster import Member, RoundLog, Visit
+from baffle.runfolder.clients import Member, RoundLog, Visit
+from baffle.runfolder.journal import Journal
+from baffle.runfolder.metrics import Record, encode_record
 from helpers import invoke, train_digits
 
 MEMBERS = (Member("a", "11", 100), Member("b", "22", 200), Member("c", "33", 300))

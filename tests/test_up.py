@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from baffle.roster import read_members, read_rounds
+from baffle.runfolder.clients import read_members, read_rounds
 from helpers import Outcome, invoke, start
 
 OPTIONS = 'model = "mlp"\nrounds = 4\nbatch-size = 4\nnum-directions = 2\nsigma = 1e-3\nevaluate-every = 2\n'

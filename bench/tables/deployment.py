@@ -27,7 +27,7 @@ import baffle as bf
 from baffle.config import TrainConfig
 from baffle.deploy.federation import Federation
 from baffle.deploy.places import app_folder
-from baffle.roster import read_rounds
+from baffle.runfolder.clients import read_rounds
 from bench.process_memory import memory_mib
 
 Found = dict[str, object]

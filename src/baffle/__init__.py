@@ -29,7 +29,7 @@ from baffle.data import Dataset, from_torch, hold_out, load, partition
 from baffle.engines.local import LocalEngine
 from baffle.errors import BaffleError
 from baffle.fit import fit
-from baffle.journal import Journal
+from baffle.runfolder.journal import Journal
 from baffle.runtimes.bundle import Bundle
 from baffle.train import Run, resume, train
 

@@ -18,7 +18,7 @@ from baffle.core.types import Masks, Weights
 from baffle.data import Dataset, hold_out, load
 from baffle.engines.local import LocalEngine
 from baffle.errors import CorruptRunError, DataError, ModelError, OptionError, PlanError
-from baffle.journal import Journal
+from baffle.runfolder.journal import Journal
 from baffle.runtimes import Runtime
 from baffle.runtimes.bundle import Bundle, Precision
 from baffle.runtimes.plan import MARGIN, Choice, choose, trial_batch

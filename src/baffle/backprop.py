@@ -25,9 +25,10 @@ from baffle.data import Dataset
 from baffle.engines.local import LocalEngine
 from baffle.errors import MissingExtraError, ModelError, PlanError
 from baffle.files import append
-from baffle.journal import Record, RunConfig, create_folder, encode_record, write_file
+from baffle.runfolder.config import RunConfig, create_folder, write_file
+from baffle.runfolder.metrics import Record, encode_record
+from baffle.runfolder.snapshots import encode_weights
 from baffle.runtimes.pytorch import load_into, per_example, takes_channels_last, to_tensors, trainable_parameters
-from baffle.snapshots import encode_weights
 from baffle.train import Progress, Run, evaluate, finish, require_key
 
 try:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from baffle.core.guard import Guard, Watch
 from baffle.core.method import Good, Method, State
 from baffle.core.types import Row
-from baffle.journal import Journal, Record
+from baffle.runfolder.journal import Journal
+from baffle.runfolder.metrics import Record
 from baffle.wire import decode_row
 
 

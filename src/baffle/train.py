@@ -13,7 +13,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,8 +27,10 @@ from baffle.core.types import Row, Weights, table_size
 from baffle.data import Dataset
 from baffle.engines import Engine, Exchange
 from baffle.errors import BaffleError, DivergedError, JournalError, ModelError, OptionError, PlanError
-from baffle.journal import Journal, Record, RunConfig, record_of, write_file
 from baffle.lookout import Lookout
+from baffle.runfolder.config import RunConfig, write_file
+from baffle.runfolder.journal import Journal
+from baffle.runfolder.metrics import Record, record_of, total
 from baffle.wire import decode_row, encode_message
 
 if TYPE_CHECKING:
@@ -332,12 +334,6 @@ def _record(row: Row, exchange: Exchange, loss: float | None, accuracy: float | 
 
 def _finite(loss: float | None) -> float | None:
     return loss if loss is not None and math.isfinite(loss) else None
-
-
-def total(values: Iterable[int | float | None]) -> int | float | None:
-    """The sum, or None if a part of it is unknown."""
-    known = list(values)
-    return None if None in known else round(sum(v for v in known if v is not None), 3)
 
 
 def _count(field: str, value: int, low: int = 1, high: int | None = None) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from baffle.core.method import weights_sha256
-from baffle.journal import Journal
+from baffle.runfolder.journal import Journal
 from baffle.wire import decode_row
 from helpers import invoke
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from baffle.assemble import command_of as command_of
 from baffle.errors import CorruptRunError, OptionError
-from baffle.journal import Journal
+from baffle.runfolder.journal import Journal
 
 errors = Console(stderr=True)
 

@@ -15,7 +15,7 @@ from baffle.cli.common import Json, command_of, option, print_json
 from baffle.config import TrainConfig, train_config
 from baffle.core.types import table_size
 from baffle.errors import BundleError, OptionError, require_choice
-from baffle.journal import Journal
+from baffle.runfolder.journal import Journal
 from baffle.runtimes.bundle import Bundle
 
 _D = TrainConfig()

@@ -16,7 +16,7 @@ from baffle.cli.common import Json, RunPath, command_of, errors, print_json, req
 from baffle.core.method import weights_sha256
 from baffle.core.rebuild import Execution
 from baffle.errors import CorruptRunError, OptionError
-from baffle.journal import Journal
+from baffle.runfolder.journal import Journal
 from baffle.train import evaluate
 
 

@@ -20,8 +20,9 @@ from baffle.cli.common import Json, RunPath, command_of, errors, number_or_auto,
 from baffle.config import DEFAULT_ALPHA, DEFAULT_CLIENTS, DEFAULT_SHARDS, TrainConfig, train_config
 from baffle.core.method import Method
 from baffle.core.optim import Cosine
-from baffle.journal import Journal, Record
 from baffle.report.events import EventLog
+from baffle.runfolder.journal import Journal
+from baffle.runfolder.metrics import Record
 from baffle.train import Run, resume, train
 
 _DATA, _LEARN, _RUN = "Data and clients", "Method", "Run"

@@ -29,7 +29,7 @@ from baffle.core.checks import require_positive
 from baffle.data import Dataset
 from baffle.errors import FederationError, JournalError, OptionError, require_choice
 from baffle.report.status import Status, read_status
-from baffle.roster import read_members
+from baffle.runfolder.clients import read_members
 
 if TYPE_CHECKING:
     from baffle.deploy.federation import Federation

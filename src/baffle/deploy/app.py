@@ -26,11 +26,13 @@ from baffle.edge import load_arrays
 from baffle.engines.flower import GridTransport, reply_to
 from baffle.engines.remote import Downlink, RemoteEngine
 from baffle.errors import OptionError
-from baffle.journal import Journal, Record, read_config
 from baffle.messages import Setup, decode_setup, encode
 from baffle.participant import Memory, Participant
 from baffle.report.events import EventLog
-from baffle.roster import Roster, read_members
+from baffle.runfolder.clients import Roster, read_members
+from baffle.runfolder.config import read_config
+from baffle.runfolder.journal import Journal
+from baffle.runfolder.metrics import Record
 from baffle.runtimes import Runtime
 from baffle.train import Run, resume, train
 

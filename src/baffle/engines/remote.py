@@ -59,7 +59,7 @@ from baffle.messages import (
     printable,
 )
 from baffle.parcels import pack_state, pack_weights
-from baffle.roster import Member, Outcome, Roster, RoundLog, Visit
+from baffle.runfolder.clients import Member, Outcome, Roster, RoundLog, Visit
 from baffle.runtimes import Evaluation, Runtime
 from baffle.secure.graph import threshold
 from baffle.secure.letters import Advert, Card, Unmasked

@@ -18,9 +18,8 @@ from typing import IO
 import msgspec
 
 from baffle.errors import JournalError, MissingExtraError
-from baffle.journal import Record
-from baffle.report.log import read_records
-from baffle.roster import ROUNDS, RoundLog, read_rounds
+from baffle.runfolder.clients import ROUNDS, RoundLog, read_rounds
+from baffle.runfolder.metrics import Record, read_records
 
 _TAGS = {
     "evaluation/loss": "loss",

@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from baffle.core.types import Row, table_size
-from baffle.errors import JournalError
-from baffle.journal import Journal, Record, RunConfig, read_config
-from baffle.train import total
+from baffle.runfolder.config import RunConfig, read_config
+from baffle.runfolder.journal import Journal
+from baffle.runfolder.metrics import Record, read_records, total
 from baffle.wire import decode_row
 
 Floats: TypeAlias = npt.NDArray[np.float64]
@@ -156,18 +156,3 @@ def _summary(log: RunLog) -> dict[str, Value]:
         return {}
     last = log.records[-1].weights_sha256 if log.records else None
     return found if found.get("weights_sha256") == last else {}
-
-
-def read_records(file: Path) -> tuple[tuple[Record, ...], str | None]:
-    """The metrics of a run without rows, up to the first line that is none; a last line cut short is no damage."""
-    try:
-        lines = file.read_bytes().split(b"\n")
-    except OSError as error:
-        raise JournalError(f"{file}: cannot be read: {error.strerror}") from error
-    records: list[Record] = []
-    for number, line in enumerate(lines[:-1]):
-        try:
-            records.append(msgspec.json.decode(line, type=Record))
-        except msgspec.DecodeError as error:
-            return tuple(records), f"{file}: line {number + 1}: {error}"
-    return tuple(records), None

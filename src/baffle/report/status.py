@@ -13,10 +13,9 @@ from typing import Literal
 import msgspec
 
 from baffle.errors import JournalError
-from baffle.journal import Record, RunConfig, read_config
-from baffle.report.log import read_records
-from baffle.roster import Member, RoundLog, Visit, read_members, read_rounds
-from baffle.train import total
+from baffle.runfolder.clients import Member, RoundLog, Visit, read_members, read_rounds
+from baffle.runfolder.config import RunConfig, read_config
+from baffle.runfolder.metrics import Record, read_records, total
 
 Stage = Literal["waiting", "training", "done", "diverged"]
 """Before its first round; between rounds, whether or not a process is at it; at its end; stopped by its guard."""

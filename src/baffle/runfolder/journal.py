@@ -20,74 +20,23 @@ import fcntl
 import hashlib
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Set
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 
-from baffle import rowlog
-from baffle.core.aggregate import scalar_rms
-from baffle.core.method import Method, State, replay, state_sha256, weights_sha256
+from baffle.core.method import State, replay, state_sha256, weights_sha256
 from baffle.core.rebuild import FAST, Execution
-from baffle.core.types import Row, Table, UInt64, Weights
-from baffle.errors import BaffleError, CorruptRunError, JournalError, RunExistsError
-from baffle.files import TEMPORARY, append, free_name, sync_folder, write_atomic
-from baffle.snapshots import decode_weights, encode_state, encode_weights, load_state
+from baffle.core.types import Row, Weights
+from baffle.errors import CorruptRunError, JournalError
+from baffle.files import TEMPORARY, append, free_name, write_atomic
+from baffle.runfolder import rowlog
+from baffle.runfolder.config import RunConfig, create_folder, encode_config, read_config, write_file
+from baffle.runfolder.metrics import Record, encode_record, record_of, records_by_round
+from baffle.runfolder.snapshots import decode_weights, encode_state, encode_weights, load_state
 from baffle.wire import decode_row
 
-_FORMAT = 3
 _KEEP_SNAPSHOTS = 2
-
-
-class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All that a run is made from, but for data and model code (which ``command`` names for the CLI)."""
-
-    format: int = _FORMAT
-    method: Method
-    key: UInt64
-    """Run key of the directions (the seed)."""
-    rounds: int
-    evaluate_every: int
-    snapshot_every: int
-    table: Table
-    plan: dict[str, str | int]
-    clients: tuple[int, ...]
-    """Examples of each client."""
-    backprop: Literal["fedsgd", "fedavg"] | None = None
-    """A baseline with true gradients, which has no rows."""
-    command: dict[str, str | int | float | bool | None] | None = None
-
-
-class Record(msgspec.Struct, frozen=True, kw_only=True):
-    """A line of ``metrics.jsonl``: what one round did and cost. Loss and accuracy are of the averaged weights,
-    on validation data if there are any.
-
-    What a round cost is unknown (None) where the line was lost and rebuilt from the row.
-    """
-
-    round: int
-    applied: bool
-    restores: int | None
-    """The run had diverged (``loss`` is what was seen) and took the state after that round again."""
-    loss: float | None
-    accuracy: float | None
-    lr: float
-    sigma: float
-    exponent: int
-    clip_factor: float
-    scalar_rms: float
-    """Root mean square of the aggregated scalars: directional derivatives of the clients' mean loss."""
-    participants: int
-    clipped: int
-    nonfinite: int
-    forward_passes: int | None
-    samples_forwarded: int | None
-    bytes_up: int | None
-    bytes_down: int | None
-    seconds: float | None
-    weights_sha256: str
 
 
 class Journal:
@@ -202,7 +151,7 @@ class Journal:
             rounds=config.rounds if rounds is None else rounds,
             clients=config.clients if clients is None else clients,
         )
-        write_file(self.path / "config.json", _encode_config(self.config))
+        write_file(self.path / "config.json", encode_config(self.config))
 
     def finish(self, state: State) -> None:
         """Write ``model.safetensors``: the averaged weights under the model's own names."""
@@ -268,7 +217,7 @@ class Journal:
         if log.edited:
             what = "the row" if self.rows else "config.json or initial.safetensors, or the row,"
             self.damage = f"{self.path / 'rows.bin'}: round {len(self.rows)} fails its checksum: {what} was edited"
-        told = _records(lines)
+        told = records_by_round(lines)
         for index, row in enumerate(map(decode_row, self.rows)):
             record = told.get((index, row.weights_sha256.hex()))
             self.records.append(record[1] if record else record_of(row))
@@ -319,98 +268,6 @@ class Journal:
             raise JournalError(f"{self.path}: another process is writing this run") from error
         except OSError as error:
             raise JournalError(f"{error.filename}: cannot open for writing: {error.strerror}") from error
-
-
-def create_folder(path: Path, config: RunConfig, initial: Weights, logs: Sequence[str]) -> None:
-    """Make a run folder with empty ``logs``, whole under a temporary name first.
-
-    Raises RunExistsError if ``path`` exists, JournalError if it cannot be written.
-    """
-    if os.path.lexists(path):
-        raise RunExistsError(f"{path} exists: choose another folder, or continue it with: baffle resume {path}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            temporary = Path(folder, "run")
-            (temporary / "snapshots").mkdir(parents=True)
-            write_atomic(temporary / "config.json", _encode_config(config))
-            write_atomic(temporary / "initial.safetensors", encode_weights(config.table, initial))
-            for name in logs:
-                write_atomic(temporary / name, b"")
-            temporary.rename(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise JournalError(f"{path}: cannot create the run folder: {error.strerror}") from error
-
-
-def encode_record(record: Record) -> bytes:
-    """A line of ``metrics.jsonl``."""
-    return msgspec.json.encode(record) + b"\n"
-
-
-def write_file(file: Path, data: bytes) -> None:
-    """Write a file of a run folder, whole. Raises JournalError."""
-    try:
-        write_atomic(file, data)
-    except OSError as error:
-        raise JournalError(f"{file}: cannot write: {error.strerror}") from error
-
-
-def _records(lines: Sequence[bytes]) -> dict[tuple[int, str], tuple[int, Record]]:
-    """Records by round and hash, with the numbers of their lines; what is none is left out."""
-    found: dict[tuple[int, str], tuple[int, Record]] = {}
-    for number, line in enumerate(lines):
-        try:
-            record = msgspec.json.decode(line, type=Record)
-        except msgspec.DecodeError:
-            continue
-        found.setdefault((record.round, record.weights_sha256), (number, record))
-    return found
-
-
-def record_of(row: Row) -> Record:
-    """What a row alone tells of a round whose line was lost."""
-    return Record(
-        round=row.round,
-        applied=row.applied,
-        restores=row.restores,
-        loss=None,
-        accuracy=None,
-        lr=row.coefficients["lr"],
-        sigma=row.sigma,
-        exponent=row.exponent,
-        clip_factor=row.clip_factor,
-        scalar_rms=scalar_rms(row),
-        participants=len(row.participants),
-        clipped=row.clipped,
-        nonfinite=row.nonfinite,
-        forward_passes=None,
-        samples_forwarded=None,
-        bytes_up=None,
-        bytes_down=None,
-        seconds=None,
-        weights_sha256=row.weights_sha256.hex(),
-    )
-
-
-def _encode_config(config: RunConfig) -> bytes:
-    return msgspec.json.format(msgspec.json.encode(config)) + b"\n"
-
-
-def read_config(path: Path) -> RunConfig:
-    """The settings of a run folder. Raises JournalError if it is none, CorruptRunError if they are not whole."""
-    file = path / "config.json"
-    try:
-        config = msgspec.json.decode(file.read_bytes(), type=RunConfig)
-    except FileNotFoundError as error:
-        raise JournalError(f"{path}: no config.json: expected the folder of a run") from error
-    except OSError as error:
-        raise JournalError(f"{file}: cannot be read: {error.strerror}") from error
-    except (msgspec.DecodeError, BaffleError) as error:
-        raise CorruptRunError(f"{file}: {error}") from error
-    if config.format != _FORMAT:
-        raise CorruptRunError(f"{file}: format = {config.format}: expected {_FORMAT}")
-    return config
 
 
 def _genesis(config: RunConfig, initial: Weights) -> bytes:
