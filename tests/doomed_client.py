@@ -19,8 +19,8 @@ from baffle.deploy.node import run_node
 from baffle.deploy.places import app_folder
 from baffle.deploy.setups import builder
 from baffle.edge import load_arrays
-from baffle.messages import Advertise, Ask, Question, Unmask, decode_question
 from baffle.participant import Build, Participant
+from baffle.protocol.messages import Advertise, Ask, Question, Unmask, decode_question
 from baffle.secure.masks import Identity
 
 

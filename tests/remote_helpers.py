@@ -19,12 +19,12 @@ from baffle.core.types import Task
 from baffle.engines import Exchange, remote
 from baffle.engines.remote import RemoteEngine
 from baffle.engines.transport import Arrival, Letter, Sent
-from baffle.messages import Ask, Question, Response, Setup, decode_question, decode_response
 from baffle.participant import Participant
+from baffle.protocol.encoding import decode_row
+from baffle.protocol.messages import Ask, Question, Response, Setup, decode_question, decode_response
 from baffle.runfolder.clients import Roster
 from baffle.runfolder.metrics import Record
 from baffle.runtimes.pytorch import TorchRuntime
-from baffle.wire import decode_row
 from helpers import initial_weights, linear
 
 Twist = Callable[[Letter, Arrival], Sequence[Arrival]]

@@ -30,8 +30,8 @@ from baffle.deploy.setups import builder
 from baffle.edge import load_arrays
 from baffle.engines.flower import reply_to, to_records
 from baffle.errors import FederationError
-from baffle.messages import Answer, decode_response, encode
 from baffle.participant import Participant
+from baffle.protocol.messages import Answer, decode_response, encode
 from deploy_helpers import OPTIONS, Site, check_run, members, one_line, peak_mb, site, until
 from helpers import BIN, invoke
 

@@ -20,8 +20,8 @@ from baffle.core.method import State
 from baffle.core.types import Task
 from baffle.data import Dataset
 from baffle.engines import Exchange
+from baffle.protocol.encoding import decode_row
 from baffle.runtimes import Runtime
-from baffle.wire import decode_row
 from deploy_helpers import OPTIONS, Site, check_run, members, site, until
 
 SECURE = OPTIONS | {"secure-sum": True, "schedule": "constant"}  # whatever the rounds of a submission

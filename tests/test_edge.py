@@ -32,8 +32,8 @@ from baffle.core.types import Reply, Weights
 from baffle.engines import pipe
 from baffle.engines.pipe import PipeEngine, write_clients
 from baffle.errors import DataError, ModelError, OptionError, ReplyError
-from baffle.messages import Answer, Failed, Found
-from baffle.pipes import (
+from baffle.protocol.messages import Answer, Failed, Found
+from baffle.protocol.pipes import (
     BESIDES,
     MARK,
     Hello,

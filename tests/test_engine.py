@@ -19,8 +19,8 @@ from baffle.core.types import LIMIT
 from baffle.data import Dataset
 from baffle.errors import DataError, ModelError
 from baffle.models import build
+from baffle.protocol.encoding import encode_message
 from baffle.runtimes.pytorch import TorchRuntime
-from baffle.wire import encode_message
 
 
 def linear() -> nn.Module:

@@ -13,9 +13,9 @@ import baffle as bf
 from baffle.core.guard import Guard
 from baffle.core.method import replay
 from baffle.errors import DivergedError, OptionError, PlanError
+from baffle.protocol.encoding import decode_row
 from baffle.runfolder.metrics import Record
 from baffle.train import Progress
-from baffle.wire import decode_row
 from helpers import METHOD, copy_run, digits_engine, initial_weights, invoke
 
 TRAIN, TEST = bf.load("digits")

@@ -23,9 +23,9 @@ from baffle.core.method import State, replay, state_sha256, weights_sha256
 from baffle.core.rebuild import Execution
 from baffle.core.types import Family, Row, Sharing, Table
 from baffle.errors import CorruptRunError, JournalError, OptionError, PlanError, RunExistsError
+from baffle.protocol.encoding import decode_row
 from baffle.runfolder.metrics import Record
 from baffle.runtimes.pytorch import TorchRuntime
-from baffle.wire import decode_row
 from helpers import (
     METHOD,
     Place,

@@ -24,8 +24,8 @@ from baffle.core.types import Family, Integers, ParamSpec, Table, Weights, make_
 from baffle.errors import CorruptRunError, ModelError, PlanError
 from baffle.models import build
 from baffle.perturb import Perturbations
+from baffle.protocol.encoding import decode_row
 from baffle.runtimes.pytorch import TorchRuntime
-from baffle.wire import decode_row
 from helpers import copy_run
 
 Mask = npt.NDArray[np.bool_]

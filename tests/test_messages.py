@@ -18,7 +18,7 @@ from baffle.calibrate import LADDER
 from baffle.core.method import State, state_sha256
 from baffle.core.types import Reply, make_table
 from baffle.errors import CorruptRunError, JournalError, ReplyError
-from baffle.messages import (
+from baffle.protocol.messages import (
     Answer,
     Ask,
     Behind,
@@ -34,7 +34,7 @@ from baffle.messages import (
     encode,
     printable,
 )
-from baffle.parcels import pack_state, pack_weights, unpack_state, unpack_weights
+from baffle.protocol.states import pack_state, pack_weights, unpack_state, unpack_weights
 from baffle.runfolder.clients import Member, Roster, RoundLog, Visit, read_members, read_rounds
 from helpers import TASK
 

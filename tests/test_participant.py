@@ -19,7 +19,9 @@ from baffle.calibrate import LADDER
 from baffle.core.method import State, state_sha256
 from baffle.core.types import Task
 from baffle.errors import DataError, ModelError, ReplyError
-from baffle.messages import (
+from baffle.participant import Memory, Participant, catch_up
+from baffle.protocol.encoding import decode_row, encode_message
+from baffle.protocol.messages import (
     SETUP,
     STATE,
     WEIGHTS,
@@ -35,11 +37,9 @@ from baffle.messages import (
     decode_response,
     encode,
 )
-from baffle.parcels import pack_state, pack_weights
-from baffle.participant import Memory, Participant, catch_up
+from baffle.protocol.states import pack_state, pack_weights
 from baffle.runtimes import Runtime
 from baffle.runtimes.pytorch import TorchRuntime
-from baffle.wire import decode_row, encode_message
 from helpers import TASK, initial_weights, linear
 from remote_helpers import METHOD, RUNTIME, SETUP_OF_DIGITS, TRAIN
 

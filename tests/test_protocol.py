@@ -15,7 +15,6 @@ import numpy.typing as npt
 import pytest
 from msgspec import inspect as schema
 
-from baffle import pipes
 from baffle.client import finite_differences, local_update, perturbations
 from baffle.core import gaussian, optim
 from baffle.core.aggregate import FIRST_EXPONENT, calibrates, next_exponent, nothing
@@ -41,7 +40,9 @@ from baffle.core.types import (
     table_size,
 )
 from baffle.errors import ReplyError
-from baffle.messages import Advertise, Concealed, Unmask, decode_introductions
+from baffle.protocol import pipes
+from baffle.protocol.encoding import decode_reply, decode_row, decode_task, encode_message
+from baffle.protocol.messages import Advertise, Concealed, Unmask, decode_introductions
 from baffle.runfolder.config import RunConfig
 from baffle.runfolder.journal import Journal
 from baffle.runfolder.metrics import Record
@@ -61,7 +62,6 @@ from baffle.secure.letters import (
 from baffle.secure.masks import Identity, mask_key, pair_mask, self_mask
 from baffle.secure.server import SecureRound
 from baffle.secure.shares import recombine, split
-from baffle.wire import decode_reply, decode_row, decode_task, encode_message
 
 Vector = dict[str, Any]
 

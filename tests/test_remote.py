@@ -23,7 +23,8 @@ from baffle.core.types import LIMIT
 from baffle.engines.remote import Downlink
 from baffle.engines.transport import Arrival, Letter
 from baffle.errors import FederationError
-from baffle.messages import (
+from baffle.protocol.encoding import decode_row
+from baffle.protocol.messages import (
     SETUP,
     STATE,
     WEIGHTS,
@@ -41,7 +42,6 @@ from baffle.messages import (
 )
 from baffle.runfolder.clients import Roster, RoundLog, read_members, read_rounds
 from baffle.runfolder.metrics import Record
-from baffle.wire import decode_row
 from helpers import initial_weights
 from remote_helpers import (
     DEADLINE,

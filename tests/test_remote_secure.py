@@ -14,7 +14,9 @@ import pytest
 
 import baffle as bf
 from baffle.engines.transport import Arrival, Letter
-from baffle.messages import (
+from baffle.participant import Participant
+from baffle.protocol.encoding import decode_row
+from baffle.protocol.messages import (
     STATE,
     Advertise,
     Answer,
@@ -26,12 +28,10 @@ from baffle.messages import (
     decode_response,
     encode,
 )
-from baffle.participant import Participant
 from baffle.runfolder.clients import Roster, read_members, read_rounds
 from baffle.runfolder.metrics import Record
 from baffle.secure.letters import Advert, Unmasked
 from baffle.secure.masks import Identity
-from baffle.wire import decode_row
 from remote_helpers import (
     DEADLINE,
     METHOD,

@@ -31,6 +31,7 @@ from baffle.core.method import State, replay
 from baffle.core.types import LIMIT, Aggregate, Integers, Reply, Task, pack_int32
 from baffle.engines import Exchange
 from baffle.errors import OptionError, PlanError, ReplyError, SecureSumError
+from baffle.protocol.encoding import decode_row
 from baffle.runtimes.pytorch import TorchRuntime
 from baffle.secure import letters, masks
 from baffle.secure.client import SecureClient
@@ -40,7 +41,6 @@ from baffle.secure.masks import Card, Identity, mask_key, pair_mask, self_mask
 from baffle.secure.server import COUNTS, SecureRound
 from baffle.secure.shares import SECRET, recombine, split
 from baffle.secure.together import Lost, sum_together
-from baffle.wire import decode_row
 from helpers import METHOD, TASK, digits_engine, initial_weights, invoke, linear
 
 KEY = 2**63 + 5

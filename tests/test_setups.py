@@ -25,9 +25,9 @@ from baffle.edge import load_arrays
 from baffle.engines.flower import GridTransport, Node, from_records, reply_to, size_of, to_records
 from baffle.engines.transport import Letter
 from baffle.errors import BaffleError, BundleError, DataError, ModelError, OptionError, ReplyError
-from baffle.messages import SETUP, Enrol, Failed, Present, Setup, decode_response, decode_setup, encode
 from baffle.participant import Participant
 from baffle.perturb import Perturbations
+from baffle.protocol.messages import SETUP, Enrol, Failed, Present, Setup, decode_response, decode_setup, encode
 from baffle.runtimes import Runtime
 from baffle.runtimes.bundle import Bundle
 from remote_helpers import TRAIN

@@ -24,7 +24,7 @@ from baffle.core.quantize import row_scales
 from baffle.core.types import Task, Weights
 from baffle.data import Dataset
 from baffle.errors import ReplyError
-from baffle.messages import Found
+from baffle.protocol.messages import Found
 from baffle.runtimes import Runtime
 
 LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)

@@ -1,7 +1,7 @@
 """A client on a device that can only infer: ``python -m baffle.edge BUNDLE DATA.npz``.
 
 It needs numpy, onnxruntime (or openvino), msgspec and safetensors: ``pip install 'baffle[ort]'``. Requests come on
-standard input and answers go to standard output (``baffle.pipes``), so that anything that carries bytes can be
+standard input and answers go to standard output (``baffle.protocol.pipes``), so that anything that carries bytes can be
 between it and a server: a pipe, ssh, a serial line. Its data never leaves it: what it sends is K integers a task.
 """
 
@@ -23,8 +23,8 @@ from baffle.client import check_task, draw, respond
 from baffle.core.types import Array, Weights, table_size
 from baffle.data import Dataset, Scaling
 from baffle.errors import BaffleError, DataError, OptionError, ReplyError
-from baffle.messages import Answer, Failed, Found
-from baffle.pipes import BESIDES, MARK, Hello, Message, Work, decode, receive_frame, send
+from baffle.protocol.messages import Answer, Failed, Found
+from baffle.protocol.pipes import BESIDES, MARK, Hello, Message, Work, decode, receive_frame, send
 from baffle.runtimes import Runtime
 from baffle.runtimes.bundle import Bundle
 

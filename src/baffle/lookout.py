@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from baffle.core.guard import Guard, Watch
 from baffle.core.method import Good, Method, State
 from baffle.core.types import Row
+from baffle.protocol.encoding import decode_row
 from baffle.runfolder.journal import Journal
 from baffle.runfolder.metrics import Record
-from baffle.wire import decode_row
 
 
 @dataclass(frozen=True, eq=False)

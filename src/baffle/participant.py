@@ -19,7 +19,8 @@ from baffle.core.method import State, replay, state_sha256
 from baffle.core.types import Reply, Table, Task, Weights, table_size, unpack_int32
 from baffle.data import Dataset
 from baffle.errors import BaffleError, PlanError, ReplyError, SecureSumError
-from baffle.messages import (
+from baffle.protocol.encoding import decode_row, encode_message
+from baffle.protocol.messages import (
     CARDS,
     INTRODUCED,
     SETUP,
@@ -44,10 +45,9 @@ from baffle.messages import (
     encode,
     printable,
 )
-from baffle.parcels import unpack_state, unpack_weights
+from baffle.protocol.states import unpack_state, unpack_weights
 from baffle.runtimes import Runtime
 from baffle.secure.letters import Card
-from baffle.wire import decode_row, encode_message
 
 if TYPE_CHECKING:
     from baffle.secure.client import SecureClient

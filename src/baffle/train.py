@@ -28,10 +28,10 @@ from baffle.data import Dataset
 from baffle.engines import Engine, Exchange
 from baffle.errors import BaffleError, DivergedError, JournalError, ModelError, OptionError, PlanError
 from baffle.lookout import Lookout
+from baffle.protocol.encoding import decode_row, encode_message
 from baffle.runfolder.config import RunConfig, write_file
 from baffle.runfolder.journal import Journal
 from baffle.runfolder.metrics import Record, record_of, total
-from baffle.wire import decode_row, encode_message
 
 if TYPE_CHECKING:
     from torch import nn

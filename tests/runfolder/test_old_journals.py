@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from baffle.core.method import weights_sha256
+from baffle.protocol.encoding import decode_row
 from baffle.runfolder.journal import Journal
-from baffle.wire import decode_row
 from helpers import invoke
 
 FORMAT_3 = Path(__file__).parents[1] / "fixtures" / "journals"

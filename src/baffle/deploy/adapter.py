@@ -65,7 +65,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from baffle.engines.flower import PART, Post
 from baffle.errors import FederationError, OptionError
-from baffle.messages import printable
+from baffle.protocol.messages import printable
 
 HEARTBEAT = 10
 """Seconds: the shortest interval that Flower allows; a node counts as gone after two."""

@@ -26,8 +26,8 @@ from baffle.edge import load_arrays
 from baffle.engines.flower import GridTransport, reply_to
 from baffle.engines.remote import Downlink, RemoteEngine
 from baffle.errors import OptionError
-from baffle.messages import Setup, decode_setup, encode
 from baffle.participant import Memory, Participant
+from baffle.protocol.messages import Setup, decode_setup, encode
 from baffle.report.events import EventLog
 from baffle.runfolder.clients import Roster, read_members
 from baffle.runfolder.config import read_config

@@ -17,8 +17,8 @@ from baffle.config import TrainConfig
 from baffle.data import Dataset, Scaling
 from baffle.edge import check_labels
 from baffle.errors import BundleError, DataError, ModelError, OptionError, ReplyError
-from baffle.messages import Setup
 from baffle.participant import Build
+from baffle.protocol.messages import Setup
 from baffle.runtimes import Runtime
 from baffle.runtimes.bundle import Bundle
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from baffle.wire import decode_row
+from baffle.protocol.encoding import decode_row
 
 
 class History:

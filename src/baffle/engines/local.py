@@ -27,8 +27,8 @@ from baffle.data import Dataset, concatenate
 from baffle.engines import Exchange
 from baffle.errors import DataError, OptionError
 from baffle.perturb import Perturbations
+from baffle.protocol.encoding import decode_row, encode_message
 from baffle.runtimes import Evaluation, Evaluator, Runtime
-from baffle.wire import decode_row, encode_message
 
 if TYPE_CHECKING:
     from baffle.secure.client import SecureClient

@@ -23,8 +23,8 @@ from baffle.core.types import Reply, Table, Task, Weights
 from baffle.data import Dataset
 from baffle.engines import Exchange
 from baffle.errors import DataError, ModelError, OptionError, ReplyError
-from baffle.messages import Answer, Failed, Found, printable
-from baffle.pipes import BESIDES, Hello, Message, Work, receive, send, skip_to_mark
+from baffle.protocol.messages import Answer, Failed, Found, printable
+from baffle.protocol.pipes import BESIDES, Hello, Message, Work, receive, send, skip_to_mark
 from baffle.runtimes import Evaluation, Runtime
 from baffle.runtimes.bundle import Bundle
 

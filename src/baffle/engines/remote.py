@@ -34,7 +34,7 @@ from baffle.engines import Exchange
 from baffle.engines.history import History
 from baffle.engines.transport import Arrival, Letter, Sent, Transport
 from baffle.errors import FederationError, ReplyError, SecureSumError, require_choice
-from baffle.messages import (
+from baffle.protocol.messages import (
     CARDS,
     INTRODUCED,
     LONGEST,
@@ -58,7 +58,7 @@ from baffle.messages import (
     encode,
     printable,
 )
-from baffle.parcels import pack_state, pack_weights
+from baffle.protocol.states import pack_state, pack_weights
 from baffle.runfolder.clients import Member, Outcome, Roster, RoundLog, Visit
 from baffle.runtimes import Evaluation, Runtime
 from baffle.secure.graph import threshold

@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from baffle.core.types import Row, table_size
+from baffle.protocol.encoding import decode_row
 from baffle.runfolder.config import RunConfig, read_config
 from baffle.runfolder.journal import Journal
 from baffle.runfolder.metrics import Record, read_records, total
-from baffle.wire import decode_row
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Value: TypeAlias = str | int | float | None

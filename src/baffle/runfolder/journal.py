@@ -30,11 +30,11 @@ from baffle.core.rebuild import FAST, Execution
 from baffle.core.types import Row, Weights
 from baffle.errors import CorruptRunError, JournalError
 from baffle.files import TEMPORARY, append, free_name, write_atomic
+from baffle.protocol.encoding import decode_row
 from baffle.runfolder import rowlog
 from baffle.runfolder.config import RunConfig, create_folder, encode_config, read_config, write_file
 from baffle.runfolder.metrics import Record, encode_record, record_of, records_by_round
 from baffle.runfolder.snapshots import decode_weights, encode_state, encode_weights, load_state
-from baffle.wire import decode_row
 
 _KEEP_SNAPSHOTS = 2
 

@@ -14,7 +14,7 @@ import msgspec
 
 from baffle.core.types import Task
 from baffle.errors import ReplyError
-from baffle.messages import Answer, Failed, Found
+from baffle.protocol.messages import Answer, Failed, Found
 
 MARK = b"\0baffle\n"
 BESIDES = 2**16
