@@ -19,7 +19,7 @@ from torch import nn
 
 import baffle as bf
 from baffle.core.types import Task, Weights
-from baffle.runtimes.pytorch import TorchRuntime
+from baffle.runtimes.pytorch.runtime import TorchRuntime
 from baffle.train import Progress
 
 BIN = Path(sys.executable).parent

@@ -24,7 +24,7 @@ from baffle.protocol.encoding import decode_row
 from baffle.protocol.messages import Ask, Question, Response, Setup, decode_question, decode_response
 from baffle.runfolder.clients import Roster
 from baffle.runfolder.metrics import Record
-from baffle.runtimes.pytorch import TorchRuntime
+from baffle.runtimes.pytorch.runtime import TorchRuntime
 from helpers import initial_weights, linear
 
 Twist = Callable[[Letter, Arrival], Sequence[Arrival]]

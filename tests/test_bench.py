@@ -11,7 +11,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from baffle.runtimes.pytorch import TorchRuntime
+from baffle.runtimes.pytorch.runtime import TorchRuntime
 from bench.performance import graphs, profiles, references, results, workloads
 
 SIGMA, K = 1e-2, 5

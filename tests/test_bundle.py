@@ -28,8 +28,8 @@ from baffle.core.method import weights_sha256
 from baffle.data import Dataset, Scaling
 from baffle.errors import BundleError, JournalError
 from baffle.exporter import export
-from baffle.runtimes.bundle import FORMAT, Bundle, Pixels, make_bundle
-from baffle.runtimes.ort import OrtRuntime
+from baffle.runtimes.onnx.bundle import FORMAT, Bundle, Pixels, make_bundle
+from baffle.runtimes.onnx.ort import OrtRuntime
 
 
 def examples() -> Dataset:
@@ -329,7 +329,7 @@ CLIENT = """
 import sys
 import numpy as np
 import baffle as bf
-import baffle.runtimes.ort
+import baffle.runtimes.onnx.ort
 from baffle.data import Dataset
 from baffle.errors import MissingExtraError
 from baffle.core.method import weights_sha256
@@ -398,7 +398,7 @@ print("after", os.environ.get("ORT_DISABLE_TELEMETRY"))
 class TestNobodyIsTold:
     """Engines that report their use are kept from it, whatever the environment says."""
 
-    @pytest.mark.parametrize("module", ["baffle.runtimes.ort", "baffle.exporter"])
+    @pytest.mark.parametrize("module", ["baffle.runtimes.onnx.ort", "baffle.exporter"])
     @pytest.mark.parametrize("before", [{}, {"ORT_DISABLE_TELEMETRY": "0"}])
     def test_it_is_off_before_onnx_runtime_is_imported(
         self, module: str, before: dict[str, str], tmp_path: Path
@@ -407,7 +407,7 @@ class TestNobodyIsTold:
         assert done.stdout.split("\n") == ["onnxruntime 1", "after 1", ""], done.stderr
 
     def test_the_package_that_reports_for_openvino_is_never_loaded(self, tmp_path: Path) -> None:
-        code = WATCHED.format(module="baffle.runtimes.openvino") + (
+        code = WATCHED.format(module="baffle.runtimes.onnx.openvino") + (
             "try:\n"
             "    import openvino_telemetry\n"
             "except ImportError:\n"

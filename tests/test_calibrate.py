@@ -29,7 +29,7 @@ from baffle.engines import Exchange
 from baffle.errors import DivergedError
 from baffle.models import build
 from baffle.protocol.encoding import decode_row
-from baffle.runtimes.pytorch import TorchRuntime
+from baffle.runtimes.pytorch.runtime import TorchRuntime
 from helpers import TASK, initial_weights, linear
 
 Float64 = npt.NDArray[np.float64]

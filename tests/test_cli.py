@@ -18,8 +18,8 @@ import baffle as bf
 from baffle import assemble
 from baffle.calibrate import DIRECTIONS, LADDER
 from baffle.runtimes import Runtime
-from baffle.runtimes.plan import Choice
-from baffle.runtimes.replica import Replica
+from baffle.runtimes.choose import Choice
+from baffle.runtimes.pytorch.replica import Replica
 from helpers import Outcome, copy_run, flip, invoke, places, spawn, tree
 
 SMALL = (

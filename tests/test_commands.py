@@ -29,7 +29,7 @@ from baffle.config import TrainConfig
 from baffle.data.official import OFFICIAL
 from baffle.errors import BaffleError
 from baffle.models import MODELS, build
-from baffle.runtimes import speed
+from baffle.runtimes import choose
 from helpers import Outcome, copy_run, flip, invoke, linear, places, tree
 
 SMALL = (
@@ -134,7 +134,7 @@ PARAMETERS = {
 def test_models_lists_every_model_with_its_parameters_and_measures_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(speed, "passes_per_second", None)  # who calls it, fails
+    monkeypatch.setattr(choose, "passes_per_second", None)  # who calls it, fails
     outcome = invoke(tmp_path, "models", "--seconds", "0")
     assert (outcome.code, outcome.err) == (0, "")
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in outcome.out.splitlines() if "│" in line]
@@ -176,7 +176,7 @@ def test_models_measures_what_it_was_asked_to(tmp_path: Path, monkeypatch: pytes
         asked.append((batch.x.shape, len(runtime.initial_weights()), runtime.plan["threads"], seconds))
         return 1234.56
 
-    monkeypatch.setattr(speed, "passes_per_second", measure)
+    monkeypatch.setattr(choose, "passes_per_second", measure)
     arguments = ("models", "--batch-size", "3", "--threads", "3", "--seconds", "0.25")
     assert invoke(tmp_path, *arguments).out.count("1,235") == 2 * len(MODELS)
     expected = [

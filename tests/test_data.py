@@ -24,8 +24,8 @@ from baffle.core.philox import Purpose, generator
 from baffle.data import Dataset, Scaling, augment, concatenate, from_torch, hold_out, load, partition, sample
 from baffle.engines.local import LocalEngine
 from baffle.errors import BaffleError, DataError, OptionError, PlanError
-from baffle.perturb import Perturbations
-from baffle.runtimes.pytorch import TorchRuntime
+from baffle.runtimes.perturb import Perturbations
+from baffle.runtimes.pytorch.runtime import TorchRuntime
 from helpers import TASK
 
 seeds = st.integers(0, 2**64 - 1)

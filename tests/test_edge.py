@@ -45,7 +45,7 @@ from baffle.protocol.pipes import (
     send,
     skip_to_mark,
 )
-from baffle.runtimes.bundle import Precision
+from baffle.runtimes.onnx.bundle import Precision
 from helpers import TASK
 
 CLIENTS = 3

@@ -20,7 +20,7 @@ from baffle.data import Dataset
 from baffle.errors import DataError, ModelError
 from baffle.models import build
 from baffle.protocol.encoding import encode_message
-from baffle.runtimes.pytorch import TorchRuntime
+from baffle.runtimes.pytorch.runtime import TorchRuntime
 
 
 def linear() -> nn.Module:

@@ -28,12 +28,12 @@ from baffle.errors import ModelError, OptionError, PlanError
 from baffle.exporter import export
 from baffle.exporter.trace import host_loss
 from baffle.models import build
-from baffle.perturb import Perturbations
 from baffle.runtimes import Runtime
-from baffle.runtimes.bundle import Bundle, Example, Pixels, Precision
-from baffle.runtimes.openvino import OpenVinoRuntime
-from baffle.runtimes.ort import OrtRuntime
-from baffle.runtimes.pytorch import TorchRuntime
+from baffle.runtimes.onnx.bundle import Bundle, Example, Pixels, Precision
+from baffle.runtimes.onnx.openvino import OpenVinoRuntime
+from baffle.runtimes.onnx.ort import OrtRuntime
+from baffle.runtimes.perturb import Perturbations
+from baffle.runtimes.pytorch.runtime import TorchRuntime
 
 Loss = Callable[..., Tensor]
 

@@ -26,7 +26,7 @@ from baffle.calibrate import DIRECTIONS, LADDER
 from baffle.config import TrainConfig
 from baffle.errors import MissingExtraError, OptionError
 from baffle.models import build
-from baffle.runtimes import plan
+from baffle.runtimes import choose as choosing
 from helpers import Outcome, copy_run, invoke, places, tree
 
 TINY = '''
@@ -212,7 +212,7 @@ def test_runtime_auto_takes_the_fastest_and_keeps_to_it(
     def seconds(runtime: Any, *arguments: object) -> float:
         return 1.0 if fastest in (runtime.plan["runtime"], runtime.plan.get("strategy")) else 1.01
 
-    monkeypatch.setattr(plan, "seconds_of", seconds)
+    monkeypatch.setattr(choosing, "seconds_of", seconds)
     flags = ("--runtime", "auto", "--precision", precision, "--sigma", "0.01")
     outcome = invoke(tmp_path, *TRAIN, *flags)
     summary = last_json(outcome)
@@ -229,7 +229,7 @@ def test_runtime_auto_takes_the_fastest_and_keeps_to_it(
     def measured(*arguments: object) -> float:
         raise AssertionError("measured")
 
-    monkeypatch.setattr(plan, "seconds_of", measured)
+    monkeypatch.setattr(choosing, "seconds_of", measured)
     cut(tmp_path / "run", 2)
     resumed = invoke(tmp_path, "resume", "run", "--json")
     assert last_json(resumed)["weights_sha256"] == summary["weights_sha256"]
@@ -239,7 +239,7 @@ def test_runtime_auto_takes_the_fastest_and_keeps_to_it(
 
 
 def test_runtime_auto_does_without_an_engine_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assemble, "inferring", missing)
+    monkeypatch.setattr(assemble, "load_runtime", missing)
     (tmp_path / "options.toml").write_text('runtime = "auto"\n')
     outcome = invoke(tmp_path, "train", "options.toml", *TRAIN[1:], "--rounds", "1")
     assert last_json(outcome)["rounds"] == 1

@@ -25,7 +25,7 @@ from baffle.core.types import Family, Row, Sharing, Table
 from baffle.errors import CorruptRunError, JournalError, OptionError, PlanError, RunExistsError
 from baffle.protocol.encoding import decode_row
 from baffle.runfolder.metrics import Record
-from baffle.runtimes.pytorch import TorchRuntime
+from baffle.runtimes.pytorch.runtime import TorchRuntime
 from helpers import (
     METHOD,
     Place,

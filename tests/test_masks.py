@@ -23,9 +23,9 @@ from baffle.core.rebuild import Execution, combine, combine_slowly
 from baffle.core.types import Family, Integers, ParamSpec, Table, Weights, make_table
 from baffle.errors import CorruptRunError, ModelError, PlanError
 from baffle.models import build
-from baffle.perturb import Perturbations
 from baffle.protocol.encoding import decode_row
-from baffle.runtimes.pytorch import TorchRuntime
+from baffle.runtimes.perturb import Perturbations
+from baffle.runtimes.pytorch.runtime import TorchRuntime
 from helpers import copy_run
 
 Mask = npt.NDArray[np.bool_]

@@ -21,8 +21,8 @@ from baffle.errors import BaffleError, ModelError, OptionError
 from baffle.models import MODELS, build
 from baffle.models.parts import ACTIVATIONS, NORMS, groups, norm_of
 from baffle.models.transformer import Transformer, transformer
-from baffle.perturb import Perturbations
-from baffle.runtimes.pytorch import TorchRuntime
+from baffle.runtimes.perturb import Perturbations
+from baffle.runtimes.pytorch.runtime import TorchRuntime
 
 REFERENCES: dict[str, Callable[[reference.Parameters, reference.Array, str, str], reference.Array]] = {
     "lenet": reference.lenet,

@@ -39,7 +39,7 @@ from baffle.protocol.messages import (
 )
 from baffle.protocol.states import pack_state, pack_weights
 from baffle.runtimes import Runtime
-from baffle.runtimes.pytorch import TorchRuntime
+from baffle.runtimes.pytorch.runtime import TorchRuntime
 from helpers import TASK, initial_weights, linear
 from remote_helpers import METHOD, RUNTIME, SETUP_OF_DIGITS, TRAIN
 

@@ -12,13 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from baffle import perturb
 from baffle.core.directions import Directions
 from baffle.core.quantize import encode, lattice_steps, on_lattice, row_scales
 from baffle.core.types import Family, Table, Weights, make_table, table_size
 from baffle.errors import PlanError
-from baffle.perturb import Array, Block, Float32, Kind, Pass, Perturbations, Point, Slot, unperturbed
-from baffle.rounding import mask_of, to_bfloat16, to_float16
+from baffle.runtimes import perturb
+from baffle.runtimes.perturb import Array, Block, Float32, Kind, Pass, Perturbations, Point, Slot, unperturbed
+from baffle.runtimes.rounding import mask_of, to_bfloat16, to_float16
 
 FAMILIES: list[Family] = ["rank1", "rademacher", "gaussian"]
 DTYPES: dict[str, type[np.generic]] = {"fp32": np.float32, "bf16": np.uint16, "fp16": np.uint16, "int8": np.int8}

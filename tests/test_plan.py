@@ -21,9 +21,10 @@ from baffle.config import TrainConfig
 from baffle.core.types import Losses, Table, Weights, make_table
 from baffle.data import Dataset, load, partition
 from baffle.errors import DataError, MissingExtraError, ModelError, OptionError, PlanError
-from baffle.perturb import Perturbations
-from baffle.runtimes import Evaluation, Runtime, plan
-from baffle.runtimes.plan import MARGIN, Choice, choose
+from baffle.runtimes import Evaluation, Runtime
+from baffle.runtimes import choose as choosing
+from baffle.runtimes.choose import MARGIN, Choice, choose
+from baffle.runtimes.perturb import Perturbations
 from helpers import linear
 
 fit = sys.modules["baffle.fit"]  # the name in the package is the function's
@@ -36,7 +37,7 @@ class World:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.asked = 0.0, list[tuple[str, Perturbations, Dataset]]()
-        monkeypatch.setattr(plan, "time", SimpleNamespace(perf_counter=lambda: self.now))
+        monkeypatch.setattr(choosing, "time", SimpleNamespace(perf_counter=lambda: self.now))
 
     def make(self, name: str, *seconds: float, fails: Exception | None = None) -> Callable[[], Runtime]:
         """A runtime that takes so many seconds a pass in each call, the last of them in all that follow."""

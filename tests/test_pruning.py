@@ -25,9 +25,9 @@ from baffle.data import Dataset
 from baffle.errors import BaffleError, DataError, MissingExtraError, ModelError, OptionError
 from baffle.models import MODELS, build
 from baffle.models.parts import NORMS
-from baffle.perturb import Perturbations
 from baffle.pruning.unstructured import input_norms, lamp, ranks_in_rows
 from baffle.runtimes import Evaluation, Runtime
+from baffle.runtimes.perturb import Perturbations
 
 Float64 = npt.NDArray[np.float64]
 SHAPE, SCORES = (1, 8, 8), ("magnitude", "inputs")

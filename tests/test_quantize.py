@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import baffle as bf
-from baffle import perturb
 from baffle.client import finite_differences, perturbations
 from baffle.core.directions import Directions
 from baffle.core.method import Method, replay
@@ -31,7 +30,8 @@ from baffle.core.rebuild import estimate
 from baffle.core.scalars import encode as encode_scalars
 from baffle.core.types import Family, ParamSpec, Row, Table, Task, Weights, make_table, pack_int32, table_size
 from baffle.errors import OptionError, PlanError
-from baffle.perturb import Perturbations
+from baffle.runtimes import perturb
+from baffle.runtimes.perturb import Perturbations
 from helpers import TASK
 
 Float64 = npt.NDArray[np.float64]

@@ -26,14 +26,14 @@ from baffle.data import Dataset, Scaling, load
 from baffle.errors import DataError, ModelError, OptionError, PlanError
 from baffle.exporter import export
 from baffle.models import MODELS, build
-from baffle.perturb import Perturbations
 from baffle.runtimes import Runtime
-from baffle.runtimes.bundle import Bundle, Example, Feed, Manifest, Precision, make_bundle
-from baffle.runtimes.graph import Buffers, GraphRuntime
 from baffle.runtimes.lanes import Lane
-from baffle.runtimes.openvino import OpenVinoRuntime
-from baffle.runtimes.ort import OrtRuntime
-from baffle.runtimes.pytorch import TorchRuntime, load_into
+from baffle.runtimes.onnx.bundle import Bundle, Example, Feed, Manifest, Precision, make_bundle
+from baffle.runtimes.onnx.openvino import OpenVinoRuntime
+from baffle.runtimes.onnx.ort import OrtRuntime
+from baffle.runtimes.onnx.runtime import Buffers, GraphRuntime
+from baffle.runtimes.perturb import Perturbations
+from baffle.runtimes.pytorch.runtime import TorchRuntime, load_into
 from helpers import TASK
 
 SHAPE, CLASSES, SIGMA = (1, 8, 8), 10, 3e-3

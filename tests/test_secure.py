@@ -32,7 +32,7 @@ from baffle.core.types import LIMIT, Aggregate, Integers, Reply, Task, pack_int3
 from baffle.engines import Exchange
 from baffle.errors import OptionError, PlanError, ReplyError, SecureSumError
 from baffle.protocol.encoding import decode_row
-from baffle.runtimes.pytorch import TorchRuntime
+from baffle.runtimes.pytorch.runtime import TorchRuntime
 from baffle.secure import letters, masks
 from baffle.secure.client import SecureClient
 from baffle.secure.graph import neighbourhoods, threshold

@@ -26,10 +26,10 @@ from baffle.engines.flower import GridTransport, Node, from_records, reply_to, s
 from baffle.engines.transport import Letter
 from baffle.errors import BaffleError, BundleError, DataError, ModelError, OptionError, ReplyError
 from baffle.participant import Participant
-from baffle.perturb import Perturbations
 from baffle.protocol.messages import SETUP, Enrol, Failed, Present, Setup, decode_response, decode_setup, encode
 from baffle.runtimes import Runtime
-from baffle.runtimes.bundle import Bundle
+from baffle.runtimes.onnx.bundle import Bundle
+from baffle.runtimes.perturb import Perturbations
 from remote_helpers import TRAIN
 
 DATA = TRAIN.take(np.arange(40))

@@ -17,9 +17,9 @@ from baffle.data import Dataset, Scaling, partition
 from baffle.engines import local
 from baffle.errors import ModelError, OptionError
 from baffle.models import build
-from baffle.perturb import Perturbations
 from baffle.runtimes import Evaluation
-from baffle.runtimes.pytorch import TorchRuntime
+from baffle.runtimes.perturb import Perturbations
+from baffle.runtimes.pytorch.runtime import TorchRuntime
 
 INPUTS = 6
 

@@ -18,9 +18,9 @@ from baffle.core.directions import Directions
 from baffle.core.types import Family, Losses, Masks
 from baffle.data import Dataset
 from baffle.errors import ModelError
-from baffle.perturb import Perturbations
-from baffle.runtimes.pytorch import TorchRuntime
-from baffle.runtimes.replica import Replica
+from baffle.runtimes.perturb import Perturbations
+from baffle.runtimes.pytorch.replica import Replica
+from baffle.runtimes.pytorch.runtime import TorchRuntime
 
 CLASSES = 3
 Make = Callable[[], nn.Module]

@@ -26,12 +26,12 @@ from torch.utils.checkpoint import checkpoint
 from baffle.core.types import Family, Losses, make_table
 from baffle.data import Dataset
 from baffle.errors import DataError, ModelError, OptionError, PlanError
-from baffle.perturb import Point, unperturbed
-from baffle.runtimes.allocator import give_back_freed_memory, keep_freed_memory
-from baffle.runtimes.budget import Sizes, _Living, activation_bytes, weight_bytes, within
 from baffle.runtimes.lanes import side_by_side
-from baffle.runtimes.pytorch import STRATEGIES, TorchRuntime, takes_channels_last
-from baffle.runtimes.threads import one_thread
+from baffle.runtimes.perturb import Point, unperturbed
+from baffle.runtimes.pytorch.allocator import give_back_freed_memory, keep_freed_memory
+from baffle.runtimes.pytorch.budget import Sizes, _Living, activation_bytes, weight_bytes, within
+from baffle.runtimes.pytorch.runtime import STRATEGIES, TorchRuntime, takes_channels_last
+from baffle.runtimes.pytorch.threads import one_thread
 from test_strategies import Make, With, asked_of, by, data_of, exact_losses, frozen, layer, losses_of, parameter
 
 CALLS = list[int]()
@@ -319,7 +319,7 @@ def test_a_glibc_that_refuses_large_thresholds_is_told_a_smaller_one(monkeypatch
         told.append((option, value))
         return option != -3 or value <= 2**25  # M_MMAP_THRESHOLD before glibc 2.35
 
-    monkeypatch.setattr("baffle.runtimes.allocator._mallopt", mallopt)
+    monkeypatch.setattr("baffle.runtimes.pytorch.allocator._mallopt", mallopt)
     assert keep_freed_memory()
     assert told == [(-3, 2**30), (-3, 2**25), (-1, 2**30)]
 

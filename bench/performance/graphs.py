@@ -7,10 +7,10 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import baffle.runtimes.openvino  # noqa: F401  # first: it keeps OpenVINO's telemetry out
+import baffle.runtimes.onnx.openvino  # noqa: F401  # first: it keeps OpenVINO's telemetry out
 from baffle.core.cores import cores
 from baffle.data import Dataset
-from baffle.runtimes.bundle import Bundle
+from baffle.runtimes.onnx.bundle import Bundle
 
 openvino: Any = importlib.import_module("openvino")
 

@@ -23,8 +23,8 @@ from rich.progress import Progress
 from torch.nn.functional import cross_entropy
 
 from baffle.core.directions import Directions
-from baffle.perturb import Perturbations
-from baffle.runtimes.pytorch import TorchRuntime
+from baffle.runtimes.perturb import Perturbations
+from baffle.runtimes.pytorch.runtime import TorchRuntime
 from bench.performance.references import gradient, torch_threads
 from bench.performance.workloads import SIGMA, WORKLOADS
 from bench.process_memory import memory_mib

@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from baffle.runtimes import Runtime
-from baffle.runtimes.bundle import Bundle
+from baffle.runtimes.onnx.bundle import Bundle
 from bench.performance import graphs
 from bench.performance.references import torch_threads
 from bench.performance.results import in_turn

@@ -39,9 +39,9 @@ from baffle.core.types import Losses, Sharing, Table, Weights
 from baffle.data import Dataset, Scaling
 from baffle.errors import MissingExtraError, OptionError
 from baffle.models import build
-from baffle.perturb import Perturbations
 from baffle.runtimes import Evaluation, Evaluator, Runtime
-from baffle.runtimes.pytorch import TorchRuntime
+from baffle.runtimes.perturb import Perturbations
+from baffle.runtimes.pytorch.runtime import TorchRuntime
 from bench.process_memory import memory_mib
 
 SHAPE = (1, 28, 28)

@@ -18,10 +18,10 @@ from baffle.errors import MissingExtraError, ModelError, OptionError
 from baffle.models.lenet import lenet
 from baffle.models.transformer import transformer
 from baffle.models.wrn import wrn_10_2
-from baffle.perturb import Perturbations
 from baffle.runtimes import Runtime
-from baffle.runtimes.bundle import Bundle
-from baffle.runtimes.pytorch import TorchRuntime
+from baffle.runtimes.onnx.bundle import Bundle
+from baffle.runtimes.perturb import Perturbations
+from baffle.runtimes.pytorch.runtime import TorchRuntime
 
 SIGMA = 1e-3
 
@@ -93,7 +93,7 @@ def runtimes(workload: Workload, precision: str, threads: int | None = None) -> 
             workload.model(), cross_entropy, threads, precision=precision, strategy=strategy
         )
     try:
-        from baffle.runtimes.openvino import OpenVinoRuntime
+        from baffle.runtimes.onnx.openvino import OpenVinoRuntime
 
         made["openvino"] = OpenVinoRuntime(exported(workload), threads, precision)
     except (MissingExtraError, OptionError):

@@ -22,7 +22,7 @@ from rich.progress import track
 import baffle as bf
 from baffle.engines.pipe import PipeEngine, write_clients
 from baffle.models import build
-from baffle.runtimes.bundle import Precision
+from baffle.runtimes.onnx.bundle import Precision
 from bench.process_memory import memory_mib
 
 _CELLS: list[tuple[str, Precision, list[str]]] = [

@@ -38,7 +38,7 @@ from baffle.errors import OptionError
 from baffle.models import build
 from baffle.report.charts import Chart, Line, Panel, draw
 from baffle.runtimes import Runtime
-from baffle.runtimes.bundle import Precision
+from baffle.runtimes.onnx.bundle import Precision
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,8 @@ import numpy as np
 from baffle.data import Dataset
 from baffle.errors import MissingExtraError, OptionError
 from baffle.runtimes import Runtime
-from baffle.runtimes.bundle import Bundle, Precision
-from baffle.runtimes.plan import seconds_of
+from baffle.runtimes.choose import seconds_of
+from baffle.runtimes.onnx.bundle import Bundle, Precision
 from bench.process_memory import memory_mib
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ class Bundles:
                 return graph_runtime(engine, self.of(engine))
             from torch.nn.functional import cross_entropy
 
-            from baffle.runtimes.pytorch import TorchRuntime
+            from baffle.runtimes.pytorch.runtime import TorchRuntime
 
             return TorchRuntime(self._module, cross_entropy, threads=1, precision=engine.precision)
         except (MissingExtraError, OptionError):
@@ -147,10 +147,10 @@ class Bundles:
 def graph_runtime(engine: Engine, bundle: Bundle) -> Runtime:
     """An engine that needs no PyTorch. OptionError if the processor lacks the precision."""
     if engine.runtime == "ort":
-        from baffle.runtimes.ort import OrtRuntime
+        from baffle.runtimes.onnx.ort import OrtRuntime
 
         return OrtRuntime(bundle, threads=1)
-    from baffle.runtimes.openvino import OpenVinoRuntime
+    from baffle.runtimes.onnx.openvino import OpenVinoRuntime
 
     return OpenVinoRuntime(bundle, threads=1, precision=engine.precision)
 
@@ -278,7 +278,7 @@ def child(job: Job, passes: int) -> dict[str, float] | None:
         import torch.utils.checkpoint
 
         from baffle.models import build
-        from baffle.runtimes.pytorch import TorchRuntime
+        from baffle.runtimes.pytorch.runtime import TorchRuntime
 
         torch.set_num_threads(1)
         if job.work == "checkpointed":  # the first call imports what is not needed otherwise
@@ -293,9 +293,9 @@ def child(job: Job, passes: int) -> dict[str, float] | None:
     else:
         try:
             if job.engine.runtime == "ort":
-                import baffle.runtimes.ort
+                import baffle.runtimes.onnx.ort
             else:
-                import baffle.runtimes.openvino  # noqa: F401  # to know what the import takes
+                import baffle.runtimes.onnx.openvino  # noqa: F401  # to know what the import takes
             imports, batch = memory_mib(), stored(job.data)
             seconds_of(graph_runtime(job.engine, Bundle.load(str(job.bundle))), batch, passes)
         except (MissingExtraError, OptionError):

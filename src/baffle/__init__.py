@@ -30,15 +30,15 @@ from baffle.engines.local import LocalEngine
 from baffle.errors import BaffleError
 from baffle.fit import fit
 from baffle.runfolder.journal import Journal
-from baffle.runtimes.bundle import Bundle
+from baffle.runtimes.onnx.bundle import Bundle
 from baffle.train import Run, resume, train
 
 if TYPE_CHECKING:
     from baffle.exporter import export
     from baffle.pruning import masks_of, prune, shrink
-    from baffle.runtimes.openvino import OpenVinoRuntime
-    from baffle.runtimes.ort import OrtRuntime
-    from baffle.runtimes.pytorch import TorchRuntime
+    from baffle.runtimes.onnx.openvino import OpenVinoRuntime
+    from baffle.runtimes.onnx.ort import OrtRuntime
+    from baffle.runtimes.pytorch.runtime import TorchRuntime
 
 __version__ = "0.1.0"
 
@@ -78,9 +78,9 @@ __all__ = [
 ]
 
 _LAZY = {
-    "OpenVinoRuntime": "baffle.runtimes.openvino",
-    "OrtRuntime": "baffle.runtimes.ort",
-    "TorchRuntime": "baffle.runtimes.pytorch",
+    "OpenVinoRuntime": "baffle.runtimes.onnx.openvino",
+    "OrtRuntime": "baffle.runtimes.onnx.ort",
+    "TorchRuntime": "baffle.runtimes.pytorch.runtime",
     "export": "baffle.exporter",
     "masks_of": "baffle.pruning",
     "prune": "baffle.pruning",

@@ -20,8 +20,9 @@ from baffle.engines.local import LocalEngine
 from baffle.errors import CorruptRunError, DataError, ModelError, OptionError, PlanError
 from baffle.runfolder.journal import Journal
 from baffle.runtimes import Runtime
-from baffle.runtimes.bundle import Bundle, Precision
-from baffle.runtimes.plan import MARGIN, Choice, choose, trial_batch
+from baffle.runtimes.choose import MARGIN, Choice, choose, trial_batch
+from baffle.runtimes.onnx.bundle import Bundle, Precision
+from baffle.runtimes.onnx.load import load_runtime
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -96,7 +97,10 @@ def assemble_server(options: TrainConfig) -> Server:
     vocabulary = vocabulary_of(train, validation, test)
     model, masks = model_of(options, train, vocabulary, train)
     bundle = None if options.runtime == "torch" else bundle_of(options, model, train, masks)
-    runtime = runtime_of(options, model, train, masks) if bundle is None else inferring(options, bundle)
+    if bundle is None:
+        runtime = runtime_of(options, model, train, masks)
+    else:
+        runtime = load_runtime(bundle, options.runtime, options.threads, options.precision)
     return Server(train, validation, test, _classes(train), vocabulary, runtime, bundle, runtime.initial_weights())
 
 
@@ -172,7 +176,7 @@ def model_of_run(journal: Journal, options: TrainConfig) -> tuple[nn.Module, Mas
     """
     from torch.nn.functional import cross_entropy
 
-    from baffle.runtimes.pytorch import TorchRuntime, load_into
+    from baffle.runtimes.pytorch.runtime import TorchRuntime, load_into
 
     train, validation, test = splits(options)
     model, masks = model_of(options, train, vocabulary_of(train, validation, test), options.split(train)[0])
@@ -192,7 +196,7 @@ def runtime_of(options: TrainConfig, model: nn.Module, data: Dataset, masks: Mas
     from torch.nn.functional import cross_entropy
 
     if options.runtime in ("torch", "auto"):
-        from baffle.runtimes.pytorch import TorchRuntime
+        from baffle.runtimes.pytorch.runtime import TorchRuntime
 
         return TorchRuntime(
             model,
@@ -203,7 +207,7 @@ def runtime_of(options: TrainConfig, model: nn.Module, data: Dataset, masks: Mas
             strategy="copies" if options.strategy == "auto" else options.strategy,
             memory=options.memory_bytes,
         )
-    return inferring(options, bundle_of(options, model, data, masks))
+    return load_runtime(bundle_of(options, model, data, masks), options.runtime, options.threads, options.precision)
 
 
 def as_planned(options: TrainConfig, plan: Mapping[str, str | int]) -> TrainConfig:
@@ -234,17 +238,6 @@ def chosen_of(
         family=options.family,
         margin=1.0 if options.runtime == "auto" else MARGIN,  # who asks for it wants the fastest
     )
-
-
-def inferring(options: TrainConfig, bundle: Bundle) -> Runtime:
-    """The runtime that the options name, for a bundle. PyTorch is not needed."""
-    if options.runtime == "openvino":
-        from baffle.runtimes.openvino import OpenVinoRuntime
-
-        return OpenVinoRuntime(bundle, options.threads, options.precision)
-    from baffle.runtimes.ort import OrtRuntime
-
-    return OrtRuntime(bundle, options.threads)
 
 
 def bundle_of(options: TrainConfig, model: nn.Module, data: Dataset, masks: Masks | None) -> Bundle:

@@ -28,7 +28,13 @@ from baffle.files import append
 from baffle.runfolder.config import RunConfig, create_folder, write_file
 from baffle.runfolder.metrics import Record, encode_record
 from baffle.runfolder.snapshots import encode_weights
-from baffle.runtimes.pytorch import load_into, per_example, takes_channels_last, to_tensors, trainable_parameters
+from baffle.runtimes.pytorch.runtime import (
+    load_into,
+    per_example,
+    takes_channels_last,
+    to_tensors,
+    trainable_parameters,
+)
 from baffle.train import Progress, Run, evaluate, finish, require_key
 
 try:

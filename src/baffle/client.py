@@ -20,8 +20,8 @@ from baffle.core.rebuild import FAST, Execution, scaled
 from baffle.core.scalars import Encoded, encode, weight_of
 from baffle.core.types import Losses, Reply, Table, Task, Weights, pack_int32
 from baffle.data import Dataset, sample
-from baffle.perturb import Perturbations
 from baffle.runtimes import Evaluator, Runtime
+from baffle.runtimes.perturb import Perturbations
 
 
 def perturbations(task: Task, table: Table, client: int, step: int = 0) -> Perturbations:

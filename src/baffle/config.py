@@ -16,7 +16,7 @@ from baffle.core.scalars import ClipScalars
 from baffle.core.types import Difference, Family, Sharing
 from baffle.data import Dataset, partition
 from baffle.errors import JournalError, OptionError, require_choice
-from baffle.runtimes.plan import STRATEGIES
+from baffle.runtimes.choose import STRATEGIES
 
 PARTITIONS = ("iid", "dirichlet", "shards", "column")
 RUNTIMES = {

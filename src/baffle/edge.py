@@ -22,11 +22,12 @@ from baffle.calibrate import EXAMPLES, calibrate
 from baffle.client import check_task, draw, respond
 from baffle.core.types import Array, Weights, table_size
 from baffle.data import Dataset, Scaling
-from baffle.errors import BaffleError, DataError, OptionError, ReplyError
+from baffle.errors import BaffleError, DataError, ReplyError
 from baffle.protocol.messages import Answer, Failed, Found
 from baffle.protocol.pipes import BESIDES, MARK, Hello, Message, Work, decode, receive_frame, send
 from baffle.runtimes import Runtime
-from baffle.runtimes.bundle import Bundle
+from baffle.runtimes.onnx.bundle import Bundle
+from baffle.runtimes.onnx.load import load_runtime
 
 _REASON = 2000  # letters
 
@@ -87,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
             os.dup2(2, 1)  # what a library prints must not get between the answers
             bundle = Bundle.load(options.bundle)
             data = load_examples(options.data, bundle)
-            runtime = _runtime(bundle, options.runtime, options.precision, options.threads)
+            runtime = load_runtime(bundle, options.runtime, options.threads, options.precision)
             serve(runtime, bundle, data, sys.stdin.buffer, answers)
     except BaffleError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -122,18 +123,6 @@ def check_labels(runtime: Runtime, bundle: Bundle, data: Dataset) -> None:
     if data.y.ndim == 1 and data.y.dtype.kind == "i":
         for i in (data.y.argmin(), data.y.argmax()):
             runtime.evaluate(bundle.initial, data.take(np.array([i]), f"{data.name}: example {i}"))
-
-
-def _runtime(bundle: Bundle, name: str, precision: str | None, threads: int) -> Runtime:
-    if name == "openvino":
-        from baffle.runtimes.openvino import OpenVinoRuntime
-
-        return OpenVinoRuntime(bundle, threads, precision)
-    if precision is not None and precision != bundle.manifest.precision:
-        raise OptionError("precision", precision, f"{bundle.manifest.precision}, which the bundle was exported for")
-    from baffle.runtimes.ort import OrtRuntime
-
-    return OrtRuntime(bundle, threads)
 
 
 def _answer(runtime: Runtime, data: Dataset, request: Message) -> Message:

@@ -11,7 +11,7 @@ from baffle.core.method import Method
 from baffle.core.optim import Adam, Cosine
 from baffle.data import Dataset
 from baffle.engines.local import LocalEngine, require_examples
-from baffle.runtimes.plan import choose, trial_batch
+from baffle.runtimes.choose import choose, trial_batch
 from baffle.train import Progress, Run, train
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def fit(
         >>> run.accuracy > 0.75
         True
     """
-    from baffle.runtimes.pytorch import TorchRuntime
+    from baffle.runtimes.pytorch.runtime import TorchRuntime
 
     require_examples(clients)
     method = method or default_method(rounds)

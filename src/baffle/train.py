@@ -74,7 +74,7 @@ class Run:
 
     def load_into(self, model: nn.Module) -> None:
         """Copy the averaged weights into a PyTorch model."""
-        from baffle.runtimes.pytorch import load_into
+        from baffle.runtimes.pytorch.runtime import load_into
 
         load_into(model, self.config.table, self.average)
 

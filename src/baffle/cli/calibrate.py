@@ -108,7 +108,7 @@ def _measure(options: TrainConfig) -> tuple[list[Calibration], list[tuple[Agreem
     """The ladder of sigmas, or on the lattice one step a number of codes; how they agree with the reference."""
     from torch.nn.functional import cross_entropy
 
-    from baffle.runtimes.double import derivatives
+    from baffle.runtimes.pytorch.float64 import derivatives
 
     train, _, test = splits(options)
     model, masks = model_of(options, train, vocabulary_of(train, test), train)

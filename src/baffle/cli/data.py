@@ -43,8 +43,8 @@ def models_command(
     from torch.nn.functional import cross_entropy
 
     from baffle.models import MODELS, build
-    from baffle.runtimes.pytorch import TorchRuntime
-    from baffle.runtimes.speed import passes_per_second
+    from baffle.runtimes.choose import passes_per_second
+    from baffle.runtimes.pytorch.runtime import TorchRuntime
 
     def speed(model: nn.Module, shape: tuple[int, ...]) -> float | None:
         if not seconds:

@@ -16,7 +16,7 @@ import typer
 from baffle.cli.common import Json, print_json
 from baffle.core.checks import parse_bytes
 from baffle.errors import MissingExtraError, OptionError, require_choice
-from baffle.runtimes.plan import STRATEGIES
+from baffle.runtimes.choose import STRATEGIES
 
 _SECURITY = "Security"
 
@@ -79,7 +79,7 @@ def node_command(
     from baffle.deploy.setups import Own, builder
     from baffle.edge import load_arrays
     from baffle.participant import Participant
-    from baffle.runtimes.bundle import Bundle
+    from baffle.runtimes.onnx.bundle import Bundle
     from baffle.secure.masks import Identity
 
     if insecure == (root_certificates is not None):

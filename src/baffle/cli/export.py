@@ -16,7 +16,7 @@ from baffle.config import TrainConfig, train_config
 from baffle.core.types import table_size
 from baffle.errors import BundleError, OptionError, require_choice
 from baffle.runfolder.journal import Journal
-from baffle.runtimes.bundle import Bundle
+from baffle.runtimes.onnx.bundle import Bundle
 
 _D = TrainConfig()
 _MODEL, _CLIENT = "Model", "Client"

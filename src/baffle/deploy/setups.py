@@ -12,7 +12,7 @@ from functools import lru_cache
 import msgspec
 import numpy as np
 
-from baffle.assemble import Server, inferring
+from baffle.assemble import Server
 from baffle.config import TrainConfig
 from baffle.data import Dataset, Scaling
 from baffle.edge import check_labels
@@ -20,7 +20,8 @@ from baffle.errors import BundleError, DataError, ModelError, OptionError, Reply
 from baffle.participant import Build
 from baffle.protocol.messages import Setup
 from baffle.runtimes import Runtime
-from baffle.runtimes.bundle import Bundle
+from baffle.runtimes.onnx.bundle import Bundle
+from baffle.runtimes.onnx.load import load_runtime
 
 _TOLD = ("model", "activation", "norm", "trainable", "runtime", "precision", "seed", "augment")
 
@@ -81,7 +82,7 @@ def runtime_for(setup: Setup, own: Own) -> Runtime:
         raise BundleError(
             f"the server's bundle is {bundle.sha256[:12]}: expected {own.bundle.sha256[:12]}, trusted here"
         )
-    return inferring(msgspec.structs.replace(options, threads=own.threads), bundle)
+    return load_runtime(bundle, options.runtime, own.threads, options.precision)
 
 
 def data_for(setup: Setup, data: Dataset, runtime: Runtime) -> Dataset:
@@ -130,7 +131,7 @@ def _torch(options: TrainConfig, setup: Setup, own: Own) -> Runtime:
     from torch.nn.functional import cross_entropy
 
     from baffle.models import build, train_only
-    from baffle.runtimes.pytorch import TorchRuntime
+    from baffle.runtimes.pytorch.runtime import TorchRuntime
 
     model = build(
         options.model,

@@ -26,9 +26,9 @@ from baffle.core.types import Losses, Reply, Table, Task, Weights
 from baffle.data import Dataset, concatenate
 from baffle.engines import Exchange
 from baffle.errors import DataError, OptionError
-from baffle.perturb import Perturbations
 from baffle.protocol.encoding import decode_row, encode_message
 from baffle.runtimes import Evaluation, Evaluator, Runtime
+from baffle.runtimes.perturb import Perturbations
 
 if TYPE_CHECKING:
     from baffle.secure.client import SecureClient
@@ -65,7 +65,7 @@ class LocalEngine:
         >>> import torch.nn.functional as F
         >>> from torch import nn
         >>> from baffle.data import load, partition
-        >>> from baffle.runtimes.pytorch import TorchRuntime
+        >>> from baffle.runtimes.pytorch.runtime import TorchRuntime
         >>> train, test = load("digits")
         >>> runtime = TorchRuntime(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), F.cross_entropy)
         >>> LocalEngine(runtime, partition(train, 4)).sizes

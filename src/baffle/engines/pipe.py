@@ -26,7 +26,7 @@ from baffle.errors import DataError, ModelError, OptionError, ReplyError
 from baffle.protocol.messages import Answer, Failed, Found, printable
 from baffle.protocol.pipes import BESIDES, Hello, Message, Work, receive, send, skip_to_mark
 from baffle.runtimes import Evaluation, Runtime
-from baffle.runtimes.bundle import Bundle
+from baffle.runtimes.onnx.bundle import Bundle
 
 _PATIENCE = 3.0  # seconds for clients to end by themselves
 _MOST_EXAMPLES = 2**40

@@ -11,9 +11,18 @@ from baffle.core.directions import Directions
 from baffle.core.types import Losses, Masks
 from baffle.data import Dataset
 from baffle.errors import MissingExtraError, ModelError, OptionError, PlanError
-from baffle.perturb import Perturbations
 from baffle.runtimes import Runtime
-from baffle.runtimes.bundle import Bundle, Example, Feed, Manifest, Pixels, Precision, make_bundle, require_precision
+from baffle.runtimes.onnx.bundle import (
+    Bundle,
+    Example,
+    Feed,
+    Manifest,
+    Pixels,
+    Precision,
+    make_bundle,
+    require_precision,
+)
+from baffle.runtimes.perturb import Perturbations
 
 try:
     import onnx
@@ -21,8 +30,8 @@ try:
 
     from baffle.exporter.quantized import quantize
     from baffle.exporter.trace import host_loss, trace
-    from baffle.runtimes.ort import PRECISIONS, OrtRuntime
-    from baffle.runtimes.pytorch import TorchRuntime
+    from baffle.runtimes.onnx.ort import PRECISIONS, OrtRuntime
+    from baffle.runtimes.pytorch.runtime import TorchRuntime
 except ImportError as error:
     raise MissingExtraError("exporting needs PyTorch and ONNX: pip install 'baffle[export]'") from error
 

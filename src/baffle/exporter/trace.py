@@ -27,8 +27,8 @@ from baffle.core.types import Table
 from baffle.data import Dataset
 from baffle.errors import ModelError
 from baffle.exporter.branches import add_branches
-from baffle.runtimes.bundle import Feed
-from baffle.runtimes.pytorch import per_example, to_tensors
+from baffle.runtimes.onnx.bundle import Feed
+from baffle.runtimes.pytorch.runtime import per_example, to_tensors
 
 OPSET = 20
 

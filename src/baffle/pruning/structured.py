@@ -22,7 +22,7 @@ try:
     import torch
     from torch import Tensor, nn
 
-    from baffle.runtimes.pytorch import to_tensors
+    from baffle.runtimes.pytorch.runtime import to_tensors
 except ImportError as error:
     raise MissingExtraError("PyTorch is not installed: pip install 'baffle[torch]'") from error
 

@@ -23,7 +23,7 @@ try:
     import torch.nn.functional as F
     from torch import Tensor, nn
 
-    from baffle.runtimes.pytorch import to_tensors, trainable_parameters
+    from baffle.runtimes.pytorch.runtime import to_tensors, trainable_parameters
 except ImportError as error:
     raise MissingExtraError("PyTorch is not installed: pip install 'baffle[torch]'") from error
 

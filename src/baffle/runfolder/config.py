@@ -69,6 +69,7 @@ def write_file(file: Path, data: bytes) -> None:
 
 
 def encode_config(config: RunConfig) -> bytes:
+    """The bytes of ``config.json``."""
     return msgspec.json.format(msgspec.json.encode(config)) + b"\n"
 
 

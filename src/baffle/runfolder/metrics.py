@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -13,9 +12,6 @@ from baffle.core.types import Row
 from baffle.errors import (
     JournalError,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from baffle.core.types import Losses, Table, Weights
 from baffle.data import Dataset
-from baffle.perturb import Perturbations
+from baffle.runtimes.perturb import Perturbations
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 
 from baffle.core.types import Losses, Weights
 from baffle.data import Dataset
-from baffle.perturb import Perturbations
+from baffle.runtimes.perturb import Perturbations
 
 Worker = TypeVar("Worker")
 Result = TypeVar("Result")

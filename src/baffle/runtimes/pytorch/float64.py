@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from baffle.core.quantize import lattice_steps
 from baffle.core.types import Weights
 from baffle.data import Dataset
-from baffle.perturb import Perturbations
-from baffle.runtimes.pytorch import per_example, to_tensors
+from baffle.runtimes.perturb import Perturbations
+from baffle.runtimes.pytorch.runtime import per_example, to_tensors
 
 _STEP = 1e-6
 
@@ -35,7 +35,7 @@ def derivatives(
     Examples:
         >>> from baffle.data import load
         >>> from baffle.core.directions import Directions
-        >>> from baffle.runtimes.pytorch import TorchRuntime
+        >>> from baffle.runtimes.pytorch.runtime import TorchRuntime
         >>> model, loss = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), nn.functional.cross_entropy
         >>> runtime = TorchRuntime(model, loss)
         >>> asked = Perturbations(Directions(runtime.table, "rank1", (0, 1)), 4, (1e-3,), baseline=True)

@@ -1,7 +1,7 @@
 """Forward passes of any ``torch.nn.Module``, without ever building an autograd graph.
 
-Each thread has a replica of the model (``baffle.runtimes.replica``); the model that was handed over, its buffers and
-its frozen parameters stay untouched.
+Each thread has a replica of the model (``baffle.runtimes.pytorch.replica``); the model that was handed over, its
+buffers and its frozen parameters stay untouched.
 
 Convolutions are fastest with channels last: four-dimensional weights and inputs are laid out so, if the model
 stands it (one that calls ``view`` on a convolution's output does not).
@@ -27,12 +27,12 @@ from baffle.core.cores import cores
 from baffle.core.types import Array, Losses, Masks, Table, Weights, make_table, table_size
 from baffle.data import Dataset
 from baffle.errors import MissingExtraError, ModelError, require_choice
-from baffle.perturb import BUDGET, Perturbations, Point, Slot, unperturbed
 from baffle.runtimes import Evaluation
-from baffle.runtimes.allocator import give_back_freed_memory, keep_freed_memory
-from baffle.runtimes.bundle import require_precision
+from baffle.runtimes.choose import STRATEGIES as STRATEGIES
 from baffle.runtimes.lanes import Lane, side_by_side
-from baffle.runtimes.plan import STRATEGIES as STRATEGIES
+from baffle.runtimes.onnx.bundle import require_precision
+from baffle.runtimes.perturb import BUDGET, Perturbations, Point, Slot, unperturbed
+from baffle.runtimes.pytorch.allocator import give_back_freed_memory, keep_freed_memory
 
 try:
     import torch
@@ -40,13 +40,13 @@ try:
 except ImportError as error:
     raise MissingExtraError("PyTorch is not installed: pip install 'baffle[torch]'") from error
 
-from baffle.runtimes.budget import Sizes, activation_bytes, weight_bytes, within
-from baffle.runtimes.modules import check_modules, frozen_sha256
-from baffle.runtimes.modules import per_example as per_example
-from baffle.runtimes.replica import LOOSE, Chunk, Replica, frozen_tensors, slots_of, stack_losses
-from baffle.runtimes.stacked import NotStackable
-from baffle.runtimes.stacks import Stacks
-from baffle.runtimes.threads import one_thread
+from baffle.runtimes.pytorch.budget import Sizes, activation_bytes, weight_bytes, within
+from baffle.runtimes.pytorch.module_checks import check_modules, frozen_sha256
+from baffle.runtimes.pytorch.module_checks import per_example as per_example
+from baffle.runtimes.pytorch.replica import LOOSE, Chunk, Replica, frozen_tensors, slots_of, stack_losses
+from baffle.runtimes.pytorch.stack import NotStackable
+from baffle.runtimes.pytorch.stacked import Stacks
+from baffle.runtimes.pytorch.threads import one_thread
 
 _ACTIVATIONS = 2**23  # bytes of activations of one forward pass: larger batches are cut
 _STACKED_ROWS = 2**12  # examples times directions that go through the model at once

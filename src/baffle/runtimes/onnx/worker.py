@@ -16,8 +16,8 @@ import numpy.typing as npt
 from baffle.core.quantize import row_scales
 from baffle.core.types import Array, Losses, Weights
 from baffle.errors import ModelError
-from baffle.perturb import Float32, Kind, Pass, Perturbations, Point, Slot, unperturbed
-from baffle.runtimes.bundle import Bundle
+from baffle.runtimes.onnx.bundle import Bundle
+from baffle.runtimes.perturb import Float32, Kind, Pass, Perturbations, Point, Slot, unperturbed
 
 _KEPT_OUTPUTS = 2**18  # numbers in the outputs of passes whose losses are taken together
 _DTYPES: dict[str, type[np.generic]] = {

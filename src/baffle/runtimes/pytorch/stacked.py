@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from baffle.errors import ModelError
-from baffle.perturb import Block, Pass, Perturbations, Point
-from baffle.runtimes.replica import LOOSE, Chunk, Replica, as_bits
-from baffle.runtimes.stacked import NotStackable, Stack
+from baffle.runtimes.perturb import Block, Pass, Perturbations, Point
+from baffle.runtimes.pytorch.replica import LOOSE, Chunk, Replica, as_bits
+from baffle.runtimes.pytorch.stack import NotStackable, Stack
 
 
 class Stacks:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from baffle.runtimes.intercept import Interception
+from baffle.runtimes.pytorch.intercept import Interception
 
 Factors = tuple[Tensor, Tensor]
 _ELEMENTWISE = frozenset({"add", "sub", "mul", "div", "rsub", "true_divide", "multiply", "subtract"})

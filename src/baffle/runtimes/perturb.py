@@ -25,8 +25,8 @@ from baffle.core.directions import Directions
 from baffle.core.quantize import encode, lattice_steps, on_lattice
 from baffle.core.types import Table, Weights, table_size
 from baffle.errors import PlanError
-from baffle.rounding import Bits, mask_of, to_bfloat16, to_float16
-from baffle.rounding import Float32 as Float32
+from baffle.runtimes.rounding import Bits, mask_of, to_bfloat16, to_float16
+from baffle.runtimes.rounding import Float32 as Float32
 
 BUDGET = 4 * 2**20
 """Bytes of directions drawn at once, unless told otherwise."""

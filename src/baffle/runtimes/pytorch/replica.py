@@ -3,7 +3,7 @@
 * copies: every trained tensor has a buffer that the kernels read, and a pass writes all of them first;
 * streaming: a layer's perturbed weight is made just before the layer runs and gone after it, so that a pass needs an
   inference's memory and one layer's weight;
-* stacked: several directions in one batch (``baffle.runtimes.stacks``).
+* stacked: several directions in one batch (``baffle.runtimes.pytorch.stacked``).
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from baffle.core.types import Losses, Table
 from baffle.errors import ModelError
-from baffle.perturb import Array, Pass, Perturbations, Point, Slot
-from baffle.runtimes.intercept import Exchange, Memo, memoise_frozen_prefix
-from baffle.runtimes.stacked import NotStackable
+from baffle.runtimes.perturb import Array, Pass, Perturbations, Point, Slot
+from baffle.runtimes.pytorch.frozen_prefix import Memo, memoise_frozen_prefix
+from baffle.runtimes.pytorch.intercept import Exchange
+from baffle.runtimes.pytorch.stack import NotStackable
 
 CHANNELS_LAST = (0, 2, 3, 1)
 _BITS = {torch.float32: torch.float32, torch.bfloat16: torch.int16, torch.float16: torch.int16}

@@ -24,13 +24,13 @@ from baffle.core.cores import cores
 from baffle.core.types import Losses, ParamSpec, Table, Weights
 from baffle.data import Dataset
 from baffle.errors import PlanError
-from baffle.perturb import Kind, Perturbations
 from baffle.runtimes import Evaluation
-from baffle.runtimes.bundle import Bundle, Feed
 from baffle.runtimes.lanes import Lane, side_by_side
-from baffle.runtimes.worker import Buffers as Buffers
-from baffle.runtimes.worker import Chunk, Loader, Program, Worker
-from baffle.runtimes.worker import explained as explained
+from baffle.runtimes.onnx.bundle import Bundle, Feed
+from baffle.runtimes.onnx.worker import Buffers as Buffers
+from baffle.runtimes.onnx.worker import Chunk, Loader, Program, Worker
+from baffle.runtimes.onnx.worker import explained as explained
+from baffle.runtimes.perturb import Kind, Perturbations
 
 _CHUNK_INPUTS = 2**15  # numbers in the inputs of one forward pass, so that activations stay in the cache
 KINDS: dict[Feed, Kind] = {

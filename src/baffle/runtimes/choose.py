@@ -16,8 +16,8 @@ from baffle.core.directions import Directions
 from baffle.core.types import Family
 from baffle.data import Dataset, concatenate
 from baffle.errors import MissingExtraError, ModelError, OptionError, PlanError
-from baffle.perturb import Perturbations
 from baffle.runtimes import Runtime
+from baffle.runtimes.perturb import Perturbations
 
 STRATEGIES = ("copies", "stacked", "streaming")
 """Of PyTorch's runtime."""
@@ -69,7 +69,7 @@ def choose(
         >>> import torch.nn.functional as F
         >>> from torch import nn
         >>> from baffle.data import load
-        >>> from baffle.runtimes.pytorch import TorchRuntime
+        >>> from baffle.runtimes.pytorch.runtime import TorchRuntime
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
         >>> ways = {s: lambda s=s: TorchRuntime(model, F.cross_entropy, strategy=s) for s in ("copies", "stacked")}
         >>> sorted(choose(ways, load("digits")[0], seconds=0.01).rates)
@@ -114,3 +114,22 @@ def seconds_of(runtime: Runtime, batch: Dataset, passes: int, family: Family = "
     started = time.perf_counter()
     runtime.losses(weights, asked, batch)
     return time.perf_counter() - started
+
+
+def passes_per_second(runtime: Runtime, batch: Dataset, seconds: float) -> float:
+    """Perturbed passes over a batch in a second, measured for at least ``seconds`` after a short warm-up.
+
+    Examples:
+        >>> from torch import nn
+        >>> from baffle.data import load
+        >>> from baffle.runtimes.pytorch.runtime import TorchRuntime
+        >>> runtime = TorchRuntime(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), nn.functional.cross_entropy)
+        >>> passes_per_second(runtime, load("digits")[0], seconds=0.01) > 0
+        True
+    """
+    seconds_of(runtime, batch, 4)  # memory and kernels are prepared
+    passes, took = 8, seconds_of(runtime, batch, 8)
+    while took < seconds:
+        passes = max(2 * passes, min(64 * passes, int(passes * seconds / took)))
+        took = seconds_of(runtime, batch, passes)
+    return passes / took

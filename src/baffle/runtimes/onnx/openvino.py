@@ -16,9 +16,9 @@ import numpy as np
 from baffle.core.cores import cores
 from baffle.core.types import Array, ParamSpec
 from baffle.errors import MissingExtraError, ModelError, OptionError, PlanError
-from baffle.perturb import Kind
-from baffle.runtimes.bundle import Bundle, Feed, require_precision
-from baffle.runtimes.graph import KINDS, Buffers, GraphRuntime, explained
+from baffle.runtimes.onnx.bundle import Bundle, Feed, require_precision
+from baffle.runtimes.onnx.runtime import KINDS, Buffers, GraphRuntime, explained
+from baffle.runtimes.perturb import Kind
 
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None makes its import fail
 try:

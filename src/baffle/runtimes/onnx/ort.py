@@ -11,8 +11,8 @@ from collections.abc import Mapping
 
 from baffle.core.types import Array
 from baffle.errors import MissingExtraError
-from baffle.runtimes.bundle import Bundle, require_precision
-from baffle.runtimes.graph import Buffers, GraphRuntime, explained
+from baffle.runtimes.onnx.bundle import Bundle, require_precision
+from baffle.runtimes.onnx.runtime import Buffers, GraphRuntime, explained
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 try:

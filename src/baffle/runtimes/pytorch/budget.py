@@ -19,11 +19,11 @@ from torch.overrides import TorchFunctionMode
 
 from baffle.core.types import Table, table_size
 from baffle.errors import PlanError
-from baffle.runtimes.intercept import leaves
+from baffle.runtimes.pytorch.intercept import leaves
 
 if TYPE_CHECKING:
-    from baffle.perturb import Point
-    from baffle.runtimes.replica import Replica
+    from baffle.runtimes.perturb import Point
+    from baffle.runtimes.pytorch.replica import Replica
 
 _SMALLEST_DRAWN = 2**16
 _MEASURED = 4  # examples

@@ -1,0 +1,1 @@
+"""Exported graphs on ONNX Runtime and OpenVINO, with weights as inputs."""

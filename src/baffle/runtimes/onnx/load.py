@@ -1,0 +1,32 @@
+"""A client bundle on the engine that is asked for. PyTorch is not needed."""
+
+from __future__ import annotations
+
+from baffle.errors import OptionError, require_choice
+from baffle.runtimes import Runtime
+from baffle.runtimes.onnx.bundle import Bundle
+
+
+def load_runtime(bundle: Bundle, engine: str, threads: int | None = None, precision: str | None = None) -> Runtime:
+    """The runtime of an engine, ``ort`` or ``openvino``, for a bundle.
+
+    Args:
+        bundle: What ``baffle export`` made.
+        engine: ``ort`` (ONNX Runtime) or ``openvino``.
+        threads: Passes side by side; None for one per core.
+        precision: What to compute in. None is the bundle's own; OpenVINO can also compute an fp32 bundle in bf16 or
+            fp16.
+
+    Raises:
+        OptionError: If the engine is unknown, or cannot compute in the precision.
+    """
+    require_choice("runtime", engine, ["ort", "openvino"])
+    if engine == "openvino":
+        from baffle.runtimes.onnx.openvino import OpenVinoRuntime
+
+        return OpenVinoRuntime(bundle, threads, precision)
+    if precision is not None and precision != bundle.manifest.precision:
+        raise OptionError("precision", precision, f"{bundle.manifest.precision}, which the bundle was exported for")
+    from baffle.runtimes.onnx.ort import OrtRuntime
+
+    return OrtRuntime(bundle, threads)

@@ -1,0 +1,1 @@
+"""PyTorch models, evaluated by forward passes under perturbed weights."""
