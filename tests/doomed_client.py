@@ -14,12 +14,12 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from baffle.client.examples import load_arrays
+from baffle.client.participant import Build, Participant
 from baffle.deploy.adapter import Fleet, app_sha256, read_key, secret_of
 from baffle.deploy.node import run_node
 from baffle.deploy.places import app_folder
 from baffle.deploy.setups import builder
-from baffle.edge import load_arrays
-from baffle.participant import Build, Participant
 from baffle.protocol.messages import Advertise, Ask, Question, Unmask, decode_question
 from baffle.secure.masks import Identity
 

@@ -14,12 +14,12 @@ import pytest
 import torch.nn.functional as F
 
 import baffle as bf
+from baffle.client.participant import Participant
 from baffle.core.method import State
 from baffle.core.types import Task
 from baffle.engines import Exchange, remote
 from baffle.engines.remote import RemoteEngine
 from baffle.engines.transport import Arrival, Letter, Sent
-from baffle.participant import Participant
 from baffle.protocol.encoding import decode_row
 from baffle.protocol.messages import Ask, Question, Response, Setup, decode_question, decode_response
 from baffle.runfolder.clients import Roster

@@ -18,16 +18,16 @@ from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.superlink.grid.http_grid import HttpGrid
 
+from baffle.client.examples import load_arrays
+from baffle.client.participant import Participant
 from baffle.deploy import adapter
 from baffle.deploy.adapter import Fleet, QuickGrid, app_sha256, quick, read_key
 from baffle.deploy.federation import Federation, private_bytes
 from baffle.deploy.node import run_node
 from baffle.deploy.places import app_folder
 from baffle.deploy.setups import builder
-from baffle.edge import load_arrays
 from baffle.engines.flower import from_records, to_records
 from baffle.errors import FederationError, OptionError
-from baffle.participant import Participant
 from deploy_helpers import OPTIONS, Site, check_run, site, until
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 import baffle as bf
 from baffle.backprop import Kind, train_backprop
-from baffle.calibrate import DIRECTIONS, LADDER
+from baffle.client.calibrate import DIRECTIONS, LADDER
 from baffle.errors import DivergedError, JournalError, ModelError, OptionError, PlanError, RunExistsError
 from baffle.report import read_run
 from helpers import digits_engine, initial_weights, invoke, linear

@@ -18,8 +18,17 @@ from hypothesis import strategies as st
 from torch import nn
 
 import baffle as bf
-from baffle.calibrate import DIRECTIONS, LADDER, Agreement, Calibration, calibrate, choose, compare, estimate_errors
-from baffle.client import finite_differences, perturbations
+from baffle.client.calibrate import (
+    DIRECTIONS,
+    LADDER,
+    Agreement,
+    Calibration,
+    calibrate,
+    choose,
+    compare,
+    estimate_errors,
+)
+from baffle.client.respond import finite_differences, perturbations
 from baffle.core.directions import Directions
 from baffle.core.method import FIRST_SIGMA, State
 from baffle.core.quantize import lattice_steps, on_lattice, row_scales

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 import baffle as bf
 from baffle import assemble
-from baffle.calibrate import DIRECTIONS, LADDER
+from baffle.client.calibrate import DIRECTIONS, LADDER
 from baffle.runtimes import Runtime
 from baffle.runtimes.choose import Choice
 from baffle.runtimes.pytorch.replica import Replica

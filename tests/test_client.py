@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baffle.client import finite_differences, reply
+from baffle.client.respond import finite_differences, reply
 from baffle.core.aggregate import (
     FIRST_EXPONENT,
     WeightedSum,

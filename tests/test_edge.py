@@ -25,9 +25,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import baffle as bf
-from baffle import edge
-from baffle.calibrate import LADDER
-from baffle.client import draw, respond
+from baffle.client import edge
+from baffle.client.calibrate import LADDER
+from baffle.client.examples import load_examples
+from baffle.client.respond import draw, respond
 from baffle.core.types import Reply, Weights
 from baffle.engines import pipe
 from baffle.engines.pipe import PipeEngine, write_clients
@@ -603,7 +604,7 @@ def test_what_is_no_frame_ends_the_client_with_one_line(fleet: Fleet, data: byte
 
 LOUD = """
 import os, subprocess, sys
-import baffle.edge as edge
+import baffle.client.edge as edge
 
 def loud(*arguments, real=edge.respond):
     print("a library says something", flush=True)
@@ -781,7 +782,7 @@ BAD_DATA: dict[str, tuple[Callable[[Path, dict[str, Any]], object], str]] = {
 
 
 def main(*arguments: str | Path) -> int:
-    """``python -m baffle.edge`` in this process, which keeps its standard output."""
+    """``python -m baffle.client.edge`` in this process, which keeps its standard output."""
     kept = os.dup(1)
     try:
         return edge.main(list(map(str, arguments)))
@@ -893,4 +894,4 @@ def test_stored_pixels_are_scaled_as_the_bundle_says(tmp_path: Path) -> None:
     assert over_pipes.weights_sha256 == bf.train(METHOD, simulation, bundle.initial, rounds=1).weights_sha256
     floats = bf.Dataset(data.inputs(), data.y)
     np.savez(tmp_path / "scaled.npz", x=floats.x, y=floats.y)
-    assert (edge.load_examples(tmp_path / "scaled.npz", bundle).inputs() == data.inputs()).all()
+    assert (load_examples(tmp_path / "scaled.npz", bundle).inputs() == data.inputs()).all()

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from baffle.client import finite_differences, perturbations
+from baffle.client.respond import finite_differences, perturbations
 from baffle.core.directions import Directions
 from baffle.core.rebuild import Execution, check_exact, combine, combine_slowly, estimate
 from baffle.core.scalars import encode

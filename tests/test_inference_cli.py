@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import baffle as bf
 from baffle import assemble
-from baffle.calibrate import DIRECTIONS, LADDER
+from baffle.client.calibrate import DIRECTIONS, LADDER
 from baffle.config import TrainConfig
 from baffle.errors import MissingExtraError, OptionError
 from baffle.models import build

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from baffle.calibrate import LADDER
+from baffle.client.calibrate import LADDER
 from baffle.core.method import State, state_sha256
 from baffle.core.types import Reply, make_table
 from baffle.errors import CorruptRunError, JournalError, ReplyError

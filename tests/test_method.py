@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import baffle as bf
-from baffle.client import reply
+from baffle.client.respond import local_update, reply
 from baffle.core.directions import Directions
 from baffle.core.method import Method, State, quantum_for, replay, state_sha256, weights_sha256
 from baffle.core.rebuild import Execution
@@ -193,7 +193,7 @@ def test_plain_sgd_with_local_steps_is_federated_averaging() -> None:
         weights = state.weights
         vectors = np.frombuffer(answer.scalars, "<i4").reshape(3, 6) // answer.weight
         for step, integers in enumerate(vectors):
-            weights = bf.client.local_update(task, TABLE, weights, Encoded(integers, 0, 0), step, Execution())
+            weights = local_update(task, TABLE, weights, Encoded(integers, 0, 0), step, Execution())
         expected += answer.weight * weights.astype(np.float64)
     assert np.allclose(after.weights, expected / sum(SIZES), atol=1e-6)
 

@@ -15,11 +15,11 @@ import pytest
 import torch.nn.functional as F
 
 import baffle as bf
-from baffle.calibrate import LADDER
+from baffle.client.calibrate import LADDER
+from baffle.client.participant import Memory, Participant, catch_up
 from baffle.core.method import State, state_sha256
 from baffle.core.types import Task
 from baffle.errors import DataError, ModelError, ReplyError
-from baffle.participant import Memory, Participant, catch_up
 from baffle.protocol.encoding import decode_row, encode_message
 from baffle.protocol.messages import (
     SETUP,

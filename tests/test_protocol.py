@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pytest
 from msgspec import inspect as schema
 
-from baffle.client import finite_differences, local_update, perturbations
+from baffle.client.respond import finite_differences, local_update, perturbations
 from baffle.core import gaussian, optim
 from baffle.core.aggregate import FIRST_EXPONENT, calibrates, next_exponent, nothing
 from baffle.core.directions import Directions

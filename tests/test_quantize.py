@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import baffle as bf
-from baffle.client import finite_differences, perturbations
+from baffle.client.respond import finite_differences, perturbations
 from baffle.core.directions import Directions
 from baffle.core.method import Method, replay
 from baffle.core.quantize import (

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import baffle as bf
-from baffle.calibrate import LADDER
+from baffle.client.calibrate import LADDER
 from baffle.core.guard import Guard
 from baffle.core.types import LIMIT
 from baffle.engines.remote import Downlink

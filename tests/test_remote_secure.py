@@ -13,8 +13,8 @@ import msgspec
 import pytest
 
 import baffle as bf
+from baffle.client.participant import Participant
 from baffle.engines.transport import Arrival, Letter
-from baffle.participant import Participant
 from baffle.protocol.encoding import decode_row
 from baffle.protocol.messages import (
     STATE,

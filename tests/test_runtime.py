@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from baffle.client import finite_differences
+from baffle.client.respond import finite_differences
 from baffle.core.directions import Directions
 from baffle.core.quantize import on_lattice, row_scales
 from baffle.core.types import Array, Family, Task, Weights, make_table

@@ -17,15 +17,15 @@ from flwr.supercore.task_identity import TaskIdentity
 
 import baffle as bf
 from baffle.assemble import Server, assemble_server
+from baffle.client.examples import load_arrays
+from baffle.client.participant import Participant
 from baffle.config import TrainConfig
 from baffle.core.directions import Directions
 from baffle.data import Scaling
 from baffle.deploy.setups import Own, builder, setup_of
-from baffle.edge import load_arrays
 from baffle.engines.flower import GridTransport, Node, from_records, reply_to, size_of, to_records
 from baffle.engines.transport import Letter
 from baffle.errors import BaffleError, BundleError, DataError, ModelError, OptionError, ReplyError
-from baffle.participant import Participant
 from baffle.protocol.messages import SETUP, Enrol, Failed, Present, Setup, decode_response, decode_setup, encode
 from baffle.runtimes import Runtime
 from baffle.runtimes.onnx.bundle import Bundle

@@ -2,7 +2,7 @@
 
     python -m bench.tables.edge [--rounds 200] [--clients 3] [--json FILE]
 
-Every client is a process that cannot import PyTorch and runs ``python -m baffle.edge`` on its own part of digits.
+Every client is a process that cannot import PyTorch: ``python -m baffle.client.edge`` on its own part of digits.
 Prints accuracy, bytes and peak resident memory by runtime and precision. Takes about five minutes on two cores.
 """
 

@@ -14,9 +14,9 @@ from rich.progress import track
 from rich.table import Table
 
 from baffle.assemble import model_of, runtime_of, splits, vocabulary_of
-from baffle.calibrate import Agreement, Calibration, calibrate, compare
 from baffle.cli.common import Json, errors, option, print_json
-from baffle.client import perturbations
+from baffle.client.calibrate import Agreement, Calibration, calibrate, compare
+from baffle.client.respond import perturbations
 from baffle.config import TrainConfig, train_config
 from baffle.core.quantize import MOST_CODES
 from baffle.core.types import Task

@@ -74,11 +74,11 @@ def node_command(
     Runs no code that comes over the network. What it evaluates is a bundle (a graph) or a model of baffle's own.
     """
     need_flower()
+    from baffle.client.examples import load_arrays
+    from baffle.client.participant import Participant
     from baffle.deploy.adapter import Fleet, read_key, secret_of
     from baffle.deploy.node import run_node
     from baffle.deploy.setups import Own, builder
-    from baffle.edge import load_arrays
-    from baffle.participant import Participant
     from baffle.runtimes.onnx.bundle import Bundle
     from baffle.secure.masks import Identity
 

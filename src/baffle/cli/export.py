@@ -49,7 +49,7 @@ def export_command(
 ) -> None:
     """Write a client bundle: graph, tensors, preprocessing, weights and hashes, for clients without PyTorch.
 
-    Such a client runs 'python -m baffle.edge BUNDLE DATA.npz'. A run's bundle has its averaged weights.
+    Such a client runs 'python -m baffle.client.edge BUNDLE DATA.npz'. A run's bundle has its averaged weights.
     """
     require_choice("to", to, ["onnx"])
     flags: dict[str, object] = {k: v for k, v in locals().items() if k in TrainConfig.__struct_fields__}

@@ -18,15 +18,15 @@ from flwr.app import Context, Message
 from flwr.serverapp import Grid
 
 from baffle.assemble import Server, assemble_server, splits
+from baffle.client.examples import load_arrays
+from baffle.client.participant import Memory, Participant
 from baffle.config import TrainConfig, train_config
 from baffle.data import Dataset
 from baffle.deploy.adapter import quick
 from baffle.deploy.setups import Own, data_for, runtime_for, setup_of
-from baffle.edge import load_arrays
 from baffle.engines.flower import GridTransport, reply_to
 from baffle.engines.remote import Downlink, RemoteEngine
 from baffle.errors import OptionError
-from baffle.participant import Memory, Participant
 from baffle.protocol.messages import Setup, decode_setup, encode
 from baffle.report.events import EventLog
 from baffle.runfolder.clients import Roster, read_members

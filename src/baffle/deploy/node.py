@@ -14,10 +14,10 @@ from collections.abc import Collection
 
 from flwr.app import Message
 
+from baffle.client.participant import Participant
 from baffle.deploy.adapter import Fleet, refusal
 from baffle.engines.flower import reply_to
 from baffle.errors import FederationError, OptionError
-from baffle.participant import Participant
 
 _FASTEST, _SLOWEST = 0.05, 2.0  # seconds between two looks for work
 _SHARE = 0.15  # of the time since the last answer: so much later than it came a task may be found

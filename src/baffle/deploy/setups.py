@@ -13,11 +13,11 @@ import msgspec
 import numpy as np
 
 from baffle.assemble import Server
+from baffle.client.examples import check_labels
+from baffle.client.participant import Build
 from baffle.config import TrainConfig
 from baffle.data import Dataset, Scaling
-from baffle.edge import check_labels
 from baffle.errors import BundleError, DataError, ModelError, OptionError, ReplyError
-from baffle.participant import Build
 from baffle.protocol.messages import Setup
 from baffle.runtimes import Runtime
 from baffle.runtimes.onnx.bundle import Bundle

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from baffle.calibrate import Calibration
+from baffle.client.calibrate import Calibration
 from baffle.core.method import State
 from baffle.core.types import Aggregate, Reply, Table, Task, Weights
 from baffle.data import Dataset

@@ -22,8 +22,8 @@ try:
 except ImportError as error:
     raise MissingExtraError("Flower is not installed: pip install 'baffle[flower]'") from error
 
+from baffle.client.participant import Participant
 from baffle.engines.transport import Arrival, Letter, Sent
-from baffle.participant import Participant
 
 _PIECE = 2**20
 _CLIENT = "client-"

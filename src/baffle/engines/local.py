@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from baffle.calibrate import EXAMPLES, Calibration, calibrate
-from baffle.client import draw, finite_differences, perturbations, reply, respond
+from baffle.client.calibrate import EXAMPLES, Calibration, calibrate
+from baffle.client.respond import draw, finite_differences, perturbations, reply, respond
 from baffle.core.checks import require_count
 from baffle.core.method import State
 from baffle.core.rebuild import FAST, Execution

@@ -1,4 +1,4 @@
-"""Clients in processes of their own, at the other end of pipes: each runs ``python -m baffle.edge`` or its like.
+"""Clients in processes of their own, at the other end of pipes: each runs ``python -m baffle.client.edge`` or its like.
 
 The weights travel with every task, so a client keeps nothing between rounds and can be replaced at any time.
 """
@@ -16,8 +16,8 @@ from typing import IO, BinaryIO, cast
 
 import numpy as np
 
-from baffle.calibrate import Calibration, agree, check_found
-from baffle.client import perturbations
+from baffle.client.calibrate import Calibration, agree, check_found
+from baffle.client.respond import perturbations
 from baffle.core.method import State
 from baffle.core.types import Reply, Table, Task, Weights
 from baffle.data import Dataset
@@ -239,5 +239,5 @@ def write_clients(bundle: Bundle, clients: Sequence[Dataset], folder: Path) -> l
             )
         path = folder / f"client-{number}.npz"
         np.savez(path, x=data.x, y=data.y)
-        commands.append([sys.executable, "-m", "baffle.edge", str(folder / "client.zip"), str(path)])
+        commands.append([sys.executable, "-m", "baffle.client.edge", str(folder / "client.zip"), str(path)])
     return commands

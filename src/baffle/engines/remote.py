@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 import numpy as np
 
-from baffle.calibrate import Calibration, agree, check_found
-from baffle.client import perturbations
+from baffle.client.calibrate import Calibration, agree, check_found
+from baffle.client.respond import perturbations
 from baffle.core.aggregate import check_reply, nothing
 from baffle.core.checks import require_between, require_count, require_positive
 from baffle.core.method import State

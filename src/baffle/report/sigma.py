@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from baffle.calibrate import Agreement
+from baffle.client.calibrate import Agreement
 from baffle.report.charts import Chart, Line, Panel, drawable
 
 

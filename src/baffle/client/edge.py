@@ -1,4 +1,4 @@
-"""A client on a device that can only infer: ``python -m baffle.edge BUNDLE DATA.npz``.
+"""A client on a device that can only infer: ``python -m baffle.client.edge BUNDLE DATA.npz``.
 
 It needs numpy, onnxruntime (or openvino), msgspec and safetensors: ``pip install 'baffle[ort]'``. Requests come on
 standard input and answers go to standard output (``baffle.protocol.pipes``), so that anything that carries bytes can be
@@ -10,19 +10,17 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import zipfile
-import zlib
-from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 import msgspec
 import numpy as np
 
-from baffle.calibrate import EXAMPLES, calibrate
-from baffle.client import check_task, draw, respond
-from baffle.core.types import Array, Weights, table_size
-from baffle.data import Dataset, Scaling
-from baffle.errors import BaffleError, DataError, ReplyError
+from baffle.client.calibrate import EXAMPLES, calibrate
+from baffle.client.examples import check_labels, load_examples
+from baffle.client.respond import check_task, draw, respond
+from baffle.core.types import Weights, table_size
+from baffle.data import Dataset
+from baffle.errors import BaffleError, ReplyError
 from baffle.protocol.messages import Answer, Failed, Found
 from baffle.protocol.pipes import BESIDES, MARK, Hello, Message, Work, decode, receive_frame, send
 from baffle.runtimes import Runtime
@@ -51,30 +49,9 @@ def serve(runtime: Runtime, bundle: Bundle, data: Dataset, requests: BinaryIO, a
         send(answers, answer)
 
 
-def load_examples(path: str | Path, bundle: Bundle) -> Dataset:
-    """A client's examples: the arrays x and y of an .npz file. Bytes of pixels are scaled as the bundle says."""
-    data = load_arrays(path, bundle.scaling)
-    bundle.check_data(data)
-    return data
-
-
-def load_arrays(path: str | Path, scaling: Scaling | None = None) -> Dataset:
-    """The arrays x and y of an .npz file; ``scaling`` is for bytes. Raises DataError."""
-    try:
-        names, x, y = _arrays(path)
-    except (OSError, ValueError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path}: expected an .npz file with the arrays x and y ({error})") from error
-    if x is None or y is None:
-        raise DataError(f"{path}: arrays {', '.join(names) or 'none'}: expected an .npz file with the arrays x and y")
-    data = Dataset(x, y, Path(path).name, scaling if x.dtype == np.uint8 else None)
-    if len(data) == 0:
-        raise DataError(f"{path}: no examples: expected at least one")
-    return data
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Entry point: errors are one line on stderr and exit code 2."""
-    parser = _Parser("python -m baffle.edge", description="A client that can only infer.")
+    parser = _Parser("python -m baffle.client.edge", description="A client that can only infer.")
     parser.add_argument("bundle", metavar="BUNDLE", help="file of 'baffle export'")
     parser.add_argument("data", metavar="DATA.npz", help="arrays x and y, as the bundle's model takes them")
     parser.add_argument("--runtime", choices=["ort", "openvino"], default="ort")
@@ -103,26 +80,6 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (see --help)\n")
-
-
-def _arrays(path: str | Path) -> tuple[list[str], Array | None, Array | None]:
-    """The names of a file's arrays, and x and y if both are there."""
-    file = np.load(path, allow_pickle=False)
-    if isinstance(file, np.ndarray):  # an .npy file
-        return [], None, None
-    with file:
-        names = sorted(file.files)
-        if not {"x", "y"} <= set(names):
-            return names, None, None
-        return names, np.asarray(file["x"]), np.asarray(file["y"])
-
-
-def check_labels(runtime: Runtime, bundle: Bundle, data: Dataset) -> None:
-    """A label that the model has no output for is told now, not in the round that draws it."""
-    bundle.check_data(data)
-    if data.y.ndim == 1 and data.y.dtype.kind == "i":
-        for i in (data.y.argmin(), data.y.argmax()):
-            runtime.evaluate(bundle.initial, data.take(np.array([i]), f"{data.name}: example {i}"))
 
 
 def _answer(runtime: Runtime, data: Dataset, request: Message) -> Message:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import msgspec
 
-from baffle.calibrate import EXAMPLES, calibrate
-from baffle.client import check_task, draw, respond
+from baffle.client.calibrate import EXAMPLES, calibrate
+from baffle.client.respond import check_task, draw, respond
 from baffle.core.method import State, replay, state_sha256
 from baffle.core.types import Reply, Table, Task, Weights, table_size, unpack_int32
 from baffle.data import Dataset

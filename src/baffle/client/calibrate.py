@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from baffle.client import finite_differences, perturbations
+from baffle.client.respond import finite_differences, perturbations
 from baffle.core.quantize import row_scales
 from baffle.core.types import Task, Weights
 from baffle.data import Dataset
