@@ -48,7 +48,8 @@ from baffle.runfolder.journal import Journal
 from baffle.runfolder.metrics import Record
 from baffle.secure.client import SecureClient
 from baffle.secure.graph import neighbourhoods, threshold
-from baffle.secure.letters import (
+from baffle.secure.masks import Identity, mask_key, pair_mask, self_mask
+from baffle.secure.messages import (
     Advert,
     Card,
     Introduced,
@@ -59,7 +60,6 @@ from baffle.secure.letters import (
     context,
     sealing,
 )
-from baffle.secure.masks import Identity, mask_key, pair_mask, self_mask
 from baffle.secure.server import SecureRound
 from baffle.secure.shares import recombine, split
 

@@ -30,8 +30,8 @@ from baffle.protocol.messages import (
 )
 from baffle.runfolder.clients import Roster, read_members, read_rounds
 from baffle.runfolder.metrics import Record
-from baffle.secure.letters import Advert, Unmasked
 from baffle.secure.masks import Identity
+from baffle.secure.messages import Advert, Unmasked
 from remote_helpers import (
     DEADLINE,
     METHOD,

@@ -35,9 +35,9 @@ pytest.importorskip("matplotlib")
 from baffle.report import RunLog, compare, read_run, report, totals
 from baffle.report.charts import Chart, Line, Panel, draw, drawable, unit
 from baffle.report.figures import client_charts, progress_charts, signal_charts
-from baffle.report.log import cumulative, unique_names
-from baffle.report.signal import measure_power
-from baffle.report.words import event_sentences, notes, settings
+from baffle.report.run import cumulative, unique_names
+from baffle.report.signal_noise import measure_power
+from baffle.report.text import event_sentences, notes, settings
 
 Vector = npt.NDArray[np.float64]
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -36,11 +36,11 @@ from baffle.runtimes.pytorch.runtime import TorchRuntime
 from baffle.secure import letters, masks
 from baffle.secure.client import SecureClient
 from baffle.secure.graph import neighbourhoods, threshold
-from baffle.secure.letters import Advert, Introduced, Masked, Survivors, Unmasked, commitment, context
 from baffle.secure.masks import Card, Identity, mask_key, pair_mask, self_mask
+from baffle.secure.messages import Advert, Introduced, Masked, Survivors, Unmasked, commitment, context
 from baffle.secure.server import COUNTS, SecureRound
 from baffle.secure.shares import SECRET, recombine, split
-from baffle.secure.together import Lost, sum_together
+from baffle.secure.simulate import Lost, sum_together
 from helpers import METHOD, TASK, digits_engine, initial_weights, invoke, linear
 
 KEY = 2**63 + 5

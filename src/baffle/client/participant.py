@@ -47,7 +47,7 @@ from baffle.protocol.messages import (
 )
 from baffle.protocol.states import unpack_state, unpack_weights
 from baffle.runtimes import Runtime
-from baffle.secure.letters import Card
+from baffle.secure.messages import Card
 
 if TYPE_CHECKING:
     from baffle.secure.client import SecureClient

@@ -32,7 +32,7 @@ from baffle.runtimes.perturb import Perturbations
 
 if TYPE_CHECKING:
     from baffle.secure.client import SecureClient
-    from baffle.secure.together import Summed
+    from baffle.secure.simulate import Summed
 
 
 _TOGETHER = 2**24
@@ -242,7 +242,7 @@ class _Secure:
     def sum(self, task: Task, replies: Sequence[Reply]) -> Summed:
         from baffle.secure.client import SecureClient  # needs cryptography, which plain sums do without
         from baffle.secure.masks import Identity
-        from baffle.secure.together import sum_together
+        from baffle.secure.simulate import sum_together
 
         self.last = task.round
         cohort = [answered.client for answered in replies]

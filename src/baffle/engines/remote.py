@@ -62,7 +62,7 @@ from baffle.protocol.states import pack_state, pack_weights
 from baffle.runfolder.clients import Member, Outcome, Roster, RoundLog, Visit
 from baffle.runtimes import Evaluation, Runtime
 from baffle.secure.graph import threshold
-from baffle.secure.letters import Advert, Card, Unmasked
+from baffle.secure.messages import Advert, Card, Unmasked
 
 if TYPE_CHECKING:
     from baffle.secure.server import SecureRound

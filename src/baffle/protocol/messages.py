@@ -12,7 +12,7 @@ import msgspec
 
 from baffle.core.types import Reply, Table, Task
 from baffle.errors import ReplyError
-from baffle.secure.letters import Advert, Card, Introduced, Masked, Survivors, Unmasked
+from baffle.secure.messages import Advert, Card, Introduced, Masked, Survivors, Unmasked
 
 STATE, WEIGHTS, SETUP = "state", "weights", "setup"
 """Names of parcels: the replay state, the weights alone, an encoded Setup."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from baffle.report.log import RunLog, read_run, totals
+from baffle.report.run import RunLog, read_run, totals
 
 if TYPE_CHECKING:
     from baffle.report.pages import compare, report

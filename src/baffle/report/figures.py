@@ -10,9 +10,9 @@ import numpy as np
 from baffle.core.types import LIMIT
 from baffle.data import Dataset
 from baffle.report.charts import Chart, Line, Panel, drawable, unit
-from baffle.report.log import Floats, RunLog, cumulative, floats, round_kind
-from baffle.report.signal import Progress, measure_power, pool
-from baffle.report.words import counted
+from baffle.report.run import Floats, RunLog, cumulative, floats, round_kind
+from baffle.report.signal_noise import Progress, measure_power, pool
+from baffle.report.text import counted
 
 _AGAINST = {"round": "rounds", "passes": "forward passes", "bytes": "bytes sent", "seconds": "time"}
 _WINDOWS = 8

@@ -13,9 +13,9 @@ from baffle.errors import JournalError, OptionError
 from baffle.files import write_atomic
 from baffle.report.charts import Chart, draw
 from baffle.report.figures import client_charts, progress_charts, scalar_charts, signal_charts, time_charts
-from baffle.report.log import Value, read_run, totals, unique_names
-from baffle.report.signal import Progress
-from baffle.report.words import counted, describe, event_sentences, notes, settings
+from baffle.report.run import Value, read_run, totals, unique_names
+from baffle.report.signal_noise import Progress
+from baffle.report.text import counted, describe, event_sentences, notes, settings
 
 
 def report(run: str | Path, out: str | Path | None = None, progress: Progress | None = None) -> Path:

@@ -16,7 +16,8 @@ from baffle.core.aggregate import FEWEST_NEIGHBOURS
 from baffle.core.types import MAX_WEIGHT_SUM, Integers
 from baffle.errors import SecureSumError
 from baffle.secure.graph import MOST_NEIGHBOURS, neighbourhoods, threshold
-from baffle.secure.letters import (
+from baffle.secure.masks import Card, Identity, mask_key, pair_mask, self_mask, verify
+from baffle.secure.messages import (
     Advert,
     Introduced,
     Masked,
@@ -29,7 +30,6 @@ from baffle.secure.letters import (
     signed_advert,
     signed_survivors,
 )
-from baffle.secure.masks import Card, Identity, mask_key, pair_mask, self_mask, verify
 from baffle.secure.shares import MOST_HOLDERS, SECRET, split
 
 

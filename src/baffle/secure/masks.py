@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from baffle.errors import MissingExtraError, SecureSumError
-from baffle.secure.letters import Card as Card
+from baffle.secure.messages import Card as Card
 
 try:
     from cryptography.exceptions import InvalidSignature, InvalidTag

@@ -14,7 +14,8 @@ import numpy as np
 from baffle.core.types import Integers
 from baffle.errors import SecureSumError
 from baffle.secure.graph import MOST_NEIGHBOURS, neighbourhoods, threshold
-from baffle.secure.letters import (
+from baffle.secure.masks import Card, Words, agree, mask_key, pair_mask, self_mask, verify
+from baffle.secure.messages import (
     COMMITMENT,
     Advert,
     Introduced,
@@ -27,7 +28,6 @@ from baffle.secure.letters import (
     signed_advert,
     signed_survivors,
 )
-from baffle.secure.masks import Card, Words, agree, mask_key, pair_mask, self_mask, verify
 from baffle.secure.shares import SECRET, recombine
 
 COUNTS = 3

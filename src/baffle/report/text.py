@@ -9,7 +9,7 @@ import msgspec
 
 from baffle.core.method import Method
 from baffle.core.types import table_size
-from baffle.report.log import RunLog, Value, round_kind
+from baffle.report.run import RunLog, Value, round_kind
 
 _OPTIMIZER = {"lr", "schedule", "momentum", "weight_decay", "clip_scalars", "clip_update"}
 _LOOP = {"clients", "rounds", "seed", "threads", "evaluate_every", "snapshot_every", "backprop"}

@@ -23,7 +23,7 @@ from baffle.core.method import quantum_for
 from baffle.core.rebuild import estimate
 from baffle.core.scalars import weight_of
 from baffle.core.types import Row, table_size
-from baffle.report.log import RunLog
+from baffle.report.run import RunLog
 from baffle.runfolder.config import RunConfig
 
 Progress: TypeAlias = Callable[[int, int], None]
