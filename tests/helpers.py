@@ -20,7 +20,7 @@ from torch import nn
 import baffle as bf
 from baffle.core.types import Task, Weights
 from baffle.runtimes.pytorch.runtime import TorchRuntime
-from baffle.train import Progress
+from baffle.training.loop import Progress
 
 BIN = Path(sys.executable).parent
 CHAIN = 32  # bytes of a checksum in rows.bin

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import baffle as bf
-from baffle.backprop import Kind, train_backprop
 from baffle.client.calibrate import DIRECTIONS, LADDER
 from baffle.errors import DivergedError, JournalError, ModelError, OptionError, PlanError, RunExistsError
 from baffle.report import read_run
+from baffle.training.backprop import Kind, train_backprop
 from helpers import digits_engine, initial_weights, invoke, linear
 
 TRAIN, TEST = bf.load("digits")

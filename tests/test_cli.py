@@ -15,11 +15,11 @@ import torch
 from safetensors.numpy import load_file
 
 import baffle as bf
-from baffle import assemble
 from baffle.client.calibrate import DIRECTIONS, LADDER
 from baffle.runtimes import Runtime
 from baffle.runtimes.choose import Choice
 from baffle.runtimes.pytorch.replica import Replica
+from baffle.training import build as assemble
 from helpers import Outcome, copy_run, flip, invoke, places, spawn, tree
 
 SMALL = (
@@ -133,8 +133,8 @@ def test_progress_goes_to_stderr_and_nothing_else_is_left(trained: tuple[Path, O
 def test_train_is_the_same_as_the_library(trained: tuple[Path, Outcome]) -> None:
     import torch.nn.functional as F
 
-    from baffle.config import TrainConfig
     from baffle.models import build
+    from baffle.training.options import TrainConfig
 
     options = TrainConfig(model="mlp", num_directions=4, batch_size=8, clients=3, rounds=4)
     data, test = bf.load("digits")

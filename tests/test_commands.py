@@ -24,12 +24,12 @@ import torch.nn.functional as F
 from safetensors.numpy import load_file
 
 import baffle as bf
-from baffle.assemble import assemble_server
-from baffle.config import TrainConfig
 from baffle.data.official import OFFICIAL
 from baffle.errors import BaffleError
 from baffle.models import MODELS, build
 from baffle.runtimes import choose
+from baffle.training.build import assemble_server
+from baffle.training.options import TrainConfig
 from helpers import Outcome, copy_run, flip, invoke, linear, places, tree
 
 SMALL = (

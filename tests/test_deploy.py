@@ -20,10 +20,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Message
 
 import baffle as bf
-from baffle.assemble import assemble_server
 from baffle.client.examples import load_arrays
 from baffle.client.participant import Participant
-from baffle.config import train_config
 from baffle.core.types import pack_int32
 from baffle.deploy.adapter import Fleet, app_sha256, read_key
 from baffle.deploy.federation import free_port, make_certificates, private_bytes
@@ -32,6 +30,8 @@ from baffle.deploy.setups import builder
 from baffle.engines.flower import reply_to, to_records
 from baffle.errors import FederationError
 from baffle.protocol.messages import Answer, decode_response, encode
+from baffle.training.build import assemble_server
+from baffle.training.options import train_config
 from deploy_helpers import OPTIONS, Site, check_run, members, one_line, peak_mb, site, until
 from helpers import BIN, invoke
 

@@ -13,8 +13,6 @@ import pytest
 
 import baffle as bf
 import doomed_client
-from baffle.assemble import assemble_server
-from baffle.config import train_config
 from baffle.core.aggregate import nothing
 from baffle.core.method import State
 from baffle.core.types import Task
@@ -22,6 +20,8 @@ from baffle.data import Dataset
 from baffle.engines import Exchange
 from baffle.protocol.encoding import decode_row
 from baffle.runtimes import Runtime
+from baffle.training.build import assemble_server
+from baffle.training.options import train_config
 from deploy_helpers import OPTIONS, Site, check_run, members, site, until
 
 SECURE = OPTIONS | {"secure-sum": True, "schedule": "constant"}  # whatever the rounds of a submission

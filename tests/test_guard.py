@@ -15,7 +15,7 @@ from baffle.core.method import replay
 from baffle.errors import DivergedError, OptionError, PlanError
 from baffle.protocol.encoding import decode_row
 from baffle.runfolder.metrics import Record
-from baffle.train import Progress
+from baffle.training.loop import Progress
 from helpers import METHOD, copy_run, digits_engine, initial_weights, invoke
 
 TRAIN, TEST = bf.load("digits")

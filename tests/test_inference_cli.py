@@ -21,12 +21,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import baffle as bf
-from baffle import assemble
 from baffle.client.calibrate import DIRECTIONS, LADDER
-from baffle.config import TrainConfig
 from baffle.errors import MissingExtraError, OptionError
 from baffle.models import build
 from baffle.runtimes import choose as choosing
+from baffle.training import build as assemble
+from baffle.training.options import TrainConfig
 from helpers import Outcome, copy_run, invoke, places, tree
 
 TINY = '''
@@ -194,7 +194,7 @@ def test_a_run_is_resumed_to_the_undisturbed_weights_and_replayed_without_export
         monkeypatch.setattr("baffle.report.pages.draw", lambda chart: b"")
         assert last_json(invoke(tmp_path, "report", "run", "--json"))["weights_sha256"] == undisturbed["weights_sha256"]
 
-    monkeypatch.setattr("baffle.assemble.assemble", None)  # who calls it, fails
+    monkeypatch.setattr("baffle.training.build.assemble", None)  # who calls it, fails
     monkeypatch.setattr("baffle.cli.runs.assemble", None)
     monkeypatch.setitem(sys.modules, "baffle.exporter", None)
     assert invoke(tmp_path, "replay", "run").out.split() == [undisturbed["weights_sha256"]]

@@ -16,8 +16,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import baffle as bf
-from baffle import assemble
-from baffle.config import TrainConfig
 from baffle.core.types import Losses, Table, Weights, make_table
 from baffle.data import Dataset, load, partition
 from baffle.errors import DataError, MissingExtraError, ModelError, OptionError, PlanError
@@ -25,9 +23,11 @@ from baffle.runtimes import Evaluation, Runtime
 from baffle.runtimes import choose as choosing
 from baffle.runtimes.choose import MARGIN, Choice, choose
 from baffle.runtimes.perturb import Perturbations
+from baffle.training import build as assemble
+from baffle.training.options import TrainConfig
 from helpers import linear
 
-fit = sys.modules["baffle.fit"]  # the name in the package is the function's
+fit = sys.modules["baffle.training.fit"]  # the name in the package is the function's
 BATCH = Dataset(np.zeros((6, 2), np.float32), np.zeros(6, np.int64))
 TURNS = 4
 

@@ -25,7 +25,6 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import baffle as bf
-from baffle.config import TrainConfig
 from baffle.core.aggregate import SecureSum, next_exponent, nothing
 from baffle.core.method import State, replay
 from baffle.core.types import LIMIT, Aggregate, Integers, Reply, Task, pack_int32
@@ -33,7 +32,7 @@ from baffle.engines import Exchange
 from baffle.errors import OptionError, PlanError, ReplyError, SecureSumError
 from baffle.protocol.encoding import decode_row
 from baffle.runtimes.pytorch.runtime import TorchRuntime
-from baffle.secure import letters, masks
+from baffle.secure import masks, messages
 from baffle.secure.client import SecureClient
 from baffle.secure.graph import neighbourhoods, threshold
 from baffle.secure.masks import Card, Identity, mask_key, pair_mask, self_mask
@@ -41,6 +40,7 @@ from baffle.secure.messages import Advert, Introduced, Masked, Survivors, Unmask
 from baffle.secure.server import COUNTS, SecureRound
 from baffle.secure.shares import SECRET, recombine, split
 from baffle.secure.simulate import Lost, sum_together
+from baffle.training.options import TrainConfig
 from helpers import METHOD, TASK, digits_engine, initial_weights, invoke, linear
 
 KEY = 2**63 + 5
@@ -551,7 +551,7 @@ def test_no_server_isolates_a_client_by_lies_about_survivors() -> None:
         dealers = sorted([client, *(other.client for other in driver.introduced[client])])
         letter = clients[client].unmask(told)
         signatures = tuple(  # all that a server could have for this story
-            (other, clients[other]._identity.signing.sign(letters.signed_survivors(KEY, 0, told.clients)))
+            (other, clients[other]._identity.signing.sign(messages.signed_survivors(KEY, 0, told.clients)))
             for other in (client, *colluders)
         )
         for dealer, share in zip(dealers, letter.shares, strict=True):
@@ -677,8 +677,8 @@ def round_with(advert: Callable[[Advert], Advert], count: int = 5) -> Driver:
     driver = Driver(clients, make_replies(clients, 2))
     driver.advertise()
     changed = advert(driver.adverts[3])
-    rest = letters.rest_of(changed.self_commitment, changed.commitments, changed.sealed)
-    signed = letters.signed_advert(KEY, 0, 3, changed.mask_public, rest)
+    rest = messages.rest_of(changed.self_commitment, changed.commitments, changed.sealed)
+    signed = messages.signed_advert(KEY, 0, 3, changed.mask_public, rest)
     driver.adverts[3] = msgspec.structs.replace(changed, signature=identity.signing.sign(signed))
     driver.server.advertise(driver.adverts[3])
     return driver
@@ -864,7 +864,7 @@ def test_keys_and_masks_are_frozen() -> None:
     public = two.public_key().public_bytes_raw()
     identity, other = Identity.make(bytes(32)), Identity.make(b"x" * 32)
     here = context(1, 2, 3)
-    bound = letters.sealing(1, 2, 3, 4, public)
+    bound = messages.sealing(1, 2, 3, 4, public)
     found = {
         "mask key": public.hex(),
         "pair": pair_mask(one, public, context(1, 2, 3, 4), 3).tolist(),
@@ -873,9 +873,9 @@ def test_keys_and_masks_are_frozen() -> None:
         "sealing": identity.card.sealing.hex(),
         "sealed": identity.seal(other.card, bound, b"z" * 32).hex(),
         "commitment": commitment(here, b"s" * 16).hex(),
-        "rest": letters.rest_of(b"c" * 16, b"d" * 64, (b"", b"e" * 48)).hex(),
-        "signature": identity.signing.sign(letters.signed_survivors(1, 2, (3, 4))).hex()[:32],
-        "advert": identity.signing.sign(letters.signed_advert(1, 2, 3, public, b"r" * 32)).hex()[:32],
+        "rest": messages.rest_of(b"c" * 16, b"d" * 64, (b"", b"e" * 48)).hex(),
+        "signature": identity.signing.sign(messages.signed_survivors(1, 2, (3, 4))).hex()[:32],
+        "advert": identity.signing.sign(messages.signed_advert(1, 2, 3, public, b"r" * 32)).hex()[:32],
     }
     assert other.open(identity.card, bound, bytes.fromhex(str(found["sealed"]))) == b"z" * 32
     assert pair_mask(two, one.public_key().public_bytes_raw(), context(1, 2, 3, 4), 3).tolist() == found["pair"]

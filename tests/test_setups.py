@@ -16,10 +16,8 @@ from flwr.app.message import make_message
 from flwr.supercore.task_identity import TaskIdentity
 
 import baffle as bf
-from baffle.assemble import Server, assemble_server
 from baffle.client.examples import load_arrays
 from baffle.client.participant import Participant
-from baffle.config import TrainConfig
 from baffle.core.directions import Directions
 from baffle.data import Scaling
 from baffle.deploy.setups import Own, builder, setup_of
@@ -30,6 +28,8 @@ from baffle.protocol.messages import SETUP, Enrol, Failed, Present, Setup, decod
 from baffle.runtimes import Runtime
 from baffle.runtimes.onnx.bundle import Bundle
 from baffle.runtimes.perturb import Perturbations
+from baffle.training.build import Server, assemble_server
+from baffle.training.options import TrainConfig
 from remote_helpers import TRAIN
 
 DATA = TRAIN.take(np.arange(40))

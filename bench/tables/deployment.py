@@ -24,10 +24,10 @@ from pathlib import Path
 import numpy as np
 
 import baffle as bf
-from baffle.config import TrainConfig
 from baffle.deploy.federation import Federation
 from baffle.deploy.places import app_folder
 from baffle.runfolder.clients import read_rounds
+from baffle.training.options import TrainConfig
 from bench.process_memory import memory_mib
 
 Found = dict[str, object]

@@ -28,10 +28,11 @@ from baffle.core.scalars import ClipScalars as clip_scalars
 from baffle.data import Dataset, from_torch, hold_out, load, partition
 from baffle.engines.local import LocalEngine
 from baffle.errors import BaffleError
-from baffle.fit import fit
 from baffle.runfolder.journal import Journal
 from baffle.runtimes.onnx.bundle import Bundle
-from baffle.train import Run, resume, train
+from baffle.training.fit import fit
+from baffle.training.loop import resume, train
+from baffle.training.result import Run
 
 if TYPE_CHECKING:
     from baffle.exporter import export

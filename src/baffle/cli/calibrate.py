@@ -13,15 +13,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from baffle.assemble import model_of, runtime_of, splits, vocabulary_of
 from baffle.cli.common import Json, errors, option, print_json
 from baffle.client.calibrate import Agreement, Calibration, calibrate, compare
 from baffle.client.respond import perturbations
-from baffle.config import TrainConfig, train_config
 from baffle.core.quantize import MOST_CODES
 from baffle.core.types import Task
 from baffle.errors import JournalError, OptionError
 from baffle.files import write_atomic
+from baffle.training.build import model_of, runtime_of, splits, vocabulary_of
+from baffle.training.options import TrainConfig, train_config
 
 _D = TrainConfig()
 _WHAT, _HOW = "Model and data", "Measurement"

@@ -9,9 +9,9 @@ import msgspec
 import typer
 from rich.console import Console
 
-from baffle.assemble import command_of as command_of
 from baffle.errors import CorruptRunError, OptionError
 from baffle.runfolder.journal import Journal
+from baffle.training.build import command_of as command_of
 
 errors = Console(stderr=True)
 

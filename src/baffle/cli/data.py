@@ -12,14 +12,14 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from baffle.assemble import splits
 from baffle.cli.common import Json, print_json
-from baffle.config import TrainConfig, train_config
 from baffle.core.checks import require_between
 from baffle.data import DATASETS, Dataset
 from baffle.data.official import ENVIRONMENT, OFFICIAL, check
 from baffle.errors import DataError, JournalError, OptionError
 from baffle.files import write_atomic
+from baffle.training.build import splits
+from baffle.training.options import TrainConfig, train_config
 
 if TYPE_CHECKING:
     from torch import nn

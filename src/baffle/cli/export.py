@@ -10,13 +10,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from baffle.assemble import bundle_of, model_of, model_of_run, narrowed, splits, vocabulary_of
 from baffle.cli.common import Json, command_of, option, print_json
-from baffle.config import TrainConfig, train_config
 from baffle.core.types import table_size
 from baffle.errors import BundleError, OptionError, require_choice
 from baffle.runfolder.journal import Journal
 from baffle.runtimes.onnx.bundle import Bundle
+from baffle.training.build import bundle_of, model_of, model_of_run, narrowed, splits, vocabulary_of
+from baffle.training.options import TrainConfig, train_config
 
 _D = TrainConfig()
 _MODEL, _CLIENT = "Model", "Client"

@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from baffle.assemble import as_planned, assemble
 from baffle.cli.common import Json, RunPath, command_of, errors, print_json, require_rounds
 from baffle.core.method import weights_sha256
 from baffle.core.rebuild import Execution
 from baffle.errors import CorruptRunError, OptionError
 from baffle.runfolder.journal import Journal
-from baffle.train import evaluate
+from baffle.training.build import as_planned, assemble
+from baffle.training.result import evaluate
 
 
 def replay_command(

@@ -15,15 +15,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from baffle.assemble import Setup, as_planned, assemble
 from baffle.cli.common import Json, RunPath, command_of, errors, number_or_auto, option, print_json, warn_of_lost
-from baffle.config import DEFAULT_ALPHA, DEFAULT_CLIENTS, DEFAULT_SHARDS, TrainConfig, train_config
 from baffle.core.method import Method
 from baffle.core.optim import Cosine
 from baffle.report.events import EventLog
 from baffle.runfolder.journal import Journal
 from baffle.runfolder.metrics import Record
-from baffle.train import Run, resume, train
+from baffle.training.build import Setup, as_planned, assemble
+from baffle.training.loop import resume, train
+from baffle.training.options import DEFAULT_ALPHA, DEFAULT_CLIENTS, DEFAULT_SHARDS, TrainConfig, train_config
+from baffle.training.result import Run
 
 _DATA, _LEARN, _RUN = "Data and clients", "Method", "Run"
 _D = TrainConfig()
@@ -205,7 +206,7 @@ def _run(
         )
     from torch.nn.functional import cross_entropy
 
-    from baffle.backprop import train_backprop
+    from baffle.training.backprop import train_backprop
 
     return train_backprop(
         options.backprop,

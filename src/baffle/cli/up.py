@@ -19,17 +19,17 @@ import msgspec
 import numpy as np
 import typer
 
-from baffle.assemble import require_runtime, splits
 from baffle.cli.common import Json, errors
 from baffle.cli.deploy import need_flower
 from baffle.cli.status import show_live
 from baffle.cli.train import print_summary
-from baffle.config import TrainConfig, train_config
 from baffle.core.checks import require_positive
 from baffle.data import Dataset
 from baffle.errors import FederationError, JournalError, OptionError, require_choice
 from baffle.report.status import Status, read_status
 from baffle.runfolder.clients import read_members
+from baffle.training.build import require_runtime, splits
+from baffle.training.options import TrainConfig, train_config
 
 if TYPE_CHECKING:
     from baffle.deploy.federation import Federation

@@ -17,10 +17,8 @@ import msgspec
 from flwr.app import Context, Message
 from flwr.serverapp import Grid
 
-from baffle.assemble import Server, assemble_server, splits
 from baffle.client.examples import load_arrays
 from baffle.client.participant import Memory, Participant
-from baffle.config import TrainConfig, train_config
 from baffle.data import Dataset
 from baffle.deploy.adapter import quick
 from baffle.deploy.setups import Own, data_for, runtime_for, setup_of
@@ -34,7 +32,10 @@ from baffle.runfolder.config import read_config
 from baffle.runfolder.journal import Journal
 from baffle.runfolder.metrics import Record
 from baffle.runtimes import Runtime
-from baffle.train import Run, resume, train
+from baffle.training.build import Server, assemble_server, splits
+from baffle.training.loop import resume, train
+from baffle.training.options import TrainConfig, train_config
+from baffle.training.result import Run
 
 _log = logging.getLogger("baffle")
 _participants: dict[int, Participant] = {}

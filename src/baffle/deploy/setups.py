@@ -12,16 +12,16 @@ from functools import lru_cache
 import msgspec
 import numpy as np
 
-from baffle.assemble import Server
 from baffle.client.examples import check_labels
 from baffle.client.participant import Build
-from baffle.config import TrainConfig
 from baffle.data import Dataset, Scaling
 from baffle.errors import BundleError, DataError, ModelError, OptionError, ReplyError
 from baffle.protocol.messages import Setup
 from baffle.runtimes import Runtime
 from baffle.runtimes.onnx.bundle import Bundle
 from baffle.runtimes.onnx.load import load_runtime
+from baffle.training.build import Server
+from baffle.training.options import TrainConfig
 
 _TOLD = ("model", "activation", "norm", "trainable", "runtime", "precision", "seed", "augment")
 

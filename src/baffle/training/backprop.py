@@ -35,7 +35,8 @@ from baffle.runtimes.pytorch.runtime import (
     to_tensors,
     trainable_parameters,
 )
-from baffle.train import Progress, Run, evaluate, finish, require_key
+from baffle.training.loop import Progress, require_key
+from baffle.training.result import Run, evaluate, finish
 
 try:
     import torch

@@ -13,7 +13,6 @@ import msgspec
 import numpy as np
 from safetensors import SafetensorError
 
-from baffle.config import TrainConfig
 from baffle.core.types import Masks, Weights
 from baffle.data import Dataset, hold_out, load
 from baffle.engines.local import LocalEngine
@@ -23,6 +22,7 @@ from baffle.runtimes import Runtime
 from baffle.runtimes.choose import MARGIN, Choice, choose, trial_batch
 from baffle.runtimes.onnx.bundle import Bundle, Precision
 from baffle.runtimes.onnx.load import load_runtime
+from baffle.training.options import TrainConfig
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -12,7 +12,8 @@ from baffle.core.optim import Adam, Cosine
 from baffle.data import Dataset
 from baffle.engines.local import LocalEngine, require_examples
 from baffle.runtimes.choose import choose, trial_batch
-from baffle.train import Progress, Run, train
+from baffle.training.loop import Progress, train
+from baffle.training.result import Run
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -8,13 +8,10 @@ up to number ``rounds``, update the weights.
 
 from __future__ import annotations
 
-import math
-import resource
 import shutil
-import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,94 +19,22 @@ import msgspec
 import numpy as np
 
 from baffle.core.checks import require_count
-from baffle.core.method import Method, State, weights_sha256
+from baffle.core.method import Method, State
 from baffle.core.types import Row, Weights, table_size
 from baffle.data import Dataset
 from baffle.engines import Engine, Exchange
 from baffle.errors import BaffleError, DivergedError, JournalError, ModelError, OptionError, PlanError
-from baffle.lookout import Lookout
 from baffle.protocol.encoding import decode_row, encode_message
-from baffle.runfolder.config import RunConfig, write_file
+from baffle.runfolder.config import RunConfig
 from baffle.runfolder.journal import Journal
-from baffle.runfolder.metrics import Record, record_of, total
+from baffle.runfolder.metrics import Record, record_of
+from baffle.training.result import Run, evaluate, finish
+from baffle.training.rollback import Lookout
 
 if TYPE_CHECKING:
-    from torch import nn
+    pass
 
 Progress = Callable[[Record], None]
-
-
-@dataclass(frozen=True, eq=False)
-class Run:
-    """What training gave.
-
-    ``average`` is the exponential moving average of the weights, which is what loss and accuracy are of;
-    ``weights`` are the raw ones, whose hash the journal holds. Both flat, float32[n]. ``loss`` and ``accuracy`` are
-    of the test data at the end, the other two of validation data, if there were any.
-    """
-
-    config: RunConfig
-    state: State
-    records: tuple[Record, ...]
-    loss: float | None
-    accuracy: float | None
-    validation_loss: float | None = None
-    validation_accuracy: float | None = None
-    path: Path | None = None
-
-    @property
-    def weights(self) -> Weights:
-        """The raw weights, float32[n]."""
-        return self.state.weights
-
-    @property
-    def average(self) -> Weights:
-        """The averaged weights, float32[n]."""
-        return self.state.average
-
-    @property
-    def weights_sha256(self) -> str:
-        """Hash of the raw weights."""
-        return weights_sha256(self.state.weights).hex()
-
-    def load_into(self, model: nn.Module) -> None:
-        """Copy the averaged weights into a PyTorch model."""
-        from baffle.runtimes.pytorch.runtime import load_into
-
-        load_into(model, self.config.table, self.average)
-
-    def summary(self) -> dict[str, str | int | float | None]:
-        """Totals of the run, as ``baffle train --json`` prints them."""
-        method, records = self.config.method, self.records
-        return (
-            {
-                "accuracy": self.accuracy,
-                "loss": _finite(self.loss),
-                "validation_accuracy": self.validation_accuracy,
-                "validation_loss": _finite(self.validation_loss),
-                "rounds": self.state.round - 1,
-                "updates": self.state.step,
-                "rollbacks": sum(r.restores is not None for r in records),
-                "clients": len(self.config.clients),
-                "backprop": self.config.backprop,
-            }
-            | {
-                name: None if self.config.backprop else getattr(method, name)
-                for name in ("num_directions", "family", "sharing", "difference", "lattice")
-            }
-            | {"sigma": None if self.config.backprop else records[-1].sigma if records else method.sigma}
-            | {
-                "forward_passes": total(r.forward_passes for r in records),
-                "samples_forwarded": total(r.samples_forwarded for r in records),
-                "bytes_up": total(r.bytes_up for r in records),
-                "bytes_down": total(r.bytes_down for r in records),
-                "seconds": total(r.seconds for r in records),
-                "peak_rss_mb": round(peak_rss_mb(), 1),
-                "parameters": table_size(self.config.table),
-                "weights_sha256": self.weights_sha256,
-                "run": None if self.path is None else str(self.path),
-            }
-        )
 
 
 def train(
@@ -277,46 +202,9 @@ def _loop(
     return finish(config, state, records, (loss, accuracy), engine, test, validation, path)
 
 
-def finish(
-    config: RunConfig,
-    state: State,
-    records: Sequence[Record],
-    measured: tuple[float | None, float | None],
-    engine: Engine,
-    test: Dataset | None,
-    validation: Dataset | None,
-    path: Path | None,
-) -> Run:
-    """The run that is done, last ``measured`` on validation data if there are any; its totals in ``summary.json``."""
-    if validation is None:
-        run = Run(config, state, tuple(records), *measured, path=path)
-    else:
-        run = Run(config, state, tuple(records), *evaluate(engine, state.average, test), *measured, path)
-    if path is not None:
-        write_file(path / "summary.json", msgspec.json.format(msgspec.json.encode(run.summary())) + b"\n")
-    return run
-
-
-def evaluate(engine: Engine, weights: Weights, test: Dataset | None) -> tuple[float | None, float | None]:
-    """Mean loss and accuracy on ``test``; None where there is none."""
-    if test is None:
-        return None, None
-    result = engine.evaluate(weights, test)
-    loss = float(result.losses.astype(np.float64).mean())
-    if not math.isfinite(loss):
-        loss = math.inf
-    return loss, None if result.correct is None else float(result.correct.mean())
-
-
 def require_key(seed: int) -> int:
     """The run key of a seed: itself, an unsigned 64-bit integer."""
     return _count("seed", seed, 0, 2**64 - 1)
-
-
-def peak_rss_mb() -> float:
-    """Peak resident memory of this process, in MiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
 def _record(row: Row, exchange: Exchange, loss: float | None, accuracy: float | None, seconds: float) -> Record:
@@ -330,10 +218,6 @@ def _record(row: Row, exchange: Exchange, loss: float | None, accuracy: float | 
         bytes_down=exchange.bytes_down,
         seconds=seconds,
     )
-
-
-def _finite(loss: float | None) -> float | None:
-    return loss if loss is not None and math.isfinite(loss) else None
 
 
 def _count(field: str, value: int, low: int = 1, high: int | None = None) -> int:

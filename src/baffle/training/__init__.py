@@ -1,0 +1,1 @@
+"""Training: the loop, the short way in, the baseline by backpropagation."""
