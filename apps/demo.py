@@ -24,7 +24,7 @@ import numpy as np
 
 import baffle as bf
 from baffle.deploy.federation import Federation
-from baffle.deploy.places import app_folder
+from baffle.deploy.flower.app_bundle import app_folder
 from baffle.errors import BaffleError, FederationError
 from baffle.runfolder.clients import Outcome, read_rounds
 

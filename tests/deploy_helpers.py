@@ -16,7 +16,7 @@ import pytest
 import baffle as bf
 from baffle.core.method import weights_sha256
 from baffle.deploy.federation import Federation
-from baffle.deploy.places import app_folder
+from baffle.deploy.flower.app_bundle import app_folder
 from baffle.runfolder.clients import RoundLog, read_members, read_rounds
 
 OPTIONS: dict[str, str | int | float] = {

@@ -16,10 +16,11 @@ from pathlib import Path
 
 from baffle.client.examples import load_arrays
 from baffle.client.participant import Build, Participant
-from baffle.deploy.adapter import Fleet, app_sha256, read_key, secret_of
+from baffle.deploy.client_model import builder
+from baffle.deploy.flower.app_bundle import app_folder, app_sha256
+from baffle.deploy.flower.fleet import Fleet
+from baffle.deploy.flower.keys import read_key, secret_of
 from baffle.deploy.node import run_node
-from baffle.deploy.places import app_folder
-from baffle.deploy.setups import builder
 from baffle.protocol.messages import Advertise, Ask, Question, Unmask, decode_question
 from baffle.secure.masks import Identity
 

@@ -17,9 +17,10 @@ import baffle as bf
 from baffle.client.participant import Participant
 from baffle.core.method import State
 from baffle.core.types import Task
-from baffle.engines import Exchange, remote
-from baffle.engines.remote import RemoteEngine
-from baffle.engines.transport import Arrival, Letter, Sent
+from baffle.engines import Exchange
+from baffle.engines.remote import engine as remote
+from baffle.engines.remote.engine import Downlink, RemoteEngine
+from baffle.engines.remote.transport import Arrival, Letter, Sent
 from baffle.protocol.encoding import decode_row
 from baffle.protocol.messages import Ask, Question, Response, Setup, decode_question, decode_response
 from baffle.runfolder.clients import Roster
@@ -149,7 +150,7 @@ class Federation:
         self,
         *,
         clients: int | None = None,
-        downlink: remote.Downlink = "replay",
+        downlink: Downlink = "replay",
         quorum: float = 0.5,
         deadline: float = DEADLINE,
         patience: float = 1000.0,

@@ -1,4 +1,4 @@
-"""What ``deploy/adapter.py`` relies on in Flower, against a real SuperLink: a new Flower fails here first."""
+"""What ``deploy/flower/`` relies on in Flower, against a real SuperLink: a new Flower fails here first."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ from flwr.superlink.grid.http_grid import HttpGrid
 
 from baffle.client.examples import load_arrays
 from baffle.client.participant import Participant
-from baffle.deploy import adapter
-from baffle.deploy.adapter import Fleet, QuickGrid, app_sha256, quick, read_key
-from baffle.deploy.federation import Federation, private_bytes
+from baffle.deploy.certificates import private_bytes
+from baffle.deploy.client_model import builder
+from baffle.deploy.federation import Federation
+from baffle.deploy.flower.app_bundle import app_folder, app_sha256
+from baffle.deploy.flower.fleet import Fleet
+from baffle.deploy.flower.grid import QuickGrid, quick
+from baffle.deploy.flower.keys import read_key
+from baffle.deploy.flower.objects import message_of
 from baffle.deploy.node import run_node
-from baffle.deploy.places import app_folder
-from baffle.deploy.setups import builder
-from baffle.engines.flower import from_records, to_records
+from baffle.engines.remote.flower import from_records, to_records
 from baffle.errors import FederationError, OptionError
 from deploy_helpers import OPTIONS, Site, check_run, site, until
 
@@ -134,7 +137,7 @@ def test_messages_are_put_together_from_their_records_alone() -> None:
         asked.append(id)
         return pull(id)
 
-    found = adapter._assembled(head, tree, ask)
+    found = message_of(head, tree, ask)
     assert from_records(found.content) == (b"?", {"state": bytes(3_000_000)})
     assert found.metadata.group_id == "client-3"
     assert len(asked) == len(set(whole.content))

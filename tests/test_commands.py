@@ -895,21 +895,21 @@ def test_a_node_evaluates_as_its_owner_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], strategy: str, memory: int | None
 ) -> None:
     pytest.importorskip("flwr")
-    from baffle.deploy import setups
+    from baffle.deploy import client_model, server_app
 
-    made: list[setups.Own] = []
+    made: list[client_model.Own] = []
 
-    def builder(data: bf.Dataset, own: setups.Own) -> None:
+    def builder(data: bf.Dataset, own: client_model.Own) -> None:
         made.append(own)
         raise BaffleError("here")
 
-    monkeypatch.setattr(setups, "builder", builder)
+    monkeypatch.setattr(client_model, "builder", builder)
     data, _ = bf.load("digits")
     np.savez(tmp_path / "mine.npz", x=data.x[:8], y=data.y[:8])
     refused(invoke(tmp_path, *NODE, "--threads", "2", *flags), "here")
     options = TrainConfig(model="mlp", threads=1, strategy="copies", memory="1GB")  # the server's own way
-    setup = setups.setup_of(options, assemble_server(options))
-    runtime = setups.runtime_for(setup, made[0])
+    setup = server_app.setup_of(options, assemble_server(options))
+    runtime = client_model.runtime_for(setup, made[0])
     told = {"runtime": "torch", "threads": 2, "strategy": strategy, "memory": memory}
     assert {name: runtime.plan.get(name) for name in told} == told
 

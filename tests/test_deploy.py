@@ -23,11 +23,13 @@ import baffle as bf
 from baffle.client.examples import load_arrays
 from baffle.client.participant import Participant
 from baffle.core.types import pack_int32
-from baffle.deploy.adapter import Fleet, app_sha256, read_key
-from baffle.deploy.federation import free_port, make_certificates, private_bytes
-from baffle.deploy.places import app_folder
-from baffle.deploy.setups import builder
-from baffle.engines.flower import reply_to, to_records
+from baffle.deploy.certificates import make_certificates, private_bytes
+from baffle.deploy.client_model import builder
+from baffle.deploy.federation import free_port
+from baffle.deploy.flower.app_bundle import app_folder, app_sha256
+from baffle.deploy.flower.fleet import Fleet
+from baffle.deploy.flower.keys import read_key
+from baffle.engines.remote.flower import reply_to, to_records
 from baffle.errors import FederationError
 from baffle.protocol.messages import Answer, decode_response, encode
 from baffle.training.build import assemble_server

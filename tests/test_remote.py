@@ -20,8 +20,8 @@ import baffle as bf
 from baffle.client.calibrate import LADDER
 from baffle.core.guard import Guard
 from baffle.core.types import LIMIT
-from baffle.engines.remote import Downlink
-from baffle.engines.transport import Arrival, Letter
+from baffle.engines.remote.engine import Downlink
+from baffle.engines.remote.transport import Arrival, Letter
 from baffle.errors import FederationError
 from baffle.protocol.encoding import decode_row
 from baffle.protocol.messages import (

@@ -14,7 +14,7 @@ import pytest
 
 import baffle as bf
 from baffle.client.participant import Participant
-from baffle.engines.transport import Arrival, Letter
+from baffle.engines.remote.transport import Arrival, Letter
 from baffle.protocol.encoding import decode_row
 from baffle.protocol.messages import (
     STATE,

@@ -20,9 +20,10 @@ from baffle.client.examples import load_arrays
 from baffle.client.participant import Participant
 from baffle.core.directions import Directions
 from baffle.data import Scaling
-from baffle.deploy.setups import Own, builder, setup_of
-from baffle.engines.flower import GridTransport, Node, from_records, reply_to, size_of, to_records
-from baffle.engines.transport import Letter
+from baffle.deploy.client_model import Own, builder
+from baffle.deploy.server_app import setup_of
+from baffle.engines.remote.flower import GridTransport, Node, from_records, reply_to, size_of, to_records
+from baffle.engines.remote.transport import Letter
 from baffle.errors import BaffleError, BundleError, DataError, ModelError, OptionError, ReplyError
 from baffle.protocol.messages import SETUP, Enrol, Failed, Present, Setup, decode_response, decode_setup, encode
 from baffle.runtimes import Runtime

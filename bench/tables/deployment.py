@@ -25,7 +25,7 @@ import numpy as np
 
 import baffle as bf
 from baffle.deploy.federation import Federation
-from baffle.deploy.places import app_folder
+from baffle.deploy.flower.app_bundle import app_folder
 from baffle.runfolder.clients import read_rounds
 from baffle.training.options import TrainConfig
 from bench.process_memory import memory_mib

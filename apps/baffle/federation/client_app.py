@@ -3,7 +3,7 @@
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from baffle.deploy.app import answer
+from baffle.deploy.client_app import answer
 
 app = ClientApp()
 

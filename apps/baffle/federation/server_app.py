@@ -3,7 +3,7 @@
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from baffle.deploy.app import serve
+from baffle.deploy.server_app import serve
 
 app = ServerApp()
 

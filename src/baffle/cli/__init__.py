@@ -18,8 +18,8 @@ except ImportError as error:
 from baffle.cli.calibrate import calibrate_command
 from baffle.cli.common import errors
 from baffle.cli.data import data_command, models_command
-from baffle.cli.deploy import app_command, node_command
 from baffle.cli.export import export_command
+from baffle.cli.node import app_command, node_command
 from baffle.cli.report import compare_command, report_command
 from baffle.cli.runs import evaluate_command, replay_command
 from baffle.cli.status import status_command

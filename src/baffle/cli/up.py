@@ -20,7 +20,7 @@ import numpy as np
 import typer
 
 from baffle.cli.common import Json, errors
-from baffle.cli.deploy import need_flower
+from baffle.cli.node import need_flower
 from baffle.cli.status import show_live
 from baffle.cli.train import print_summary
 from baffle.core.checks import require_positive
@@ -68,7 +68,7 @@ def up_command(
     Ctrl-C and says how to start runs from another shell.
     """
     need_flower()
-    from baffle.deploy.places import app_folder
+    from baffle.deploy.flower.app_bundle import app_folder
 
     require_choice("downlink", downlink, ["replay", "weights"])
     require_positive("deadline", deadline)

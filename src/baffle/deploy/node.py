@@ -15,8 +15,8 @@ from collections.abc import Collection
 from flwr.app import Message
 
 from baffle.client.participant import Participant
-from baffle.deploy.adapter import Fleet, refusal
-from baffle.engines.flower import reply_to
+from baffle.deploy.flower.fleet import Fleet, refusal
+from baffle.engines.remote.flower import reply_to
 from baffle.errors import FederationError, OptionError
 
 _FASTEST, _SLOWEST = 0.05, 2.0  # seconds between two looks for work

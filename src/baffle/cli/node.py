@@ -76,9 +76,10 @@ def node_command(
     need_flower()
     from baffle.client.examples import load_arrays
     from baffle.client.participant import Participant
-    from baffle.deploy.adapter import Fleet, read_key, secret_of
+    from baffle.deploy.client_model import Own, builder
+    from baffle.deploy.flower.fleet import Fleet
+    from baffle.deploy.flower.keys import read_key, secret_of
     from baffle.deploy.node import run_node
-    from baffle.deploy.setups import Own, builder
     from baffle.runtimes.onnx.bundle import Bundle
     from baffle.secure.masks import Identity
 
@@ -107,8 +108,7 @@ def node_command(
 def app_command(json_output: Json = False) -> None:
     """Where the Flower app is that 'flwr run' starts, and the hash that clients trust."""
     need_flower()
-    from baffle.deploy.adapter import app_sha256
-    from baffle.deploy.places import app_folder
+    from baffle.deploy.flower.app_bundle import app_folder, app_sha256
 
     folder = app_folder()
     found = {"app": str(folder), "sha256": app_sha256(folder)}
@@ -119,8 +119,7 @@ def app_command(json_output: Json = False) -> None:
 
 
 def _own_app() -> str:
-    from baffle.deploy.adapter import app_sha256
-    from baffle.deploy.places import app_folder
+    from baffle.deploy.flower.app_bundle import app_folder, app_sha256
 
     return app_sha256(app_folder())
 
@@ -134,7 +133,7 @@ def _sha256(text: str) -> str:
 def need_flower() -> None:
     """Raise MissingExtraError if Flower is not installed."""
     try:
-        import baffle.engines.flower  # noqa: F401
+        import baffle.engines.remote.flower  # noqa: F401
     except MissingExtraError:
         raise
     except ImportError as error:

@@ -23,7 +23,7 @@ except ImportError as error:
     raise MissingExtraError("Flower is not installed: pip install 'baffle[flower]'") from error
 
 from baffle.client.participant import Participant
-from baffle.engines.transport import Arrival, Letter, Sent
+from baffle.engines.remote.transport import Arrival, Letter, Sent
 
 _PIECE = 2**20
 _CLIENT = "client-"
@@ -65,8 +65,9 @@ class Post(Protocol):
 class GridTransport:
     """Letters as Flower messages: ``RemoteEngine(GridTransport(grid), ...)`` trains with the nodes of a federation.
 
-    A node is known by the hash of its public key, which the SuperLink has checked. ``baffle.deploy.app.serve`` is the
-    whole ServerApp; this is for one of your own, and ``baffle.deploy.adapter.quick`` makes its grid faster.
+    A node is known by the hash of its public key, which the SuperLink has checked.
+    ``baffle.deploy.server_app.serve`` is the whole ServerApp; this is for one of your own, and
+    ``baffle.deploy.flower.grid.quick`` makes its grid faster.
     """
 
     def __init__(self, grid: Post) -> None:

@@ -31,8 +31,8 @@ from baffle.core.scalars import weight_of
 from baffle.core.types import LIMIT, Aggregate, Cohort, Table, Task, Weights
 from baffle.data import Dataset
 from baffle.engines import Exchange
-from baffle.engines.history import History
-from baffle.engines.transport import Arrival, Letter, Sent, Transport
+from baffle.engines.remote.downlink import History
+from baffle.engines.remote.transport import Arrival, Letter, Sent, Transport
 from baffle.errors import FederationError, ReplyError, SecureSumError, require_choice
 from baffle.protocol.messages import (
     CARDS,

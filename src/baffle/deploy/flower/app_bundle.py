@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
+
+from flwr.cli.build import build_fab_from_disk
 
 import baffle
 from baffle.errors import OptionError
@@ -15,3 +18,11 @@ def app_folder() -> Path:
         if (folder / "pyproject.toml").exists():
             return folder
     raise OptionError("app", str(package / "app"), "the app that comes with the package: install it again")
+
+
+def app_sha256(app: Path) -> str:
+    """SHA-256 of the bundle that ``flwr run`` makes of an app's folder."""
+    try:
+        return hashlib.sha256(build_fab_from_disk(app)).hexdigest()
+    except (OSError, ValueError) as error:
+        raise OptionError("app", str(app), f"the folder of a Flower app ({error})") from error

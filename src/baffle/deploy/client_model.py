@@ -15,33 +15,12 @@ import numpy as np
 from baffle.client.examples import check_labels
 from baffle.client.participant import Build
 from baffle.data import Dataset, Scaling
-from baffle.errors import BundleError, DataError, ModelError, OptionError, ReplyError
+from baffle.errors import BundleError, DataError, ModelError, ReplyError
 from baffle.protocol.messages import Setup
 from baffle.runtimes import Runtime
 from baffle.runtimes.onnx.bundle import Bundle
 from baffle.runtimes.onnx.load import load_runtime
-from baffle.training.build import Server
 from baffle.training.options import TrainConfig
-
-_TOLD = ("model", "activation", "norm", "trainable", "runtime", "precision", "seed", "augment")
-
-
-def setup_of(options: TrainConfig, server: Server) -> Setup:
-    """The setup of a server that trains by these options."""
-    if server.bundle is None and options.prune and options.prune_by == "channels":
-        raise OptionError("runtime", options.runtime, "ort or openvino: a model with fewer channels needs a bundle")
-    runtime, scaling = server.runtime, server.train.scaling
-    return Setup(
-        table=runtime.table,
-        frozen=str(runtime.plan.get("frozen", "")),
-        shape=tuple(server.train.x.shape[1:]),
-        classes=server.classes,
-        vocabulary=server.vocabulary,
-        mean=() if scaling is None else scaling.mean,
-        std=() if scaling is None else scaling.std,
-        options={name: getattr(options, name) for name in _TOLD},
-        bundle=None if server.bundle is None else server.bundle.encode(),
-    )
 
 
 @dataclass(frozen=True)
