@@ -2,7 +2,7 @@
 
 Flower's own SuperNode starts a process for every message and sleeps three seconds between looks. The same protocol
 (protobuf over HTTP, requests signed by the node's key) is spoken here by one process that stays. Written against
-flwr 1.41; ``tests/test_adapter.py`` says what it relies on.
+flwr 1.41; ``tests/deploy/flower/test_flower.py`` says what it relies on.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ from baffle.secure.shares import recombine, split
 
 Vector = dict[str, Any]
 
-TEXT = (Path(__file__).parents[1] / "docs" / "protocol.md").read_text()
+TEXT = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text()
 VECTORS: dict[str, Vector] = {}
 for _block in re.findall(r"^```json\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL):
     _vector = json.loads(_block)

@@ -833,7 +833,7 @@ print(bf.resume(folder / "run", digits_engine()).weights_sha256)
 
 def test_a_real_limit_on_file_sizes(tmp_path: Path) -> None:
     expected = train_digits(None, 12)
-    command = [sys.executable, "-c", LIMITED, str(Path(__file__).parent), str(tmp_path)]
+    command = [sys.executable, "-c", LIMITED, str(Path(__file__).parents[1]), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     none, listing, first, held_first, second, held_second, last = done.stdout.splitlines()

@@ -1,7 +1,7 @@
 """Write directions.json: the numbers that every implementation must draw, frozen.
 
 A second implementation of docs/protocol.md, in plain integers, that shares no code with baffle:
-``python tests/golden/make.py``. The file is frozen: a change of it breaks every journal ever written.
+``python tests/core/golden/make.py``. The file is frozen: a change of it breaks every journal ever written.
 """
 
 from __future__ import annotations

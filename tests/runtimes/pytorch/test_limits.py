@@ -32,7 +32,18 @@ from baffle.runtimes.pytorch.allocator import give_back_freed_memory, keep_freed
 from baffle.runtimes.pytorch.budget import Sizes, _Living, activation_bytes, weight_bytes, within
 from baffle.runtimes.pytorch.runtime import STRATEGIES, TorchRuntime, takes_channels_last
 from baffle.runtimes.pytorch.threads import one_thread
-from test_strategies import Make, With, asked_of, by, data_of, exact_losses, frozen, layer, losses_of, parameter
+from runtimes.pytorch.test_stacked import (
+    Make,
+    With,
+    asked_of,
+    by,
+    data_of,
+    exact_losses,
+    frozen,
+    layer,
+    losses_of,
+    parameter,
+)
 
 CALLS = list[int]()
 
