@@ -13,9 +13,10 @@ import pytest
 import baffle as bf
 from baffle.client.respond import local_update, reply
 from baffle.core.directions import Directions
-from baffle.core.method import Method, State, quantum_for, replay, state_sha256, weights_sha256
+from baffle.core.method import Method, quantum_for, replay
 from baffle.core.rebuild import Execution
 from baffle.core.scalars import Encoded, weight_of
+from baffle.core.state import State, state_sha256, weights_sha256
 from baffle.core.types import (
     MAX_WEIGHT,
     MAX_WEIGHT_SUM,

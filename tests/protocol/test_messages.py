@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from baffle.client.calibrate import LADDER
-from baffle.core.method import State, state_sha256
+from baffle.core.state import State, state_sha256
 from baffle.core.types import Reply, make_table
 from baffle.errors import CorruptRunError, JournalError, ReplyError
 from baffle.protocol.messages import (

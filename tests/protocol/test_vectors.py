@@ -19,12 +19,13 @@ from baffle.client.respond import finite_differences, local_update, perturbation
 from baffle.core import gaussian, optim
 from baffle.core.aggregate import FIRST_EXPONENT, calibrates, next_exponent, nothing
 from baffle.core.directions import Directions
-from baffle.core.method import Method, State, quantum_for, replay, state_sha256, weights_sha256
+from baffle.core.method import Method, quantum_for, replay
 from baffle.core.philox import Purpose, philox, word3
 from baffle.core.quantize import MOST_CODES, lattice_steps, row_scales, unscale
 from baffle.core.quantize import encode as encode_rows
 from baffle.core.rebuild import FAST, estimate
 from baffle.core.scalars import Encoded, encode, weight_of
+from baffle.core.state import State, state_sha256, weights_sha256
 from baffle.core.types import (
     LIMIT,
     MAX_WEIGHT,

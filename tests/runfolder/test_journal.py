@@ -19,8 +19,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 import baffle as bf
-from baffle.core.method import State, replay, state_sha256, weights_sha256
+from baffle.core.method import replay
 from baffle.core.rebuild import Execution
+from baffle.core.state import State, state_sha256, weights_sha256
 from baffle.core.types import Family, Row, Sharing, Table
 from baffle.errors import CorruptRunError, JournalError, OptionError, PlanError, RunExistsError
 from baffle.protocol.encoding import decode_row

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 import baffle as bf
 from baffle.core.directions import Directions
-from baffle.core.method import state_sha256
 from baffle.core.rebuild import Execution, combine, combine_slowly
+from baffle.core.state import state_sha256
 from baffle.core.types import Family, Integers, ParamSpec, Table, Weights, make_table
 from baffle.errors import CorruptRunError, ModelError, PlanError
 from baffle.models import build

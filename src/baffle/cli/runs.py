@@ -12,8 +12,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from baffle.cli.common import Json, RunPath, command_of, errors, print_json, require_rounds
-from baffle.core.method import weights_sha256
 from baffle.core.rebuild import Execution
+from baffle.core.state import weights_sha256
 from baffle.errors import CorruptRunError, OptionError
 from baffle.runfolder.journal import Journal
 from baffle.training.build import as_planned, assemble

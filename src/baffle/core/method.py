@@ -7,11 +7,10 @@ bit for bit.
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal, TypeAlias
 
 import msgspec
@@ -22,11 +21,12 @@ from baffle.core.aggregate import SecureSum, WeightedSum, calibrates, next_expon
 from baffle.core.checks import keep_floats, require_between, require_count, require_positive
 from baffle.core.directions import Directions
 from baffle.core.guard import Guard
-from baffle.core.optim import Adam, ClipUpdate, Optimizer, Sgd, Slots
+from baffle.core.optim import Adam, ClipUpdate, Optimizer, Sgd
 from baffle.core.philox import Purpose, generator
 from baffle.core.quantize import MOST_CODES, unscale
 from baffle.core.rebuild import FAST, Execution, check_exact, estimate
 from baffle.core.scalars import ClipScalars, weight_of
+from baffle.core.state import State, descend, state_sha256, weights_sha256
 from baffle.core.types import (
     MAX_WEIGHT,
     MAX_WEIGHT_SUM,
@@ -46,17 +46,6 @@ from baffle.errors import DivergedError, OptionError, PlanError, require_choice
 
 FIRST_SIGMA = 1e-3
 """Sigma where none was given or measured."""
-
-
-@dataclass(frozen=True, eq=False)
-class State:
-    """Where training stands: replay state (weights, slots, step), the evaluation average, the next round."""
-
-    round: int
-    step: int
-    weights: Weights
-    slots: Slots
-    average: Weights
 
 
 Good: TypeAlias = tuple[Row, State]
@@ -299,47 +288,6 @@ def quantum_for(largest: int, participants: int) -> int:
     while (largest + quantum // 2) // quantum > bound:
         quantum *= 2
     return quantum
-
-
-def weights_sha256(weights: Weights) -> bytes:
-    """SHA-256 of the flat weights as little-endian float32."""
-    return hashlib.sha256(weights.astype("<f4", copy=False).tobytes()).digest()
-
-
-def state_sha256(state: State) -> bytes:
-    """SHA-256 of the replay state: hash of the weights, slots in the order of their names, step (8 bytes)."""
-    digest = hashlib.sha256(weights_sha256(state.weights))
-    for name in sorted(state.slots):
-        digest.update(state.slots[name].astype("<f4", copy=False).tobytes())
-    digest.update(state.step.to_bytes(8, "little"))
-    return digest.digest()
-
-
-def descend(
-    state: State,
-    gradient: Weights,
-    *,
-    round: int,
-    rule: str,
-    coefficients: optim.Coefficients,
-    clip_factor: float,
-    ema: float,
-    largest: float = math.inf,
-) -> State:
-    """The state after a round's update by a gradient: clip, optimizer step, average; all element-wise float32.
-
-    Raises DivergedError if a weight would be above ``largest``, or anything NaN or infinite.
-    """
-    with np.errstate(over="ignore", invalid="ignore"):
-        clipped = np.float32(clip_factor) * gradient
-        weights, slots = optim.update(rule, state.weights, state.slots, clipped, coefficients)
-        average = optim.average(state.average, weights, ema)
-    if not all(np.isfinite(a).all() for a in (weights, average, *slots.values())) or np.abs(weights).max() > largest:
-        raise DivergedError(
-            f"round {round}: the update (lr = {coefficients['lr']:.3g}) would bring the weights near overflow or to "
-            "NaN; it was not applied. Use a smaller lr, or clip_update"
-        )
-    return State(round + 1, state.step + 1, weights, slots, average)
 
 
 def _choose(key: tuple[int, int], clients: int, count: int) -> list[int]:

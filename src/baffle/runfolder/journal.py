@@ -25,8 +25,9 @@ from pathlib import Path
 
 import msgspec
 
-from baffle.core.method import State, replay, state_sha256, weights_sha256
+from baffle.core.method import replay
 from baffle.core.rebuild import FAST, Execution
+from baffle.core.state import State, state_sha256, weights_sha256
 from baffle.core.types import Row, Weights
 from baffle.errors import CorruptRunError, JournalError
 from baffle.files import TEMPORARY, append, free_name, write_atomic

@@ -9,7 +9,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from baffle.core.method import State, weights_sha256
+from baffle.core.state import State, weights_sha256
 from baffle.core.types import Table, Weights, table_size
 
 

@@ -19,7 +19,8 @@ import numpy as np
 
 from baffle.core import optim
 from baffle.core.checks import require_count
-from baffle.core.method import Method, State, descend, weights_sha256
+from baffle.core.method import Method
+from baffle.core.state import State, descend, weights_sha256
 from baffle.core.types import Cohort, Task, Weights
 from baffle.data import Dataset
 from baffle.engines.local import LocalEngine

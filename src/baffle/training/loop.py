@@ -19,7 +19,8 @@ import msgspec
 import numpy as np
 
 from baffle.core.checks import require_count
-from baffle.core.method import Method, State
+from baffle.core.method import Method
+from baffle.core.state import State
 from baffle.core.types import Row, Weights, table_size
 from baffle.data import Dataset
 from baffle.engines import Engine, Exchange

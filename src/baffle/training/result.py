@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
-from baffle.core.method import State, weights_sha256
+from baffle.core.state import State, weights_sha256
 from baffle.core.types import Weights, table_size
 from baffle.data import Dataset
 from baffle.engines import Engine

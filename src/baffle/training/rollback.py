@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from baffle.core.guard import Guard, Watch
-from baffle.core.method import Good, Method, State
+from baffle.core.method import Good, Method
+from baffle.core.state import State
 from baffle.core.types import Row
 from baffle.protocol.encoding import decode_row
 from baffle.runfolder.journal import Journal
