@@ -14,9 +14,9 @@ from baffle.client.respond import finite_differences, reply
 from baffle.core.aggregate import (
     FIRST_EXPONENT,
     WeightedSum,
-    calibrates,
     check_reply,
     clipped_share,
+    measures_scale,
     next_exponent,
     typical_scalar,
 )
@@ -175,11 +175,11 @@ def test_first_round_calibrates_on_a_wide_scale() -> None:
         return msgspec.structs.replace(row(values, applied=False, clipped=clipped), round=0)
 
     assert next_exponent(None) == FIRST_EXPONENT
-    assert calibrates(None)
-    assert not calibrates(early([1000, -1000]))
-    assert calibrates(early([1, -1]))  # too coarse: measure again
-    assert calibrates(early([1000, -1000], clipped=1))
-    assert not calibrates(msgspec.structs.replace(row([1, -1], applied=False), round=9))  # give up measuring
+    assert measures_scale(None)
+    assert not measures_scale(early([1000, -1000]))
+    assert measures_scale(early([1, -1]))  # too coarse: measure again
+    assert measures_scale(early([1000, -1000], clipped=1))
+    assert not measures_scale(msgspec.structs.replace(row([1, -1], applied=False), round=9))  # give up measuring
 
 
 def test_next_scale_brings_scalars_to_ten_bits() -> None:

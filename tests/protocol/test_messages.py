@@ -158,7 +158,7 @@ def test_states_survive_bit_for_bit(values: np.ndarray, round: int, step: int) -
     found = unpack_state(pack_state(state), 7)
     assert state_sha256(found) == state_sha256(state)
     assert (found.round, found.step, list(found.slots)) == (round, step, ["m", "v"])
-    assert found.average.tobytes() == found.weights.tobytes()
+    assert found.ema_weights.tobytes() == found.weights.tobytes()
 
 
 def test_the_rarest_numbers_survive() -> None:

@@ -247,7 +247,7 @@ def test_training_keeps_the_zeros_and_a_resumed_run_is_an_undisturbed_one(name: 
     assert np.array_equal(again.average, straight.average)
     states = list(bf.Journal.open(tmp_path / "run").states())
     assert state_sha256(states[-1]) == state_sha256(straight.state)
-    assert all(not state.weights[gone].any() and not state.average[gone].any() for state in states)
+    assert all(not state.weights[gone].any() and not state.ema_weights[gone].any() for state in states)
 
 
 def test_pruned_models_learn() -> None:

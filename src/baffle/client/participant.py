@@ -279,5 +279,5 @@ def catch_up(state: State, table: Table, rows: Sequence[bytes]) -> State | None:
         if row.round > state.round or row.restores is not None:
             return None
         after = replay(state, table, row)
-        state = replace(after, average=after.weights)
+        state = replace(after, ema_weights=after.weights)
     return state

@@ -24,7 +24,7 @@ class State:
     step: int
     weights: Weights
     slots: Slots
-    average: Weights
+    ema_weights: Weights
 
 
 def weights_sha256(weights: Weights) -> bytes:
@@ -59,7 +59,7 @@ def descend(
     with np.errstate(over="ignore", invalid="ignore"):
         clipped = np.float32(clip_factor) * gradient
         weights, slots = optim.update(rule, state.weights, state.slots, clipped, coefficients)
-        average = optim.average(state.average, weights, ema)
+        average = optim.moving_average(state.ema_weights, weights, ema)
     if not all(np.isfinite(a).all() for a in (weights, average, *slots.values())) or np.abs(weights).max() > largest:
         raise DivergedError(
             f"round {round}: the update (lr = {coefficients['lr']:.3g}) would bring the weights near overflow or to "

@@ -156,7 +156,7 @@ class Journal:
 
     def finish(self, state: State) -> None:
         """Write ``model.safetensors``: the averaged weights under the model's own names."""
-        write_file(self.path / "model.safetensors", encode_weights(self.config.table, state.average))
+        write_file(self.path / "model.safetensors", encode_weights(self.config.table, state.ema_weights))
 
     def state(self, round: int | None = None, execution: Execution = FAST) -> State:
         """The state after a round, by default the last: the newest snapshot that leads there, then the rows behind."""
