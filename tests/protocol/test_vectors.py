@@ -487,9 +487,9 @@ def check_secure_round(v: Vector) -> None:
             server.add(masked)
     assert list(server.survive().clients) == list(alive)
     for name, told in zip(("unmasked_first", "unmasked_last"), v["survivors"], strict=True):
-        assert told == pack(server.told(v["clients"][0]["client"])).hex()
+        assert told == pack(server.survivors_for(v["clients"][0]["client"])).hex()
         for client, case in alive.items():
-            unmasked = clients[client].unmask(server.told(client))
+            unmasked = clients[client].unmask(server.survivors_for(client))
             assert case[name] == pack(unmasked).hex()
             server.unmask(unmasked)
     total, counts = server.total()

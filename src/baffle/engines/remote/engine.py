@@ -382,7 +382,7 @@ class RemoteEngine:
             self._ask_all(this, state, rows, need)
             self._enter(this, "shares", this.secure.survive().clients)
             self._ask_all(this, state, rows, need)
-            if this.secure.lost:
+            if this.secure.dropped:
                 self._enter(this, "lost", this.secure.missing & this.secure.signatures.keys())
                 self._ask_all(this, state, rows, need)
             vectors, (weight, clipped, nonfinite) = this.secure.total()
@@ -486,7 +486,7 @@ class RemoteEngine:
                 parcels[INTRODUCED] = msgspec.msgpack.encode(secure.introduce(client))
             return ask, parcels
         if this.stage in ("shares", "lost"):
-            return Unmask(setup=self._setup_sha256, key=task.key, survivors=secure.told(client)), {}
+            return Unmask(setup=self._setup_sha256, key=task.key, survivors=secure.survivors_for(client)), {}
         advertise = Advertise(
             setup=self._setup_sha256,
             key=task.key,
