@@ -10,10 +10,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from baffle.core.types import Array
 from baffle.data.augment import augment
 from baffle.errors import DataError
-
-Array = npt.NDArray[np.generic]
 
 
 @dataclass(frozen=True)
