@@ -5,10 +5,10 @@ Batches are cut into micro-batches of one size, and the last one is padded, so t
 shape within a call. Losses that are computed outside the graph are computed for many passes at once.
 
 Int8 scales come from the unperturbed weights, and activation ranges from an unperturbed pass over the same batch:
-both are fixed for all passes of a call, or their own jumps would drown the differences.
+both are fixed for all passes of a call; otherwise changes in the scales would swamp the differences of the losses.
 
-Weights that are not all finite have losses of NaN, whatever an engine would make of them: int8 codes have no NaN, and
-kernels of maxima and activations may lose it.
+Weights that are not all finite have losses of NaN, whatever an engine would compute: int8 codes have no NaN, and
+kernels for maxima and activations may drop it.
 """
 
 from __future__ import annotations
