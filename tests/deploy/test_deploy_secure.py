@@ -24,10 +24,8 @@ from deploy_helpers import (
     weights_hashes,
 )
 
-SECURE = OPTIONS | {
-    "secure-sum": True,
-    "schedule": "constant",
-}  # so that rounds do not depend on how many were asked for
+SECURE = OPTIONS | {"secure-sum": True, "schedule": "constant"}
+"""Constant, so that rounds do not depend on how many there will be."""
 
 
 def doom(here: Site, number: int, stage: str = "never", round: int = -1, sent: str = "SIGKILL") -> None:
