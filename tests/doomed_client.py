@@ -2,7 +2,7 @@
 
     python doomed_client.py SUPERLINK CERTIFICATES KEY DATA NAME STAGE ROUND SIGNAL
 
-It is a warm node with keys for secure sums in all else.
+In everything else it is ``baffle node --only-secure``.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def stage_of(asked: Question) -> tuple[str, int]:
 def main(
     superlink: str, certificates: str, key: str, data: str, name: str, stage: str, round: str, number: str
 ) -> None:
-    """Be this client until the end that it was given, or the test's."""
+    """Be this client until its signal, or until the test ends it."""
     logging.basicConfig(format="%(asctime)s %(message)s")
     logging.getLogger("baffle").setLevel(logging.INFO)
     own = read_key(Path(key))
