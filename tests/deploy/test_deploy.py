@@ -31,7 +31,7 @@ from baffle.deploy.flower.fleet import Fleet
 from baffle.deploy.flower.keys import read_key
 from baffle.engines.remote.flower import reply_to, to_records
 from baffle.errors import FederationError
-from baffle.protocol.messages import Answer, decode_response, encode
+from baffle.protocol.messages import TrainResponse, decode_response, encode
 from baffle.training.build import assemble_server
 from baffle.training.options import train_config
 from deploy_helpers import OPTIONS, Site, check_run, members, one_line, peak_mb, site, until
@@ -315,7 +315,7 @@ def test_nothing_is_lost_by(tmp_path: Path, fault: Callable[[Site], None]) -> No
 # -- a registered node that lies -------------------------------------------------------------------------------------
 
 
-LIES: list[tuple[Callable[[Answer], bytes], str]] = [
+LIES: list[tuple[Callable[[TrainResponse], bytes], str]] = [
     (lambda a: _changed(a, scalars=a.reply.scalars[:-4]), "bytes of scalars"),
     (lambda a: _changed(a, scalars=a.reply.scalars * 2), "bytes of scalars"),
     (lambda a: _changed(a, round=a.reply.round - 1), "reply to round"),
@@ -324,16 +324,16 @@ LIES: list[tuple[Callable[[Answer], bytes], str]] = [
     (lambda a: _changed(a, nonfinite=10**6), "nonfinite = 1000000"),
     (lambda a: _changed(a, scalars=pack_int32(np.full((1, 6), 2**31 - 1, np.int64))), "scalar 2147483647"),
     (lambda a: _changed(a, scalars=np.full(6, np.nan, "<f4").tobytes()), "scalar "),
-    (lambda a: encode(Answer(a.reply, b"x" * 32)), "evaluated at state"),
-    (lambda a: encode(Answer(a.reply)), "evaluated at state"),
+    (lambda a: encode(TrainResponse(a.reply, b"x" * 32)), "evaluated at state"),
+    (lambda a: encode(TrainResponse(a.reply)), "evaluated at state"),
     (lambda a: b"\xc1garbage", "malformed response"),
     (lambda a: b"", "malformed response"),
     (lambda a: bytes(100_000_000), "bytes: expected at most"),
 ]
 
 
-def _changed(answer: Answer, **changes: object) -> bytes:
-    return encode(Answer(msgspec.structs.replace(answer.reply, **changes), answer.state_sha256))
+def _changed(answer: TrainResponse, **changes: object) -> bytes:
+    return encode(TrainResponse(msgspec.structs.replace(answer.reply, **changes), answer.state_sha256))
 
 
 def lie(fleet: Fleet, participant: Participant, done: threading.Event) -> None:
@@ -348,7 +348,7 @@ def lie(fleet: Fleet, participant: Participant, done: threading.Event) -> None:
             reply = reply_to(message, participant)
             response = decode_response(_data(reply))
             honest = not honest
-            if isinstance(response, Answer) and not honest and (told := next(lies, None)) is not None:
+            if isinstance(response, TrainResponse) and not honest and (told := next(lies, None)) is not None:
                 reply = Message(to_records(told[0](response), {}), reply_to=message)
             fleet.send(reply)
             if honest:

@@ -35,8 +35,8 @@ from baffle.runtimes.pytorch.runtime import TorchRuntime
 from baffle.secure import masks, messages
 from baffle.secure.client import SecureClient
 from baffle.secure.graph import neighbourhoods, threshold
-from baffle.secure.masks import Card, Identity, mask_key, pair_mask, self_mask
-from baffle.secure.messages import Advert, Introduced, Masked, Survivors, Unmasked, commitment, context
+from baffle.secure.masks import Identity, PublicKeys, mask_key, pair_mask, self_mask
+from baffle.secure.messages import Introduced, KeysResponse, Masked, Survivors, UnmaskResponse, commitment, context
 from baffle.secure.server import COUNTS, SecureRound
 from baffle.secure.shares import SECRET, recombine, split
 from baffle.secure.simulate import Lost, sum_together
@@ -96,12 +96,12 @@ class Driver:
     replies: Sequence[Reply]
     round: int = 0
     degree: int = 100
-    adverts: dict[int, Advert] = field(default_factory=dict)
+    adverts: dict[int, KeysResponse] = field(default_factory=dict)
     introduced: dict[int, tuple[Introduced, ...]] = field(default_factory=dict)
     vectors: dict[int, Masked] = field(default_factory=dict)
     survivors: Survivors | None = None
-    unmasked: dict[int, Unmasked] = field(default_factory=dict)
-    last: dict[int, Unmasked] = field(default_factory=dict)
+    unmasked: dict[int, UnmaskResponse] = field(default_factory=dict)
+    last: dict[int, UnmaskResponse] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.cohort = sorted(self.clients)
@@ -627,7 +627,7 @@ def test_clients_refuse_to_have_few_neighbours(degree: int) -> None:
 
 def test_clients_refuse_neighbourhoods_of_too_many() -> None:
     client = SecureClient(Identity.make(), 0, KEY, degree=10_000)
-    cards = {other: Card(other.to_bytes(32, "little"), client.card.sealing) for other in range(300)}
+    cards = {other: PublicKeys(other.to_bytes(32, "little"), client.card.sealing) for other in range(300)}
     with pytest.raises(SecureSumError, match=r"round 0: a neighbourhood of .*: expected 2 to 255"):
         client.advertise(0, range(300), {**cards, 0: client.card})
 
@@ -670,7 +670,7 @@ def test_nothing_is_encrypted_twice_with_a_key(monkeypatch: pytest.MonkeyPatch) 
 # -- liars -------------------------------------------------------------------------------------------------------------
 
 
-def round_with(advert: Callable[[Advert], Advert], count: int = 5) -> Driver:
+def round_with(advert: Callable[[KeysResponse], KeysResponse], count: int = 5) -> Driver:
     """A round in which client 3 changes its advert and signs that."""
     identity = Identity.make()
     clients = make_clients(count) | {3: SecureClient(identity, 3, KEY, minimum=2)}
@@ -684,17 +684,19 @@ def round_with(advert: Callable[[Advert], Advert], count: int = 5) -> Driver:
     return driver
 
 
-def garbled(advert: Advert, parts: Sequence[int]) -> Advert:
+def garbled(advert: KeysResponse, parts: Sequence[int]) -> KeysResponse:
     sealed = [bytes(48) if i in parts else part for i, part in enumerate(advert.sealed)]
     return msgspec.structs.replace(advert, sealed=tuple(sealed))
 
 
-def committed_to_others(advert: Advert) -> Advert:
+def committed_to_others(advert: KeysResponse) -> KeysResponse:
     return msgspec.structs.replace(advert, commitments=bytes(32) + advert.commitments[32:])
 
 
 @pytest.mark.parametrize("change", [lambda advert: garbled(advert, [0]), committed_to_others])
-def test_holders_complain_of_shares_that_are_not_those_committed_to(change: Callable[[Advert], Advert]) -> None:
+def test_holders_complain_of_shares_that_are_not_those_committed_to(
+    change: Callable[[KeysResponse], KeysResponse],
+) -> None:
     driver = round_with(change)
     driver.mask()
     assert driver.vectors[0].complaints == (3,)
@@ -803,7 +805,7 @@ def test_malformed_letters_are_refused_and_the_round_goes_on(data: st.DataObject
     driver = Driver(clients, make_replies(clients, 2))
     cohort = data.draw(st.lists(INTEGERS, max_size=6))
     attempt(lambda: clients[0].advertise(data.draw(INTEGERS), cohort, dict.fromkeys(cohort, driver.cards[0])))
-    card = Card(data.draw(BYTES), data.draw(BYTES))
+    card = PublicKeys(data.draw(BYTES), data.draw(BYTES))
     attempt(lambda: clients[0].advertise(0, driver.cohort, {**driver.cards, 3: card}))
     clients[0] = SecureClient(Identity.make(), 0, KEY, minimum=2)
     driver = Driver(clients, driver.replies)

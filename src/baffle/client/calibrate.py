@@ -24,7 +24,7 @@ from baffle.core.quantize import row_scales
 from baffle.core.types import Task, Weights
 from baffle.data import Dataset
 from baffle.errors import ReplyError
-from baffle.protocol.messages import Found
+from baffle.protocol.messages import CalibrateResponse
 from baffle.runtimes import Runtime
 
 LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -124,15 +124,19 @@ def choose(errors: Float64) -> int:
     return (low + high + 1) // 2
 
 
-def check_found(task: Task, client: int, found: Found, others: Sequence[Found]) -> None:
+def check_measurement(
+    task: Task, client: int, measured: CalibrateResponse, others: Sequence[CalibrateResponse]
+) -> None:
     """Raise ReplyError unless a client measured what it was asked to, as the others did."""
-    expected = others[0].sigmas if others else found.sigmas if task.lattice else LADDER
-    usable = len(found.sigmas) == len(found.errors) and all(0 < s < math.inf for s in found.sigmas)
-    if found.sigmas != expected or len(expected) == 0 or not usable or not all(e >= 0 for e in found.errors):
-        raise ReplyError(f"client {client} measured errors {found.errors} for {found.sigmas}: expected a finite ladder")
+    expected = others[0].sigmas if others else measured.sigmas if task.lattice else LADDER
+    usable = len(measured.sigmas) == len(measured.errors) and all(0 < s < math.inf for s in measured.sigmas)
+    if measured.sigmas != expected or len(expected) == 0 or not usable or not all(e >= 0 for e in measured.errors):
+        raise ReplyError(
+            f"client {client} measured errors {measured.errors} for {measured.sigmas}: expected a finite ladder"
+        )
 
 
-def agree(found: Sequence[Found]) -> Calibration:
+def agree(found: Sequence[CalibrateResponse]) -> Calibration:
     """What clients that measured by themselves agree on: sigma by the median of their errors."""
     errors = np.median([f.errors for f in found], axis=0)
     return Calibration(

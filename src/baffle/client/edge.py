@@ -21,8 +21,8 @@ from baffle.client.respond import check_task, draw, respond
 from baffle.core.types import Weights, table_size
 from baffle.data import Dataset
 from baffle.errors import BaffleError, ReplyError
-from baffle.protocol.messages import Answer, Failed, Found
-from baffle.protocol.pipes import BESIDES, MARK, Hello, Message, Work, decode, receive_frame, send
+from baffle.protocol.messages import CalibrateResponse, FailedResponse, TrainResponse
+from baffle.protocol.pipes import MARK, MOST_BYTES, Hello, Message, WorkRequest, decode, receive_frame, send
 from baffle.runtimes import Runtime
 from baffle.runtimes.onnx.bundle import Bundle
 from baffle.runtimes.onnx.load import load_runtime
@@ -38,14 +38,14 @@ def serve(runtime: Runtime, bundle: Bundle, data: Dataset, requests: BinaryIO, a
     check_labels(runtime, bundle, data)
     answers.write(MARK)
     send(answers, Hello(len(data), bundle.sha256, runtime.plan))
-    longest = 4 * table_size(runtime.table) + BESIDES
+    longest = 4 * table_size(runtime.table) + MOST_BYTES
     while (request := receive_frame(requests, longest)) is not None:
         try:
             answer = _answer(runtime, data, decode(request))
         except BaffleError as error:
-            answer = Failed(str(error)[:_REASON])
+            answer = FailedResponse(str(error)[:_REASON])
         except Exception as error:  # of numbers that no server asks for
-            answer = Failed(f"{type(error).__name__}: {error}"[:_REASON])
+            answer = FailedResponse(f"{type(error).__name__}: {error}"[:_REASON])
         send(answers, answer)
 
 
@@ -83,7 +83,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _answer(runtime: Runtime, data: Dataset, request: Message) -> Message:
-    if not isinstance(request, Work):
+    if not isinstance(request, WorkRequest):
         raise ReplyError(f"{type(request).__name__}: expected a task")
     task, client = request.task, request.client
     check_task(task)
@@ -92,8 +92,10 @@ def _answer(runtime: Runtime, data: Dataset, request: Message) -> Message:
         batch = draw(msgspec.structs.replace(task, batch_size=EXAMPLES), data, client, 0)
         found = calibrate(task, runtime, weights, batch, client=client)
         errors = tuple(float(e) for e in found.errors)
-        return Found(found.sigmas, errors, found.forward_passes, found.samples_forwarded)
-    return Answer(respond(task, runtime, weights, lambda step: draw(task, data, client, step), client, len(data)))
+        return CalibrateResponse(found.sigmas, errors, found.forward_passes, found.samples_forwarded)
+    return TrainResponse(
+        respond(task, runtime, weights, lambda step: draw(task, data, client, step), client, len(data))
+    )
 
 
 def _weights(data: bytes, size: int) -> Weights:

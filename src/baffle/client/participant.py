@@ -21,33 +21,33 @@ from baffle.data import Dataset
 from baffle.errors import BaffleError, PlanError, ReplyError, SecureSumError
 from baffle.protocol.encoding import decode_row, encode_message
 from baffle.protocol.messages import (
-    CARDS,
     INTRODUCED,
+    PUBLIC_KEYS,
     SETUP,
     STATE,
     WEIGHTS,
-    Advertise,
-    Answer,
-    Ask,
-    Behind,
-    Concealed,
-    Enrol,
-    Failed,
-    Found,
-    Present,
-    Response,
+    AnyResponse,
+    BehindResponse,
+    CalibrateResponse,
+    EnrolRequest,
+    EnrolResponse,
+    FailedResponse,
+    KeysRequest,
+    MaskedTrainResponse,
     Setup,
-    Unmask,
-    decode_cards,
+    TrainRequest,
+    TrainResponse,
+    UnmaskRequest,
     decode_introductions,
-    decode_question,
+    decode_public_keys,
+    decode_request,
     decode_setup,
     encode,
     printable,
 )
 from baffle.protocol.states import unpack_state, unpack_weights
 from baffle.runtimes import Runtime
-from baffle.secure.messages import Card
+from baffle.secure.messages import PublicKeys
 
 if TYPE_CHECKING:
     from baffle.secure.client import SecureClient
@@ -102,36 +102,36 @@ class Participant:
     ) -> None:
         self._name, self._build, self._memory = name, build, memory or Memory()
         self._identity, self._minimum, self._only_secure = identity, minimum, only_secure
-        self._cards: dict[int, Card] = {}
+        self._cards: dict[int, PublicKeys] = {}
         self._secure: dict[tuple[int, int], SecureClient] = {}  # by run key and number; a run's rounds are not repeated
         self._ready: tuple[str, Runtime, Dataset] | None = None
         self._last: tuple[bytes, bytes] | None = None  # a task, and what was answered
 
-    def answer(self, question: bytes, parcels: Mapping[str, bytes], client: int = 0) -> bytes:
+    def answer(self, question: bytes, attachments: Mapping[str, bytes], client: int = 0) -> bytes:
         """What to say, as client number ``client``, to a question, encoded."""
         try:
-            asked = decode_question(question)
-            if isinstance(asked, Enrol):
-                response: Response | bytes = self._enrol(asked, parcels)
-            elif isinstance(asked, Advertise):
-                response = self._advertise(asked, parcels, client)
-            elif isinstance(asked, Unmask):
+            asked = decode_request(question)
+            if isinstance(asked, EnrolRequest):
+                response: AnyResponse | bytes = self._enrol(asked, attachments)
+            elif isinstance(asked, KeysRequest):
+                response = self._advertise(asked, attachments, client)
+            elif isinstance(asked, UnmaskRequest):
                 response = self._once(question, lambda: self._sums(asked.key, client).unmask(asked.survivors))
             else:
-                response = self._work(asked, parcels, client)
+                response = self._work(asked, attachments, client)
             return response if isinstance(response, bytes) else encode(response)
         except BaffleError as error:
-            return encode(Failed(printable(str(error), _REASON)))
+            return encode(FailedResponse(printable(str(error), _REASON)))
         except Exception as error:  # of numbers that no server sends
-            return encode(Failed(printable(f"{type(error).__name__}: {error}", _REASON)))
+            return encode(FailedResponse(printable(f"{type(error).__name__}: {error}", _REASON)))
 
-    def _enrol(self, asked: Enrol, parcels: Mapping[str, bytes]) -> Response:
-        ready = self._set_up(asked.setup, parcels)
+    def _enrol(self, asked: EnrolRequest, attachments: Mapping[str, bytes]) -> AnyResponse:
+        ready = self._set_up(asked.setup, attachments)
         if ready is None:
             return self._behind(asked.setup)
         runtime, data = ready
         state = self._memory.state
-        return Present(
+        return EnrolResponse(
             name=self._name,
             examples=len(data),
             plan=runtime.plan,
@@ -140,42 +140,42 @@ class Participant:
             card=None if self._identity is None else self._identity.card,
         )
 
-    def _work(self, asked: Ask, parcels: Mapping[str, bytes], client: int) -> Response | bytes:
-        ready = self._set_up(asked.setup, parcels)
+    def _work(self, asked: TrainRequest, attachments: Mapping[str, bytes], client: int) -> AnyResponse | bytes:
+        ready = self._set_up(asked.setup, attachments)
         if ready is None:
             return self._behind(asked.setup)
         runtime, data = ready
         check_task(asked.task)
-        weights = self._weights(asked, parcels, runtime.table)
+        weights = self._weights(asked, attachments, runtime.table)
         if weights is None:
             return self._behind(asked.setup)
-        kept = b"" if WEIGHTS in parcels else asked.task.state_sha256
+        kept = b"" if WEIGHTS in attachments else asked.task.state_sha256
         if asked.calibrate:
             return self._calibrate(asked.task, runtime, data, weights, client)
         task = asked.task
         if self._only_secure and not task.secure:
             raise PlanError("a plain sum: this client takes part in secure sums only")
-        introduced = parcels.get(INTRODUCED, b"")
+        introduced = attachments.get(INTRODUCED, b"")
 
-        def answer() -> Response:
+        def answer() -> AnyResponse:
             sums = self._sums(task.key, client) if task.secure else None
             reply = respond(task, runtime, weights, lambda step: draw(task, data, client, step), client, len(data))
-            return Answer(reply, kept) if sums is None else self._conceal(sums, task, reply, introduced, kept)
+            return TrainResponse(reply, kept) if sums is None else self._conceal(sums, task, reply, introduced, kept)
 
         start = hashlib.sha256(weights.tobytes()).digest()
         return self._once(encode_message(task) + start + client.to_bytes(8, "big") + introduced, answer)
 
-    def _once(self, key: bytes, answer: Callable[[], Response]) -> bytes:
+    def _once(self, key: bytes, answer: Callable[[], AnyResponse]) -> bytes:
         """What the same question was answered, or an answer to it."""
         if self._last is None or self._last[0] != key:
             self._last = key, encode(answer())
         return self._last[1]
 
-    def _advertise(self, asked: Advertise, parcels: Mapping[str, bytes], client: int) -> Response:
+    def _advertise(self, asked: KeysRequest, attachments: Mapping[str, bytes], client: int) -> AnyResponse:
         if self._identity is None:
             raise PlanError("a secure sum: this client has no keys for one")
-        if CARDS in parcels:
-            self._cards |= decode_cards(parcels[CARDS])
+        if PUBLIC_KEYS in attachments:
+            self._cards |= decode_public_keys(attachments[PUBLIC_KEYS])
         if any(key == asked.key and number != client for key, number in self._secure):
             raise PlanError(f"client number {client}: expected the one that this client had in this run before")
         if (asked.key, client) not in self._secure:
@@ -194,7 +194,7 @@ class Participant:
 
     def _conceal(
         self, sums: SecureClient, task: Task, reply: Reply, introduced: bytes, state_sha256: bytes
-    ) -> Concealed:
+    ) -> MaskedTrainResponse:
         """The reply under masks, and keys for the next round, so that it takes one exchange less."""
         counts = (reply.weight, reply.clipped, reply.nonfinite)
         others = decode_introductions(introduced)
@@ -203,24 +203,26 @@ class Participant:
             advert = sums.advertise(task.round + 1, task.next_cohort, self._cards)
         except SecureSumError:  # not in that cohort, or with neighbours whose cards are not here
             advert = None
-        return Concealed(masked=masked, advert=advert, state_sha256=state_sha256)
+        return MaskedTrainResponse(masked=masked, advert=advert, state_sha256=state_sha256)
 
-    def _calibrate(self, task: Task, runtime: Runtime, data: Dataset, weights: Weights, client: int) -> Found:
+    def _calibrate(
+        self, task: Task, runtime: Runtime, data: Dataset, weights: Weights, client: int
+    ) -> CalibrateResponse:
         batch = draw(msgspec.structs.replace(task, batch_size=EXAMPLES), data, client, 0)
         found = calibrate(task, runtime, weights, batch, client=client)
         errors = tuple(float(e) for e in found.errors)
-        return Found(found.sigmas, errors, found.forward_passes, found.samples_forwarded)
+        return CalibrateResponse(found.sigmas, errors, found.forward_passes, found.samples_forwarded)
 
-    def _set_up(self, wanted: str, parcels: Mapping[str, bytes]) -> tuple[Runtime, Dataset] | None:
+    def _set_up(self, wanted: str, attachments: Mapping[str, bytes]) -> tuple[Runtime, Dataset] | None:
         """What the setup makes, built once; None if it is not here."""
         if self._ready is not None and self._ready[0] == wanted:
             self._remember_for(wanted)
             return self._ready[1:]
-        if SETUP not in parcels:
+        if SETUP not in attachments:
             return None
-        if hashlib.sha256(parcels[SETUP]).hexdigest() != wanted:
+        if hashlib.sha256(attachments[SETUP]).hexdigest() != wanted:
             raise ReplyError("a setup of another hash than the question says")
-        setup = decode_setup(parcels[SETUP])
+        setup = decode_setup(attachments[SETUP])
         runtime, data = self._build(setup)
         if runtime.table != setup.table or runtime.plan.get("frozen", "") != setup.frozen:
             raise ReplyError(
@@ -237,14 +239,14 @@ class Participant:
             self._memory.setup = setup
             self._memory.keep(None)
 
-    def _weights(self, asked: Ask, parcels: Mapping[str, bytes], table: Table) -> Weights | None:
+    def _weights(self, asked: TrainRequest, attachments: Mapping[str, bytes], table: Table) -> Weights | None:
         """The weights that the task starts from; None if what is here does not lead to them."""
         size = table_size(table)
-        if WEIGHTS in parcels:
-            return unpack_weights(parcels[WEIGHTS], size)
+        if WEIGHTS in attachments:
+            return unpack_weights(attachments[WEIGHTS], size)
         memory, wanted = self._memory, asked.task.state_sha256
-        if STATE in parcels:
-            state = unpack_state(parcels[STATE], size)
+        if STATE in attachments:
+            state = unpack_state(attachments[STATE], size)
             memory.keep(state, state_sha256(state))
         if memory.state is None:
             return None
@@ -257,10 +259,10 @@ class Participant:
         memory.keep(replace(after, round=asked.task.round), wanted)  # rows that changed nothing were not sent
         return after.weights
 
-    def _behind(self, setup: str) -> Behind:
+    def _behind(self, setup: str) -> BehindResponse:
         state = self._memory.state
         ready = self._ready is not None and self._ready[0] == setup
-        return Behind(0 if state is None else state.round, self._memory.state_sha256, ready)
+        return BehindResponse(0 if state is None else state.round, self._memory.state_sha256, ready)
 
 
 def catch_up(state: State, table: Table, rows: Sequence[bytes]) -> State | None:

@@ -16,13 +16,13 @@ from baffle.core.aggregate import FEWEST_NEIGHBOURS
 from baffle.core.types import MAX_WEIGHT_SUM, Integers
 from baffle.errors import SecureSumError
 from baffle.secure.graph import MOST_NEIGHBOURS, neighbourhoods, threshold
-from baffle.secure.masks import Card, Identity, mask_key, pair_mask, self_mask, verify
+from baffle.secure.masks import Identity, PublicKeys, mask_key, pair_mask, self_mask, verify
 from baffle.secure.messages import (
-    Advert,
     Introduced,
+    KeysResponse,
     Masked,
     Survivors,
-    Unmasked,
+    UnmaskResponse,
     commitment,
     context,
     rest_of,
@@ -43,7 +43,7 @@ class _Keys:
     self_seed: bytes
     own: bytes
     """The client's own shares of both."""
-    cards: Mapping[int, Card]
+    cards: Mapping[int, PublicKeys]
     held: dict[int, bytes] = field(default_factory=dict)
     """By client that was introduced: its two shares that this one holds; empty if they were not what it said."""
     masked: bool = False
@@ -73,11 +73,11 @@ class SecureClient:
         """Scalars that went into sums so far: projections of this client's gradients, hidden in a cohort."""
 
     @property
-    def card(self) -> Card:
+    def card(self) -> PublicKeys:
         """The public half of this client's identity."""
         return self._identity.card
 
-    def advertise(self, round: int, cohort: Sequence[int], cards: Mapping[int, Card]) -> Advert:
+    def advertise(self, round: int, cohort: Sequence[int], cards: Mapping[int, PublicKeys]) -> KeysResponse:
         """Fresh keys for a round, and shares of them for the neighbours. Raises SecureSumError if it is over."""
         self._check_new(round, cohort)
         around = neighbourhoods(cohort, (self._key, round), self._degree).get(self._client)
@@ -108,7 +108,7 @@ class SecureClient:
         self._keys[round] = _Keys(
             frozenset(cohort), around, mask_seed, self_seed, own, {other: cards[other] for other in around}
         )
-        return Advert(
+        return KeysResponse(
             round=round,
             client=self._client,
             mask_public=public,
@@ -141,7 +141,7 @@ class SecureClient:
             complaints=tuple(client for client, held in keys.held.items() if not held),
         )
 
-    def unmask(self, told: Survivors) -> Unmasked:
+    def unmask(self, told: Survivors) -> UnmaskResponse:
         """One share of everyone around: never both. When all are given the round's keys are forgotten.
 
         First it gives shares of the survivors' self-masks and signs who they are, once. The others' mask keys it
@@ -179,7 +179,7 @@ class SecureClient:
             shares = [b"" if other in alive else held[:SECRET] for other, held in sorted(known.items())]
         if not first or alive >= known.keys():
             del self._keys[told.round]
-        return Unmasked(
+        return UnmaskResponse(
             round=told.round,
             client=self._client,
             shares=tuple(shares),
@@ -211,7 +211,7 @@ class SecureClient:
             held[other.client] = self._open(round, other, card)
         return held
 
-    def _open(self, round: int, other: Introduced, card: Card) -> bytes:
+    def _open(self, round: int, other: Introduced, card: PublicKeys) -> bytes:
         """Both shares; empty if they are not what their client committed to."""
         try:
             there = sealing(self._key, round, other.client, self._client, other.mask_public)

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from baffle.errors import MissingExtraError, SecureSumError
-from baffle.secure.messages import Card as Card
+from baffle.secure.messages import PublicKeys as PublicKeys
 
 try:
     from cryptography.exceptions import InvalidSignature, InvalidTag
@@ -50,15 +50,15 @@ class Identity:
         )
 
     @property
-    def card(self) -> Card:
+    def card(self) -> PublicKeys:
         """What others need to check and to seal."""
-        return Card(self.signing.public_key().public_bytes_raw(), self.sealing.public_key().public_bytes_raw())
+        return PublicKeys(self.signing.public_key().public_bytes_raw(), self.sealing.public_key().public_bytes_raw())
 
-    def seal(self, card: Card, context: bytes, data: bytes) -> bytes:
+    def seal(self, card: PublicKeys, context: bytes, data: bytes) -> bytes:
         """Encrypt for another client; ``context`` must never be used again with it."""
         return self._cipher(card, context).encrypt(_ZERO, data, context)
 
-    def open(self, card: Card, context: bytes, data: bytes) -> bytes:
+    def open(self, card: PublicKeys, context: bytes, data: bytes) -> bytes:
         """The inverse of :meth:`seal` by the other client. Raises SecureSumError if it is not from it."""
         try:
             return self._cipher(card, context).decrypt(_ZERO, data, context)
@@ -67,7 +67,7 @@ class Identity:
                 "a sealed share that cannot be opened: expected one of its sender for this round"
             ) from error
 
-    def _cipher(self, card: Card, context: bytes) -> ChaCha20Poly1305:
+    def _cipher(self, card: PublicKeys, context: bytes) -> ChaCha20Poly1305:
         return ChaCha20Poly1305(agree(self.sealing, card.sealing, b"seal" + context))
 
 
@@ -106,7 +106,7 @@ def stream(key: bytes, size: int) -> Words:
 
 
 @lru_cache(maxsize=4096)
-def usable(card: Card) -> bool:
+def usable(card: PublicKeys) -> bool:
     """Whether others can seal for the holder of a card, and check what it signed."""
     try:
         agree(X25519PrivateKey.generate(), card.sealing, b"")
@@ -116,7 +116,7 @@ def usable(card: Card) -> bool:
     return True
 
 
-def verify(card: Card, signature: bytes, data: bytes) -> bool:
+def verify(card: PublicKeys, signature: bytes, data: bytes) -> bool:
     """Whether the holder of a card signed this."""
     try:
         Ed25519PublicKey.from_public_bytes(card.signing).verify(signature, data)

@@ -22,14 +22,14 @@ COMMITMENT = 16
 """Bytes of a commitment to a share or a seed: a hash of 128 random bits, cut to 128."""
 
 
-class Card(msgspec.Struct, frozen=True):
+class PublicKeys(msgspec.Struct, frozen=True):
     """The public half of an identity: 32 bytes each."""
 
     signing: bytes
     sealing: bytes
 
 
-class Advert(msgspec.Struct, frozen=True, kw_only=True, tag="advert"):
+class KeysResponse(msgspec.Struct, frozen=True, kw_only=True, tag="advert"):
     """One client's keys for one round. Holders are its neighbours and itself, in ascending order."""
 
     round: int
@@ -79,7 +79,7 @@ class Survivors(msgspec.Struct, frozen=True, kw_only=True, tag="survivors"):
     """Client and signature, of neighbours that were told the same; empty at first."""
 
 
-class Unmasked(msgspec.Struct, frozen=True, kw_only=True, tag="unmasked"):
+class UnmaskResponse(msgspec.Struct, frozen=True, kw_only=True, tag="unmasked"):
     """One share of each neighbour that was introduced, and of the client itself, by ascending number."""
 
     round: int

@@ -14,14 +14,14 @@ import numpy as np
 from baffle.core.types import Integers
 from baffle.errors import SecureSumError
 from baffle.secure.graph import MOST_NEIGHBOURS, neighbourhoods, threshold
-from baffle.secure.masks import Card, Words, agree, mask_key, pair_mask, self_mask, verify
+from baffle.secure.masks import PublicKeys, Words, agree, mask_key, pair_mask, self_mask, verify
 from baffle.secure.messages import (
     COMMITMENT,
-    Advert,
     Introduced,
+    KeysResponse,
     Masked,
     Survivors,
-    Unmasked,
+    UnmaskResponse,
     commitment,
     context,
     rest_of,
@@ -45,7 +45,7 @@ class SecureRound:
         key: int,
         round: int,
         cohort: Sequence[int],
-        cards: Mapping[int, Card],
+        cards: Mapping[int, PublicKeys],
         size: int,
         *,
         degree: int = MOST_NEIGHBOURS,
@@ -53,7 +53,7 @@ class SecureRound:
         self._key, self._round, self._cards, self._size = key, round, cards, size
         self._around = neighbourhoods(cohort, (key, round), degree)
         self._place = {client: {other: i for i, other in enumerate(near)} for client, near in self._around.items()}
-        self._adverts: dict[int, Advert] = {}
+        self._adverts: dict[int, KeysResponse] = {}
         self._rests: dict[int, bytes] = {}  # hash of what each advert holds besides its mask key
         self._introduced: tuple[int, ...] | None = None
         self._vectors: dict[int, Words] = {}
@@ -66,7 +66,7 @@ class SecureRound:
 
     # -- adverts -----------------------------------------------------------------------------------------------------
 
-    def advertise(self, advert: Advert) -> None:
+    def advertise(self, advert: KeysResponse) -> None:
         """Take an advert in, if its client signed it and it is whole."""
         client = advert.client
         around = self._around.get(client)
@@ -90,11 +90,11 @@ class SecureRound:
         self._adverts[client], self._rests[client] = advert, rest
 
     @property
-    def cards(self) -> Mapping[int, Card]:
+    def cards(self) -> Mapping[int, PublicKeys]:
         """The keys of the cohort, by client."""
         return self._cards
 
-    def cards_for(self, client: int) -> dict[int, Card]:
+    def cards_for(self, client: int) -> dict[int, PublicKeys]:
         """The keys of a client's neighbours."""
         return {other: self._cards[other] for other in self._around[client]}
 
@@ -172,7 +172,7 @@ class SecureRound:
 
     # -- shares ------------------------------------------------------------------------------------------------------
 
-    def unmask(self, unmasked: Unmasked) -> None:
+    def unmask(self, unmasked: UnmaskResponse) -> None:
         """Take a survivor's shares in: first those of survivors, then those of the lost.
 
         Raises SecureSumError naming it if one is not what its dealer committed to.
@@ -283,7 +283,7 @@ class SecureRound:
             )
 
 
-def _introduction(advert: Advert, rest: bytes, position: int) -> Introduced:
+def _introduction(advert: KeysResponse, rest: bytes, position: int) -> Introduced:
     return Introduced(
         client=advert.client,
         mask_public=advert.mask_public,
