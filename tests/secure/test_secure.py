@@ -26,7 +26,8 @@ from hypothesis import strategies as st
 
 import baffle as bf
 from baffle.core.aggregate import SecureSum, next_exponent, nothing
-from baffle.core.method import State, replay
+from baffle.core.method import replay
+from baffle.core.state import State
 from baffle.core.types import LIMIT, Aggregate, Integers, Reply, Task, pack_int32
 from baffle.engines import Exchange
 from baffle.errors import OptionError, PlanError, ReplyError, SecureSumError
@@ -39,7 +40,7 @@ from baffle.secure.masks import Identity, PublicKeys, mask_key, pair_mask, self_
 from baffle.secure.messages import Introduced, KeysResponse, Masked, Survivors, UnmaskResponse, commitment, context
 from baffle.secure.server import COUNTS, SecureRound
 from baffle.secure.shares import SECRET, recombine, split
-from baffle.secure.simulate import Lost, sum_together
+from baffle.secure.simulate import Dropped, sum_together
 from baffle.training.options import TrainConfig
 from helpers import METHOD, TASK, digits_engine, initial_weights, invoke, linear
 
@@ -131,10 +132,10 @@ class Driver:
         """Both kinds of shares, of the same clients."""
         self.survivors = wire(self.server.survive())
         asked = self.survivors.clients if clients is None else clients
-        for found in (self.unmasked, self.last) if self.server.lost else (self.unmasked,):
+        for found in (self.unmasked, self.last) if self.server.dropped else (self.unmasked,):
             for client in asked:
                 if client in self.server.missing:
-                    found[client] = wire(self.clients[client].unmask(wire(self.server.told(client))))
+                    found[client] = wire(self.clients[client].unmask(wire(self.server.survivors_for(client))))
                     self.server.unmask(found[client])
 
 
@@ -146,15 +147,15 @@ def wire(letter: Letter) -> Letter:
 
 
 @st.composite
-def rounds(draw: st.DrawFn) -> tuple[int, int, int, Lost]:
+def rounds(draw: st.DrawFn) -> tuple[int, int, int, Dropped]:
     count = draw(st.integers(2, 9))
     degree = draw(st.sampled_from([4, 6, 100]))
     numbers = [3 * i for i in range(count)]
     few = st.lists(st.sampled_from(numbers), max_size=max(1, count // 3), unique=True)
-    return count, degree, draw(st.integers(1, 5)), Lost(draw(few), draw(few), draw(few), draw(few))
+    return count, degree, draw(st.integers(1, 5)), Dropped(draw(few), draw(few), draw(few), draw(few))
 
 
-def can_be_summed(cohort: Sequence[int], round: int, degree: int, lost: Lost) -> bool:
+def can_be_summed(cohort: Sequence[int], round: int, degree: int, lost: Dropped) -> bool:
     """By sets alone: in each neighbourhood the threshold must be left at every stage."""
     around = neighbourhoods(cohort, (KEY, round), degree)
     advertised = set(cohort) - set(lost.before_advert)
@@ -175,7 +176,7 @@ def can_be_summed(cohort: Sequence[int], round: int, degree: int, lost: Lost) ->
 
 @settings(max_examples=150, deadline=None)
 @given(rounds(), st.integers(0, 2**16))
-def test_the_sum_is_exact_whoever_is_lost(case: tuple[int, int, int, Lost], round: int) -> None:
+def test_the_sum_is_exact_whoever_is_lost(case: tuple[int, int, int, Dropped], round: int) -> None:
     count, degree, size, lost = case
     clients = make_clients(count, degree=degree)
     task, replies = make_task(size, round=round, degree=degree), make_replies(clients, size, round=round, seed=round)
@@ -251,7 +252,7 @@ def test_a_late_vector_is_refused() -> None:
 def test_a_hundred_and_fifty_clients_in_a_graph() -> None:
     clients = make_clients(150, degree=20)
     replies = make_replies(clients, 10)
-    lost = Lost(before_advert=[0], before_vector=range(3, 45, 6), before_shares=[444], before_last_shares=[300])
+    lost = Dropped(before_advert=[0], before_vector=range(3, 45, 6), before_shares=[444], before_last_shares=[300])
     total = sum_together(make_task(10, degree=20), clients, replies, lost).total
     assert total.vectors.reshape(-1).tolist() == plain_sum(replies, total.participants)[0]
     assert len(total.participants) == 142
@@ -500,7 +501,7 @@ def test_mask_shares_are_given_when_the_threshold_has_signed_the_same_survivors(
     assert driver.server.opened
     assert not driver.server.ready
     refused(driver.server.total)
-    again = driver.server.told(0)
+    again = driver.server.survivors_for(0)
     assert dict(again.signatures) == signed
     for signatures in (
         (),
@@ -513,10 +514,10 @@ def test_mask_shares_are_given_when_the_threshold_has_signed_the_same_survivors(
         refused(clients[0].unmask, Survivors(round=0, clients=alive, signatures=signatures))
     refused(clients[0].unmask, Survivors(round=0, clients=(0, 3, 6, 12), signatures=again.signatures))
     for client in alive:
-        letter = clients[client].unmask(driver.server.told(client))
+        letter = clients[client].unmask(driver.server.survivors_for(client))
         assert [bool(share) for share in letter.shares] == [False] * 4 + [True]
         driver.server.unmask(letter)
-        refused(clients[client].unmask, driver.server.told(client))
+        refused(clients[client].unmask, driver.server.survivors_for(client))
     assert driver.server.total()[0].tolist() == plain_sum(driver.replies, alive)[0]
 
 
@@ -826,7 +827,7 @@ def test_malformed_letters_are_refused_and_the_round_goes_on(data: st.DataObject
     attempt(lambda: clients[0].unmask(mutated(Survivors(round=0, clients=(0, 3, 6, 9)), data)))
     attempt(driver.server.survive)
     attempt(lambda: driver.server.unmask(mutated(clients[3].unmask(Survivors(round=0, clients=(0, 3, 6))), data)))
-    attempt(lambda: clients[0].unmask(mutated(driver.server.told(0), data)))
+    attempt(lambda: clients[0].unmask(mutated(driver.server.survivors_for(0), data)))
     attempt(lambda: clients[6].unmask(mutated(Survivors(round=0, clients=(0, 3, 6)), data)))
     attempt(driver.server.total)
 

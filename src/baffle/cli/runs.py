@@ -12,8 +12,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from baffle.cli.common import Json, RunPath, command_of, errors, print_json, require_rounds
-from baffle.core.method import weights_sha256
 from baffle.core.rebuild import Execution
+from baffle.core.state import weights_sha256
 from baffle.errors import CorruptRunError, OptionError
 from baffle.runfolder.journal import Journal
 from baffle.training.build import as_planned, assemble
@@ -59,7 +59,7 @@ def evaluate_command(run: RunPath, json_output: Json = False) -> None:
     require_rounds(journal, whole=True)
     setup = assemble(as_planned(command_of(journal), journal.config.plan))
     state = journal.state()
-    average, raw = (evaluate(setup.engine, w, setup.test) for w in (state.average, state.weights))
+    average, raw = (evaluate(setup.engine, w, setup.test) for w in (state.ema_weights, state.weights))
     result = {
         "run": str(run),
         "round": state.round - 1,

@@ -33,8 +33,7 @@ def perturbations(task: Task, table: Table, client: int, step: int = 0) -> Pertu
         client: its number; matters only for per-client directions.
         step: local step.
     """
-    owner = 0 if task.sharing == "shared" else client + 1
-    directions = Directions(table, task.family, (task.key, task.round), owner, step)
+    directions = Directions.of(task, table, client, step)
     if task.difference == "forward":
         return Perturbations(directions, task.num_directions, (task.sigma,), baseline=True, lattice=task.lattice)
     return Perturbations(
@@ -83,7 +82,7 @@ def local_update(
 
     It uses the scalars as encoded, so that the sums describe exactly the steps that clients took.
     """
-    directions = Directions(table, task.family, (task.key, task.round), 0, step)
+    directions = Directions.of(task, table, 0, step)  # local steps need shared directions
     factor = directions.unit * 2.0**task.exponent / task.num_directions
     gradient = scaled(table, [(directions, encoded.integers)], factor, execution)
     with np.errstate(over="ignore", invalid="ignore"):  # non-finite losses follow, and are counted

@@ -184,7 +184,7 @@ def model_of_run(journal: Journal, options: TrainConfig) -> tuple[nn.Module, Mas
     told = (runtime.table, runtime.plan.get("frozen"))
     if told != (journal.config.table, journal.config.plan.get("frozen")):
         raise PlanError(f"{journal.path}: the run trained another model than its options make now")
-    load_into(model, runtime.table, journal.state().average)
+    load_into(model, runtime.table, journal.state().ema_weights)
     return model, masks
 
 
@@ -293,7 +293,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     if journal.config.plan.get("frozen") and journal.config.command is not None:  # its rows tell of a part
         model, _ = model_of_run(journal, command_of(journal))
         return {name: tensor.detach() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
-    average = journal.state().average
+    average = journal.state().ema_weights
     return {spec.name: torch.from_numpy(average[spec.slice].reshape(spec.shape)) for spec in journal.config.table}
 
 

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from baffle.core.method import State
+from baffle.core.state import State
 from baffle.core.types import Task
 from baffle.engines.history import History
 from baffle.protocol.messages import SETUP, STATE, WEIGHTS, BehindResponse, EnrolResponse, TrainRequest

@@ -107,7 +107,7 @@ class SecureSum:
             yield "advert", missing, need - len(secure.advertised)
         yield "vector", secure.advertised, need
         yield "shares", secure.survive().clients, need
-        if secure.lost:
+        if secure.dropped:
             yield "dropped", secure.missing & secure.signatures.keys(), need
 
     def enough(self, stage: Stage) -> bool | None:
@@ -124,7 +124,7 @@ class SecureSum:
         """Make the request of a stage other than ``vector``, with its attachments."""
         task, secure = self._task, self._round
         if stage in ("shares", "dropped"):
-            return UnmaskRequest(setup=setup, key=task.key, survivors=secure.told(client)), {}
+            return UnmaskRequest(setup=setup, key=task.key, survivors=secure.survivors_for(client)), {}
         request = KeysRequest(
             setup=setup, key=task.key, round=task.round, neighbours=task.secure, cohort=tuple(secure.cards)
         )
