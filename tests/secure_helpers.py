@@ -15,7 +15,7 @@ from baffle.core.types import LIMIT, Integers, Reply, Task, pack_int32
 from baffle.errors import SecureSumError
 from baffle.secure.client import SecureClient
 from baffle.secure.masks import Identity
-from baffle.secure.messages import Advert, Introduced, Masked, Survivors, Unmasked
+from baffle.secure.messages import Introduced, KeysResponse, Masked, Survivors, UnmaskResponse
 from baffle.secure.server import SecureRound
 from helpers import TASK
 
@@ -71,12 +71,12 @@ class Driver:
     replies: Sequence[Reply]
     round: int = 0
     degree: int = 100
-    adverts: dict[int, Advert] = field(default_factory=dict)
+    adverts: dict[int, KeysResponse] = field(default_factory=dict)
     introduced: dict[int, tuple[Introduced, ...]] = field(default_factory=dict)
     vectors: dict[int, Masked] = field(default_factory=dict)
     survivors: Survivors | None = None
-    unmasked: dict[int, Unmasked] = field(default_factory=dict)
-    last: dict[int, Unmasked] = field(default_factory=dict)
+    unmasked: dict[int, UnmaskResponse] = field(default_factory=dict)
+    last: dict[int, UnmaskResponse] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.cohort = sorted(self.clients)

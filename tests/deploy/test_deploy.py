@@ -28,7 +28,7 @@ from baffle.deploy.flower.fleet import Fleet
 from baffle.deploy.flower.keys import read_key
 from baffle.engines.remote.flower import reply_to, to_records
 from baffle.errors import FederationError
-from baffle.protocol.messages import Answer, decode_response, encode
+from baffle.protocol.messages import TrainResponse, decode_response, encode
 from deploy_helpers import (
     OPTIONS,
     WAITS_FOR_ALL,
@@ -245,7 +245,7 @@ def test_nothing_is_lost_by(tmp_path: Path, fault: Callable[[Site], None]) -> No
 # -- a registered node that lies -------------------------------------------------------------------------------------
 
 
-LIES: list[tuple[Callable[[Answer], bytes], str]] = [
+LIES: list[tuple[Callable[[TrainResponse], bytes], str]] = [
     (lambda a: _changed(a, scalars=a.reply.scalars[:-4]), "bytes of scalars"),
     (lambda a: _changed(a, scalars=a.reply.scalars * 2), "bytes of scalars"),
     (lambda a: _changed(a, round=a.reply.round - 1), "reply to round"),
@@ -254,20 +254,20 @@ LIES: list[tuple[Callable[[Answer], bytes], str]] = [
     (lambda a: _changed(a, nonfinite=10**6), "nonfinite = 1000000"),
     (lambda a: _changed(a, scalars=pack_int32(np.full((1, 6), 2**31 - 1, np.int64))), "scalar 2147483647"),
     (lambda a: _changed(a, scalars=np.full(6, np.nan, "<f4").tobytes()), "scalar "),
-    (lambda a: encode(Answer(a.reply, b"x" * 32)), "evaluated at state"),
-    (lambda a: encode(Answer(a.reply)), "evaluated at state"),
+    (lambda a: encode(TrainResponse(a.reply, b"x" * 32)), "evaluated at state"),
+    (lambda a: encode(TrainResponse(a.reply)), "evaluated at state"),
     (lambda a: b"\xc1garbage", "malformed response"),
     (lambda a: b"", "malformed response"),
     (lambda a: bytes(100_000_000), "bytes: expected at most"),
 ]
 
 
-def _changed(answer: Answer, **changes: object) -> bytes:
-    return encode(Answer(msgspec.structs.replace(answer.reply, **changes), answer.state_sha256))
+def _changed(answer: TrainResponse, **changes: object) -> bytes:
+    return encode(TrainResponse(msgspec.structs.replace(answer.reply, **changes), answer.state_sha256))
 
 
 def lie(fleet: Fleet, participant: Participant, done: threading.Event) -> None:
-    """Answer as a client does, but every second task with the next lie, and the honest ones twice."""
+    """TrainResponse as a client does, but every second task with the next lie, and the honest ones twice."""
     lies = iter(LIES)
     honest = False
     while not done.wait(0.1):
@@ -278,7 +278,7 @@ def lie(fleet: Fleet, participant: Participant, done: threading.Event) -> None:
             reply = reply_to(message, participant)
             response = decode_response(_data(reply))
             honest = not honest
-            if isinstance(response, Answer) and not honest and (told := next(lies, None)) is not None:
+            if isinstance(response, TrainResponse) and not honest and (told := next(lies, None)) is not None:
                 reply = Message(to_records(told[0](response), {}), reply_to=message)
             fleet.send(reply)
             if honest:

@@ -8,7 +8,7 @@ import pytest
 
 from baffle.errors import SecureSumError
 from baffle.secure.client import SecureClient
-from baffle.secure.masks import Card, Identity
+from baffle.secure.masks import Identity, PublicKeys
 from baffle.secure.messages import Survivors
 from secure_helpers import KEY, Driver, make_clients, make_replies, plain_sum, refused
 
@@ -101,7 +101,7 @@ def test_clients_refuse_to_have_few_neighbours(degree: int) -> None:
 
 def test_clients_refuse_neighbourhoods_of_too_many() -> None:
     client = SecureClient(Identity.make(), 0, KEY, degree=10_000)
-    cards = {other: Card(other.to_bytes(32, "little"), client.card.sealing) for other in range(300)}
+    cards = {other: PublicKeys(other.to_bytes(32, "little"), client.card.sealing) for other in range(300)}
     with pytest.raises(SecureSumError, match=r"round 0: a neighbourhood of .*: expected 2 to 255"):
         client.advertise(0, range(300), {**cards, 0: client.card})
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from baffle.errors import SecureSumError
 from baffle.secure.client import SecureClient
-from baffle.secure.masks import Card, Identity
+from baffle.secure.masks import Identity, PublicKeys
 from baffle.secure.messages import Introduced, Survivors
 from secure_helpers import KEY, Driver, Message, make_clients, make_replies, refused, values_of
 
@@ -50,7 +50,7 @@ def test_malformed_messages_are_refused_and_the_round_goes_on(data: st.DataObjec
     driver = Driver(clients, make_replies(clients, 2))
     cohort = data.draw(st.lists(INTEGERS, max_size=6))
     attempt(lambda: clients[0].advertise(data.draw(INTEGERS), cohort, dict.fromkeys(cohort, driver.cards[0])))
-    card = Card(data.draw(BYTES), data.draw(BYTES))
+    card = PublicKeys(data.draw(BYTES), data.draw(BYTES))
     attempt(lambda: clients[0].advertise(0, driver.cohort, {**driver.cards, 3: card}))
     clients[0] = SecureClient(Identity.make(), 0, KEY, minimum=2)
     driver = Driver(clients, driver.replies)

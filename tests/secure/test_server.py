@@ -15,7 +15,7 @@ from baffle.errors import SecureSumError
 from baffle.secure import messages
 from baffle.secure.client import SecureClient
 from baffle.secure.masks import Identity
-from baffle.secure.messages import Advert
+from baffle.secure.messages import KeysResponse
 from secure_helpers import KEY, Driver, make_clients, make_replies, plain_sum, refused
 
 
@@ -70,7 +70,7 @@ def test_a_late_vector_is_refused() -> None:
     assert (driver.server.total()[0].tolist(), driver.server.total()[1]) == plain_sum(driver.replies, {0, 6, 9})
 
 
-def round_with(advert: Callable[[Advert], Advert], count: int = 5) -> Driver:
+def round_with(advert: Callable[[KeysResponse], KeysResponse], count: int = 5) -> Driver:
     """A round in which client 3 changes its advert and signs that."""
     identity = Identity.make()
     clients = make_clients(count) | {3: SecureClient(identity, 3, KEY, minimum=2)}
@@ -84,17 +84,19 @@ def round_with(advert: Callable[[Advert], Advert], count: int = 5) -> Driver:
     return driver
 
 
-def garbled(advert: Advert, parts: Sequence[int]) -> Advert:
+def garbled(advert: KeysResponse, parts: Sequence[int]) -> KeysResponse:
     sealed = [bytes(48) if i in parts else part for i, part in enumerate(advert.sealed)]
     return msgspec.structs.replace(advert, sealed=tuple(sealed))
 
 
-def committed_to_others(advert: Advert) -> Advert:
+def committed_to_others(advert: KeysResponse) -> KeysResponse:
     return msgspec.structs.replace(advert, commitments=bytes(32) + advert.commitments[32:])
 
 
 @pytest.mark.parametrize("change", [lambda advert: garbled(advert, [0]), committed_to_others])
-def test_holders_complain_of_shares_that_are_not_those_committed_to(change: Callable[[Advert], Advert]) -> None:
+def test_holders_complain_of_shares_that_are_not_those_committed_to(
+    change: Callable[[KeysResponse], KeysResponse],
+) -> None:
     driver = round_with(change)
     driver.mask()
     assert driver.vectors[0].complaints == (3,)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from baffle.engines.remote.engine import Downlink
+from baffle.engines.remote.downlink import Downlink
 from baffle.errors import OptionError
 from baffle.training.options import TrainConfig, train_config
 

@@ -17,13 +17,13 @@ from baffle.core.aggregate import FEWEST_NEIGHBOURS
 from baffle.core.types import MAX_WEIGHT_SUM, Integers
 from baffle.errors import SecureSumError
 from baffle.secure.graph import MOST_NEIGHBOURS, neighbourhoods, threshold
-from baffle.secure.masks import Card, Identity, mask_key, pair_mask, self_mask, verify
+from baffle.secure.masks import Identity, PublicKeys, mask_key, pair_mask, self_mask, verify
 from baffle.secure.messages import (
-    Advert,
     Introduced,
+    KeysResponse,
     Masked,
     Survivors,
-    Unmasked,
+    UnmaskResponse,
     commitment,
     context,
     rest_of,
@@ -45,7 +45,7 @@ class _Keys:
     self_seed: bytes
     own: bytes
     """The client's own shares of both seeds."""
-    cards: Mapping[int, Card]
+    cards: Mapping[int, PublicKeys]
     """Public keys of the neighbourhood."""
     held: dict[int, bytes] = field(default_factory=dict)
     """Introduced client -> the two shares of its seeds that this one holds; empty if they did not fit its advert."""
@@ -87,11 +87,11 @@ class SecureClient:
         """Scalars contributed so far: projections of this client's gradients, each hidden in a cohort's sum."""
 
     @property
-    def card(self) -> Card:
+    def card(self) -> PublicKeys:
         """The public half of this client's identity."""
         return self._identity.card
 
-    def advertise(self, round: int, cohort: Sequence[int], cards: Mapping[int, Card]) -> Advert:
+    def advertise(self, round: int, cohort: Sequence[int], cards: Mapping[int, PublicKeys]) -> KeysResponse:
         """AdvertiseKeys and ShareKeys: fresh keys for a round, and shares of them sealed for the neighbours.
 
         Args:
@@ -132,7 +132,7 @@ class SecureClient:
         self._keys[round] = _Keys(
             frozenset(cohort), around, mask_seed, self_seed, own, {other: cards[other] for other in around}
         )
-        return Advert(
+        return KeysResponse(
             round=round,
             client=self._client,
             mask_public=public,
@@ -175,7 +175,7 @@ class SecureClient:
             complaints=tuple(client for client, held in keys.held.items() if not held),
         )
 
-    def unmask(self, survivors: Survivors) -> Unmasked:
+    def unmask(self, survivors: Survivors) -> UnmaskResponse:
         """ConsistencyCheck, then Unmasking: one share of each client in the neighbourhood, never both.
 
         The first call signs the surviving clients, once, and gives shares of their self-mask seeds. If a client
@@ -206,7 +206,7 @@ class SecureClient:
             shares = [b"" if other in alive else held[:SECRET] for other, held in sorted(known.items())]
         if not first or alive >= known.keys():
             del self._keys[round]
-        return Unmasked(
+        return UnmaskResponse(
             round=round,
             client=self._client,
             shares=tuple(shares),
@@ -258,7 +258,7 @@ class SecureClient:
             held[other.client] = self._open(round, other, card)
         return held
 
-    def _open(self, round: int, other: Introduced, card: Card) -> bytes:
+    def _open(self, round: int, other: Introduced, card: PublicKeys) -> bytes:
         """Both shares that a neighbour sealed for this client; empty if they do not fit its commitments."""
         try:
             there = sealing(self._key, round, other.client, self._client, other.mask_public)

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from baffle.errors import MissingExtraError, SecureSumError
-from baffle.secure.messages import Card as Card
+from baffle.secure.messages import PublicKeys as PublicKeys
 
 try:
     from cryptography.exceptions import InvalidSignature, InvalidTag
@@ -60,18 +60,18 @@ class Identity:
         )
 
     @property
-    def card(self) -> Card:
+    def card(self) -> PublicKeys:
         """The public half: what other clients need to check signatures and to seal shares."""
-        return Card(self.signing.public_key().public_bytes_raw(), self.sealing.public_key().public_bytes_raw())
+        return PublicKeys(self.signing.public_key().public_bytes_raw(), self.sealing.public_key().public_bytes_raw())
 
-    def seal(self, card: Card, context: bytes, data: bytes) -> bytes:
+    def seal(self, card: PublicKeys, context: bytes, data: bytes) -> bytes:
         """Encrypt data for another client.
 
         ``context`` selects the key, and must never be used for that client again.
         """
         return self._cipher(card, context).encrypt(_ZERO, data, context)
 
-    def open(self, card: Card, context: bytes, data: bytes) -> bytes:
+    def open(self, card: PublicKeys, context: bytes, data: bytes) -> bytes:
         """Decrypt what another client sealed for this one.
 
         Raises:
@@ -84,7 +84,7 @@ class Identity:
                 "a sealed share that cannot be opened: expected one of its sender for this round"
             ) from error
 
-    def _cipher(self, card: Card, context: bytes) -> ChaCha20Poly1305:
+    def _cipher(self, card: PublicKeys, context: bytes) -> ChaCha20Poly1305:
         return ChaCha20Poly1305(agree(self.sealing, card.sealing, b"seal" + context))
 
 
@@ -127,7 +127,7 @@ def stream(key: bytes, size: int) -> Words:
 
 
 @lru_cache(maxsize=4096)
-def usable(card: Card) -> bool:
+def usable(card: PublicKeys) -> bool:
     """Whether public keys are well-formed: others can seal for their owner and check its signatures."""
     try:
         agree(X25519PrivateKey.generate(), card.sealing, b"")
@@ -137,7 +137,7 @@ def usable(card: Card) -> bool:
     return True
 
 
-def verify(card: Card, signature: bytes, data: bytes) -> bool:
+def verify(card: PublicKeys, signature: bytes, data: bytes) -> bool:
     """Whether the owner of some public keys signed this data."""
     try:
         Ed25519PublicKey.from_public_bytes(card.signing).verify(signature, data)

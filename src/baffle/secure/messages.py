@@ -1,16 +1,16 @@
 """The messages of one round of a secure sum, with the stages of Bonawitz et al. (CCS 2017) that they belong to.
 
-Advert     client -> server   a round's mask key and sealed shares (AdvertiseKeys, ShareKeys); it can travel with the
-                              reply of the round before
-Introduced server -> client   the part of each neighbour's advert that is for this client (ShareKeys)
-Masked     client -> server   the masked vector (MaskedInputCollection)
-Survivors  server -> client   the surviving clients: those whose vectors have arrived (ConsistencyCheck)
-Unmasked   client -> server   a signature of the surviving clients, and shares of their self-mask seeds
+KeysResponse   client -> server   a round's mask key and sealed shares (AdvertiseKeys, ShareKeys); it can travel with
+                                  the reply of the round before
+Introduced     server -> client   the part of each neighbour's advert that is for this client (ShareKeys)
+Masked         client -> server   the masked vector (MaskedInputCollection)
+Survivors      server -> client   the surviving clients: those whose vectors have arrived (ConsistencyCheck)
+UnmaskResponse client -> server   a signature of the surviving clients, and shares of their self-mask seeds
 
 And if a client dropped out after the introductions:
 
-Survivors  server -> client   the same, with the signatures of neighbours that signed the same (ConsistencyCheck)
-Unmasked   client -> server   shares of the mask seeds of the dropped clients (Unmasking)
+Survivors      server -> client   the same, with the signatures of neighbours that signed the same (ConsistencyCheck)
+UnmaskResponse client -> server   shares of the mask seeds of the dropped clients (Unmasking)
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ COMMITMENT = 16
 """Bytes of a commitment to a share or a seed: a hash of 128 random bits, truncated to 128 bits."""
 
 
-class Card(msgspec.Struct, frozen=True):
+class PublicKeys(msgspec.Struct, frozen=True):
     """The public half of an identity.
 
     Attributes:
@@ -35,7 +35,7 @@ class Card(msgspec.Struct, frozen=True):
     sealing: bytes
 
 
-class Advert(msgspec.Struct, frozen=True, kw_only=True, tag="advert"):
+class KeysResponse(msgspec.Struct, frozen=True, kw_only=True, tag="advert"):
     """One client's keys for one round, and shares of them (AdvertiseKeys and ShareKeys).
 
     The holders of its shares are its neighbours and itself, in ascending order.
@@ -90,7 +90,7 @@ class Survivors(msgspec.Struct, frozen=True, kw_only=True, tag="survivors"):
     """Client and signature of each neighbour that signed the same clients; empty at first."""
 
 
-class Unmasked(msgspec.Struct, frozen=True, kw_only=True, tag="unmasked"):
+class UnmaskResponse(msgspec.Struct, frozen=True, kw_only=True, tag="unmasked"):
     """One share of each introduced neighbour and of the client itself, in ascending order of clients.
 
     The first message has the shares of the surviving clients' self-mask seeds, the second one those of the dropped

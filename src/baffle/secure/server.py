@@ -16,14 +16,14 @@ import numpy as np
 from baffle.core.types import Integers
 from baffle.errors import SecureSumError
 from baffle.secure.graph import MOST_NEIGHBOURS, neighbourhoods, threshold
-from baffle.secure.masks import Card, Words, agree, mask_key, pair_mask, self_mask, verify
+from baffle.secure.masks import PublicKeys, Words, agree, mask_key, pair_mask, self_mask, verify
 from baffle.secure.messages import (
     COMMITMENT,
-    Advert,
     Introduced,
+    KeysResponse,
     Masked,
     Survivors,
-    Unmasked,
+    UnmaskResponse,
     commitment,
     context,
     rest_of,
@@ -55,7 +55,7 @@ class SecureRound:
         key: int,
         round: int,
         cohort: Sequence[int],
-        cards: Mapping[int, Card],
+        cards: Mapping[int, PublicKeys],
         size: int,
         *,
         degree: int = MOST_NEIGHBOURS,
@@ -63,7 +63,7 @@ class SecureRound:
         self._key, self._round, self._cards, self._size = key, round, cards, size
         self._around = neighbourhoods(cohort, (key, round), degree)
         self._place = {client: {other: i for i, other in enumerate(near)} for client, near in self._around.items()}
-        self._adverts: dict[int, Advert] = {}
+        self._adverts: dict[int, KeysResponse] = {}
         self._rests: dict[int, bytes] = {}  # hash of all of each advert but its mask key
         self._introduced: tuple[int, ...] | None = None
         self._vectors: dict[int, Words] = {}
@@ -76,7 +76,7 @@ class SecureRound:
 
     # -- AdvertiseKeys and ShareKeys ---------------------------------------------------------------------------------
 
-    def advertise(self, advert: Advert) -> None:
+    def advertise(self, advert: KeysResponse) -> None:
         """AdvertiseKeys and ShareKeys: accept a client's keys for the round.
 
         Raises:
@@ -104,11 +104,11 @@ class SecureRound:
         self._adverts[client], self._rests[client] = advert, rest
 
     @property
-    def cards(self) -> Mapping[int, Card]:
+    def cards(self) -> Mapping[int, PublicKeys]:
         """Client -> its public keys, for the whole cohort."""
         return self._cards
 
-    def cards_for(self, client: int) -> dict[int, Card]:
+    def cards_for(self, client: int) -> dict[int, PublicKeys]:
         """Client -> its public keys, for one client's neighbourhood."""
         return {other: self._cards[other] for other in self._around[client]}
 
@@ -198,7 +198,7 @@ class SecureRound:
 
     # -- Unmasking ---------------------------------------------------------------------------------------------------
 
-    def unmask(self, unmasked: Unmasked) -> None:
+    def unmask(self, unmasked: UnmaskResponse) -> None:
         """ConsistencyCheck and Unmasking: accept a surviving client's signature and its shares.
 
         The first message brings shares of surviving clients' seeds, the second one those of dropped clients' seeds.
@@ -317,7 +317,7 @@ class SecureRound:
             )
 
 
-def _introduction(advert: Advert, rest: bytes, position: int) -> Introduced:
+def _introduction(advert: KeysResponse, rest: bytes, position: int) -> Introduced:
     return Introduced(
         client=advert.client,
         mask_public=advert.mask_public,
