@@ -200,7 +200,7 @@ class SecureClient:
         else:
             if survivors.clients != keys.signed or not self._agreed(keys, survivors, signed):
                 raise SecureSumError(
-                    f"round {round}: told of survivors again: expected the same, signed by "
+                    f"round {round}: asked for shares again: expected the same survivors, signed by "
                     f"{threshold(len(keys.around))} around this client"
                 )
             shares = [b"" if other in alive else held[:SECRET] for other, held in sorted(known.items())]

@@ -146,7 +146,7 @@ class SecureRound:
             raise SecureSumError(f"{where}: a vector for round {masked.round}: expected one of those introduced")
         if masked.client in self._vectors or self._survivors is not None:
             raise SecureSumError(
-                f"{where}: a second vector, or one too late: expected one, before the survivors are told"
+                f"{where}: a second vector, or one too late: expected one, before the survivors are named"
             )
         if len(masked.vector) != 4 * (self._size + COUNTS):
             raise SecureSumError(f"{where}: {len(masked.vector)} bytes: expected {4 * (self._size + COUNTS)}")
@@ -256,7 +256,7 @@ class SecureRound:
         """
         survivors = self._survivors
         if survivors is None:
-            raise SecureSumError(f"round {self._round}: no survivors yet: expected to have told them")
+            raise SecureSumError(f"round {self._round}: no survivors yet: expected survive() before")
         for dealer in self._introduced or ():
             self._require(dealer, len(self._holders(dealer)))
         seeds = self._recombine()
