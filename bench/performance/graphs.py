@@ -52,7 +52,7 @@ class ConstantFolded:
 def compiled(
     bundle: Bundle, examples: int, precision: str, *, threads: int, constant: bool, count: bool = False
 ) -> Any:
-    """A bundle's graph compiled by OpenVINO for ``examples`` examples; weights are inputs, or with ``constant`` constants.
+    """A bundle's graph compiled by OpenVINO for ``examples`` examples, with weights as inputs or as constants.
 
     ``count`` measures each operation.
     """
