@@ -1,9 +1,9 @@
 """What the engine is compared with: reference loops, written as plainly as what they stand for.
 
 R1, R2 and R4 give the scalars or the gradient that they compute, so that tests can hold them against float64. R3 is our
-own path without a perturbation (workloads.unperturbed), and OpenVINO's with constant weights (graphs.ConstantFolded). R5,
-the rebuild from regenerated normal numbers, is in rebuild.py. All models classify: the loss is the cross entropy, averaged
-over the batch.
+own path without a perturbation (workloads.unperturbed), and OpenVINO's with constant weights (graphs.ConstantFolded).
+R5, the rebuild from regenerated normal numbers, is in rebuild.py. All models classify: the loss is the cross entropy,
+averaged over the batch.
 """
 
 from __future__ import annotations
