@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -43,12 +42,6 @@ from remote_helpers import (
 )
 
 SECURE = msgspec.structs.replace(METHOD, aggregate=bf.secure_sum())
-
-
-@pytest.fixture(autouse=True)
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No power fails here."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 class SecureNode(Node):
