@@ -84,14 +84,14 @@ def work(weights: Weights, client: int = 0, **changes: object) -> WorkRequest:
 
 def main(*arguments: str | Path) -> int:
     """``python -m baffle.client.edge`` in this process, which keeps its standard output."""
-    kept = os.dup(1)
+    original = os.dup(1)
     try:
         return edge.main(list(map(str, arguments)))
     except SystemExit as exit:
         return int(exit.code or 0)
     finally:
-        os.dup2(kept, 1)
-        os.close(kept)
+        os.dup2(original, 1)
+        os.close(original)
 
 
 def one_line(captured: Any, *words: str) -> None:

@@ -143,10 +143,10 @@ def saying(make: Callable[[TrainResponse], bytes]) -> Twist:
 
     def twist(request: Request, arrival: Arrival) -> list[Arrival]:
         assert arrival.response is not None
-        said = decode_response(arrival.response)
-        if not isinstance(said, TrainResponse):
+        answer = decode_response(arrival.response)
+        if not isinstance(answer, TrainResponse):
             return [arrival]
-        data = make(said)
+        data = make(answer)
         return [replace(arrival, response=data, size=len(data))]
 
     return twist

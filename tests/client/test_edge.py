@@ -92,9 +92,9 @@ class Client:
         return self.hear()
 
     def hear(self) -> Message:
-        found = receive(self.process.stdout, 2**20)
-        assert found is not None
-        return found[0]
+        received = receive(self.process.stdout, 2**20)
+        assert received is not None
+        return received[0]
 
 
 @dataclass(frozen=True)
@@ -102,14 +102,14 @@ class Request:
     """What is sent instead of a task, and what the client says to that."""
 
     message: Callable[[Weights], Message | bytes]
-    told: str
+    reason: str
 
 
 def edited(weights: Weights, **changes: object) -> bytes:
     """An encoded task with changes that types would not allow."""
-    found = msgspec.msgpack.decode(encode(work(weights)))
-    found["task"] |= changes
-    return encode(found)
+    message = msgspec.msgpack.decode(encode(work(weights)))
+    message["task"] |= changes
+    return encode(message)
 
 
 REQUESTS: dict[str, Request] = {
@@ -154,9 +154,9 @@ def test_what_is_no_task_is_told_and_the_next_one_answered(fleet: Fleet) -> None
     with Client(fleet) as client:
         assert client.greeting() == Hello(len(data), fleet.bundle.sha256, runtime.plan)
         for name, request in REQUESTS.items():
-            found = client.ask(request.message(weights))
-            assert isinstance(found, FailedResponse), name
-            assert request.told in found.reason, (name, found.reason)
+            response = client.ask(request.message(weights))
+            assert isinstance(response, FailedResponse), name
+            assert request.reason in response.reason, (name, response.reason)
             assert client.ask(good) == TrainResponse(expected), name
         client.process.stdin.close()
         assert client.process.wait(30) == 0
@@ -174,14 +174,14 @@ def test_a_failure_has_a_short_reason(fleet: Fleet, monkeypatch: pytest.MonkeyPa
     answers.seek(0)
     skip_to_mark(answers)
     receive(answers, MOST_BYTES)
-    found = receive(answers, MOST_BYTES)
-    assert found is not None
-    assert isinstance(found[0], FailedResponse)
-    assert found[0].reason.startswith("RuntimeError: xxx")
+    response = receive(answers, MOST_BYTES)
+    assert response is not None
+    assert isinstance(response[0], FailedResponse)
+    assert response[0].reason.startswith("RuntimeError: xxx")
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "reason"),
     [
         (b"hello, who is there?\n", "begins with b'hell'"),
         (b"\xff\xff\xff\xff", "begins with"),
@@ -190,13 +190,13 @@ def test_a_failure_has_a_short_reason(fleet: Fleet, monkeypatch: pytest.MonkeyPa
         (b"\x05\x00\x00\x00abc", "ended within a message, after 7 bytes"),
     ],
 )
-def test_what_is_no_frame_ends_the_client_with_one_line(fleet: Fleet, data: bytes, told: str) -> None:
+def test_what_is_no_frame_ends_the_client_with_one_line(fleet: Fleet, data: bytes, reason: str) -> None:
     done = subprocess.run(fleet.commands[0], input=data, capture_output=True, check=False)
     error = done.stderr.decode()
     assert done.returncode == 2
     assert error.startswith("error: ")
     assert error.count("\n") == 1
-    assert told in error
+    assert reason in error
     greeting = receive(io.BytesIO(done.stdout.removeprefix(MARK)), MOST_BYTES)
     assert greeting is not None
     assert len(MARK) + greeting[1] == len(done.stdout)
@@ -227,9 +227,9 @@ def test_what_a_client_prints_does_not_get_between_its_answers(
         patch.setenv("PYTHONUNBUFFERED", "1")
         loud = [sys.executable, "-c", LOUD, *fleet.commands[1][3:]]
         with PipeEngine(fleet.bundle, [fleet.commands[0], loud, fleet.commands[2]], fleet.runtime()) as noisy:
-            found = bf.train(METHOD, noisy, fleet.bundle.initial, rounds=1)
+            run = bf.train(METHOD, noisy, fleet.bundle.initial, rounds=1)
     quiet = bf.train(METHOD, engine, fleet.bundle.initial, rounds=1)
-    assert found.weights_sha256 == quiet.weights_sha256
+    assert run.weights_sha256 == quiet.weights_sha256
     out, err = capfd.readouterr()
     assert out == ""
     for words in ("a library says something", "and so does C", "or a program"):
@@ -248,14 +248,14 @@ BAD_BUNDLES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 def test_a_damaged_bundle_is_one_line(
     fleet: Fleet, tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    damage, told = BAD_BUNDLES[name]
+    damage, reason = BAD_BUNDLES[name]
     (tmp_path / "client.zip").write_bytes(damage((fleet.folder / "client.zip").read_bytes()))
     assert main(tmp_path / "client.zip", fleet.folder / "client-0.npz") == 2
-    one_line(capfd.readouterr(), "client.zip", told)
+    one_line(capfd.readouterr(), "client.zip", reason)
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "reason"),
     [
         (("--precision", "int8"), "precision = 'int8': expected fp32, which the bundle was exported for"),
         (("--runtime", "openvino", "--precision", "int8"), "precision = 'int8': expected fp32"),
@@ -268,12 +268,12 @@ def test_a_damaged_bundle_is_one_line(
     ],
 )
 def test_bad_options_are_one_line(
-    fleet: Fleet, options: tuple[str, ...], told: str, capfd: pytest.CaptureFixture[str]
+    fleet: Fleet, options: tuple[str, ...], reason: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     if "openvino" in options:
         pytest.importorskip("openvino")
     assert main(fleet.folder / "client.zip", fleet.folder / "client-0.npz", *options) == 2
-    one_line(capfd.readouterr(), told)
+    one_line(capfd.readouterr(), reason)
 
 
 def test_missing_arguments_and_files_are_one_line(fleet: Fleet, capfd: pytest.CaptureFixture[str]) -> None:
@@ -289,12 +289,12 @@ def test_a_process_of_its_own_says_the_same(fleet: Fleet, tmp_path: Path) -> Non
         (["sh", "-c", '"$@" >&-', "sh", *fleet.commands[0]], "standard input or output is closed"),
         (["sh", "-c", '"$@" <&-', "sh", *fleet.commands[0]], "standard input or output is closed"),
     ]
-    for command, told in commands:
+    for command, reason in commands:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.startswith("error: ")
         assert done.stderr.count("\n") == 1
-        assert told in done.stderr
+        assert reason in done.stderr
 
 
 def test_a_reader_that_goes_away_is_no_error(fleet: Fleet) -> None:

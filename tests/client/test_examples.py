@@ -37,16 +37,16 @@ def replaced(array: Any, where: Any, value: float) -> Any:
     return array
 
 
-def compressed(path: Path, found: dict[str, Any]) -> None:
-    np.savez_compressed(path, **found)
+def compressed(path: Path, contents: dict[str, Any]) -> None:
+    np.savez_compressed(path, **contents)
     data = bytearray(path.read_bytes())
     data[len(data) // 3 : len(data) // 3 + 40] = bytes(40)
     path.write_bytes(data)
 
 
-def one_array(path: Path, found: dict[str, Any]) -> None:
+def one_array(path: Path, contents: dict[str, Any]) -> None:
     with path.open("wb") as file:
-        np.save(file, found["x"])
+        np.save(file, contents["x"])
 
 
 BAD_DATA: dict[str, tuple[Callable[[Path, dict[str, Any]], object], str]] = {
@@ -79,10 +79,10 @@ BAD_DATA: dict[str, tuple[Callable[[Path, dict[str, Any]], object], str]] = {
 def test_data_that_do_not_fit_are_one_line(
     fleet: Fleet, tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    write, told = BAD_DATA[name]
+    write, reason = BAD_DATA[name]
     write(tmp_path / "mine.npz", arrays(fleet))
     assert main(fleet.folder / "client.zip", tmp_path / "mine.npz") == 2
-    one_line(capfd.readouterr(), "mine.npz", told)
+    one_line(capfd.readouterr(), "mine.npz", reason)
 
 
 def test_stored_pixels_are_scaled_as_the_bundle_says(tmp_path: Path) -> None:

@@ -156,8 +156,8 @@ def test_bytes_are_the_lengths_of_the_frames(fleet: Fleet, tmp_path: Path) -> No
     """Anything that carries bytes can be the pipe: here two copies of tee, whose files are measured."""
     commands = []
     for number, command in enumerate(fleet.commands):
-        told = " ".join(f"'{part}'" for part in command)
-        commands.append(["sh", "-c", f"tee '{tmp_path}/down{number}' | {told} | tee '{tmp_path}/up{number}'"])
+        reason = " ".join(f"'{part}'" for part in command)
+        commands.append(["sh", "-c", f"tee '{tmp_path}/down{number}' | {reason} | tee '{tmp_path}/up{number}'"])
     with PipeEngine(fleet.bundle, commands, fleet.runtime()) as engine:
         run = bf.train(
             msgspec.structs.replace(METHOD, sigma="auto", participation=0.7), engine, fleet.bundle.initial, rounds=4
@@ -287,8 +287,8 @@ GREETINGS: dict[str, tuple[Callable[[Fleet], list[Message | bytes]], str]] = {
 
 @pytest.mark.parametrize("name", GREETINGS)
 def test_a_greeting_that_is_none_is_refused_at_once(fleet: Fleet, tmp_path: Path, name: str) -> None:
-    messages, told = GREETINGS[name]
-    with pytest.raises((ReplyError, ModelError), match=f"client 0.*{told}"):
+    messages, reason = GREETINGS[name]
+    with pytest.raises((ReplyError, ModelError), match=f"client 0.*{reason}"):
         PipeEngine(fleet.bundle, [says(tmp_path, *messages(fleet))], fleet.runtime())
 
 
@@ -316,11 +316,11 @@ BAD_ANSWERS: dict[str, tuple[list[Message | bytes], str]] = {
 def test_an_answer_that_does_not_fit_ends_the_run_before_anything_is_written(
     fleet: Fleet, tmp_path: Path, name: str
 ) -> None:
-    messages, told = BAD_ANSWERS[name]
+    messages, reason = BAD_ANSWERS[name]
     command = says(tmp_path, hello(fleet), *messages)
     with (
         PipeEngine(fleet.bundle, [command], fleet.runtime()) as engine,
-        pytest.raises((ReplyError, ModelError), match=told),
+        pytest.raises((ReplyError, ModelError), match=reason),
     ):
         bf.train(METHOD, engine, fleet.bundle.initial, rounds=2, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -54,7 +54,7 @@ RESPONSES: st.SearchStrategy[AnyResponse] = st.one_of(
     st.builds(FailedResponse, TEXT),
 )
 
-QUESTIONS = st.one_of(
+REQUESTS = st.one_of(
     st.builds(EnrolRequest, TEXT),
     st.builds(
         TrainRequest,
@@ -83,9 +83,9 @@ def test_responses_survive(response: AnyResponse) -> None:
     assert decode_response(encode(response)) == response
 
 
-@given(QUESTIONS)
-def test_questions_survive(question: EnrolRequest | TrainRequest) -> None:
-    assert decode_request(encode(question)) == question
+@given(REQUESTS)
+def test_requests_survive(request: EnrolRequest | TrainRequest) -> None:
+    assert decode_request(encode(request)) == request
 
 
 def test_a_setup_survives_and_has_one_hash() -> None:
@@ -105,7 +105,7 @@ def test_the_bytes_of_messages_stay() -> None:
 
 
 @settings(max_examples=300)
-@given(st.binary(max_size=300) | RESPONSES.map(encode) | QUESTIONS.map(encode), st.data())
+@given(st.binary(max_size=300) | RESPONSES.map(encode) | REQUESTS.map(encode), st.data())
 def test_garbage_is_refused_and_nothing_worse(data: bytes, draw: st.DataObject) -> None:
     damaged = bytearray(data)
     for _ in range(draw.draw(st.integers(0, 3)) if damaged else 0):

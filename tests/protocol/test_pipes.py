@@ -60,9 +60,9 @@ def test_what_comes_before_the_mark_is_skipped(noise: bytes) -> None:
 def test_a_frame_that_is_cut_short_is_an_error(message: Message, data: st.DataObject) -> None:
     stream = io.BytesIO()
     size = send(stream, message)
-    kept = data.draw(st.integers(1, size - 1))
-    with pytest.raises(ReplyError, match=f"ended within a message, after {kept} bytes"):
-        receive(io.BytesIO(stream.getvalue()[:kept]), 1000)
+    length = data.draw(st.integers(1, size - 1))
+    with pytest.raises(ReplyError, match=f"ended within a message, after {length} bytes"):
+        receive(io.BytesIO(stream.getvalue()[:length]), 1000)
 
 
 @settings(deadline=None, max_examples=300)
@@ -70,10 +70,10 @@ def test_a_frame_that_is_cut_short_is_an_error(message: Message, data: st.DataOb
 def test_random_bytes_are_a_message_or_an_error(noise: bytes, framed: bool) -> None:
     data = len(noise).to_bytes(4, "little") + noise if framed else noise
     try:
-        found = receive(io.BytesIO(data), 1000)
+        received = receive(io.BytesIO(data), 1000)
     except ReplyError:
         return
-    assert (found is None) == (data == b"")
+    assert (received is None) == (data == b"")
 
 
 @settings(deadline=None, max_examples=300)

@@ -28,10 +28,10 @@ def test_weights_survive_bit_for_bit(weights: np.ndarray) -> None:
 @given(arrays.arrays(np.float32, (4, 7), elements=FLOATS), COUNT, COUNT)
 def test_states_survive_bit_for_bit(values: np.ndarray, round: int, step: int) -> None:
     state = State(round, step, values[0], {"m": values[1], "v": values[2]}, values[3])
-    found = unpack_state(pack_state(state), 7)
-    assert state_sha256(found) == state_sha256(state)
-    assert (found.round, found.step, list(found.slots)) == (round, step, ["m", "v"])
-    assert found.ema_weights.tobytes() == found.weights.tobytes()
+    unpacked = unpack_state(pack_state(state), 7)
+    assert state_sha256(unpacked) == state_sha256(state)
+    assert (unpacked.round, unpacked.step, list(unpacked.slots)) == (round, step, ["m", "v"])
+    assert unpacked.ema_weights.tobytes() == unpacked.weights.tobytes()
 
 
 def test_the_rarest_numbers_survive() -> None:
@@ -83,7 +83,7 @@ def test_a_flipped_bit_is_never_taken_for_weights() -> None:
             bad = bytearray(good)
             bad[position] ^= mask
             try:
-                found = unpack_weights(bytes(bad), 40)
+                unpacked = unpack_weights(bytes(bad), 40)
             except ReplyError:
                 continue
-            assert found.tobytes() == unpack_weights(good, 40).tobytes()  # of zlib's header
+            assert unpacked.tobytes() == unpack_weights(good, 40).tobytes()  # of zlib's header

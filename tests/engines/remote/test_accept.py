@@ -40,15 +40,17 @@ from remote_helpers import (
 
 def changed(**fields: object) -> Twist:
     """A reply with other values in it."""
-    return saying(lambda said: encode(TrainResponse(msgspec.structs.replace(said.reply, **fields), said.state_sha256)))
+    return saying(
+        lambda answer: encode(TrainResponse(msgspec.structs.replace(answer.reply, **fields), answer.state_sha256))
+    )
 
 
 def spoken(response: AnyResponse) -> Twist:
-    return saying(lambda said: encode(response))
+    return saying(lambda answer: encode(response))
 
 
 def raw(data: bytes) -> Twist:
-    return saying(lambda said: data)
+    return saying(lambda answer: data)
 
 
 def _scalars(*values: int) -> bytes:
@@ -67,8 +69,8 @@ LIES = {
     "one too much": (changed(scalars=_scalars(LIMIT * 255 + 1, 0, 0, 0)), "expected at most 16383 x its weight"),
     "negative count": (changed(clipped=-1), "clipped = -1"),
     "huge count": (changed(nonfinite=2**60), "nonfinite = 1152921504606846976"),
-    "hash": (saying(lambda said: encode(TrainResponse(said.reply, bytes(32)))), "evaluated at state 000000"),
-    "no hash": (saying(lambda said: encode(TrainResponse(said.reply))), "evaluated at state : expected"),
+    "hash": (saying(lambda answer: encode(TrainResponse(answer.reply, bytes(32)))), "evaluated at state 000000"),
+    "no hash": (saying(lambda answer: encode(TrainResponse(answer.reply))), "evaluated at state : expected"),
     "garbage": (raw(b"\xc1\xff\x00"), "malformed response"),
     "nothing": (raw(b""), "malformed response"),
     "text": (raw(b"\x82\xa4type\xa6failed\xa6reason\xa2\xff\xfe"), "malformed response"),
@@ -96,10 +98,10 @@ def test_a_liar_is_refused_and_told_and_counts_as_absent(
         assert (log.refused, log.late, [v.outcome for v in log.visits]) == (1, 0, ["ok", "refused", "ok"])
         assert reason in (log.visits[1].reason or "")
         assert log.seconds < DEADLINE / 2  # nobody waits for it
-    told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(told) == rounds + 1
-    assert all(reason in line and f"client 1, node {liar.identity[:12]}" in line for line in told)
-    assert all(line.isprintable() and len(line) < 400 for line in told)
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == rounds + 1
+    assert all(reason in line and f"client 1, node {liar.identity[:12]}" in line for line in warnings)
+    assert all(line.isprintable() and len(line) < 400 for line in warnings)
 
 
 def test_weights_that_are_sent_do_not_ask_for_a_hash_but_for_all_else(fed: Federation, tmp_path: Path) -> None:

@@ -50,12 +50,12 @@ def test_the_weights_are_those_of_one_process(fed: Federation, name: str, downli
 def test_every_client_proves_the_servers_state_in_every_round(fed: Federation) -> None:
     fed.train(rounds=8)
     for node in fed.nodes:
-        told = [c for c in fed.network.deliveries if c.node is node and isinstance(c.response, TrainResponse)]
-        assert len(told) == 9
-        for carried in told:
-            assert isinstance(carried.message, TrainRequest)
-            assert isinstance(carried.response, TrainResponse)
-            assert carried.response.state_sha256 == carried.message.task.state_sha256
+        deliveries = [c for c in fed.network.deliveries if c.node is node and isinstance(c.response, TrainResponse)]
+        assert len(deliveries) == 9
+        for delivery in deliveries:
+            assert isinstance(delivery.message, TrainRequest)
+            assert isinstance(delivery.response, TrainResponse)
+            assert delivery.response.state_sha256 == delivery.message.task.state_sha256
 
 
 def test_bytes_are_those_that_were_sent(fed: Federation, tmp_path: Path) -> None:

@@ -61,10 +61,10 @@ def test_clients_are_numbered_by_name_and_late_ones_come_after_them(fed: Federat
 def test_no_client_can_spoil_what_a_resume_compares(fed: Federation, tmp_path: Path) -> None:
     def twist(request: Request, arrival: Arrival) -> list[Arrival]:
         assert arrival.response is not None
-        said = decode_response(arrival.response)
-        if isinstance(said, EnrolResponse):
+        answer = decode_response(arrival.response)
+        if isinstance(answer, EnrolResponse):
             plan: dict[str, str | int] = {"data": "x", "frozen": "y", "threads": 3}
-            return [replace(arrival, response=encode(msgspec.structs.replace(said, plan=plan)))]
+            return [replace(arrival, response=encode(msgspec.structs.replace(answer, plan=plan)))]
         return [arrival]
 
     fed.nodes[0].twist = twist
@@ -82,12 +82,12 @@ ABSURD = [
 ]
 
 
-@pytest.mark.parametrize("said", ABSURD)
+@pytest.mark.parametrize("answer", ABSURD)
 def test_a_stranger_that_talks_nonsense_is_asked_once(
-    fed: Federation, said: bytes, caplog: pytest.LogCaptureFixture
+    fed: Federation, answer: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     stranger = Node("x", 400, TRAIN)
-    stranger.twist = lambda request, arrival: [replace(arrival, response=said, size=len(said))]
+    stranger.twist = lambda request, arrival: [replace(arrival, response=answer, size=len(answer))]
     fed.network.members.append(stranger)
     roster = Roster(None)
 
