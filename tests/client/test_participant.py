@@ -258,9 +258,9 @@ def test_a_number_that_no_client_has_is_told(story: Story, client: Participant, 
     assert reason(say(client, story.ask(2), story.attachment(2), number))
 
 
-@pytest.mark.parametrize("request", [b"", b"\xc1", b"\x91" * 100_000, encode(FailedResponse("no")), bytes(10**7)])
-def test_no_request_makes_it_raise(client: Participant, request: bytes) -> None:
-    assert "malformed request" in reason(say(client, request))
+@pytest.mark.parametrize("data", [b"", b"\xc1", b"\x91" * 100_000, encode(FailedResponse("no")), bytes(10**7)])
+def test_no_request_makes_it_raise(client: Participant, data: bytes) -> None:
+    assert "malformed request" in reason(say(client, data))
 
 
 # Parcels
