@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 import torch.nn.functional as F
 
 import baffle as bf
@@ -15,9 +16,10 @@ from baffle.core.types import Task
 from baffle.engines import Exchange
 from baffle.engines.remote.downlink import Downlink
 from baffle.engines.remote.engine import RemoteEngine
-from baffle.engines.remote.memory import MemoryNode, MemoryTransport, SimulatedClock
+from baffle.engines.remote.memory import MemoryNode, MemoryTransport, SimulatedClock, Twist
+from baffle.engines.remote.transport import Arrival, Request
 from baffle.protocol.encoding import decode_row
-from baffle.protocol.messages import Setup
+from baffle.protocol.messages import EnrolResponse, Setup, TrainResponse, decode_response
 from baffle.runfolder.clients import Roster
 from baffle.runfolder.metrics import Record
 from baffle.runtimes.pytorch.runtime import TorchRuntime
@@ -129,3 +131,35 @@ def federation(clients: int = 3) -> Federation:
     """Nodes a, b, c, ... with the numbers 0, 1, 2, ..."""
     parts = bf.partition(TRAIN, clients, seed=0)
     return Federation.of([Node(chr(ord("a") + i), 100 + i, part) for i, part in enumerate(parts)])
+
+
+def lost(request: Request, arrival: Arrival) -> list[Arrival]:
+    """A node that takes requests and never answers."""
+    return []
+
+
+def saying(make: Callable[[TrainResponse], bytes]) -> Twist:
+    """A node whose answers to tasks are others."""
+
+    def twist(request: Request, arrival: Arrival) -> list[Arrival]:
+        assert arrival.response is not None
+        answer = decode_response(arrival.response)
+        if not isinstance(answer, TrainResponse):
+            return [arrival]
+        data = make(answer)
+        return [replace(arrival, response=data, size=len(data))]
+
+    return twist
+
+
+METHODS = {
+    "forward": METHOD,
+    "central": msgspec.structs.replace(METHOD, difference="central"),
+    "adam": msgspec.structs.replace(METHOD, optimizer=bf.adam(0.01)),
+    "local steps": msgspec.structs.replace(METHOD, local_steps=3, local_lr=0.1),
+    "per client": msgspec.structs.replace(METHOD, sharing="per-client", family="gaussian"),
+    "lattice": msgspec.structs.replace(METHOD, lattice=2, difference="central"),
+    "some": msgspec.structs.replace(METHOD, participation=0.6),
+}
+
+BAD = EnrolResponse(name="a", examples=2**63, plan={}, state_sha256=b"", round=2**63)

@@ -95,9 +95,9 @@ def member(memory: Memory | None = None, name: str = "hospital") -> Participant:
 
 
 def say(
-    client: Participant, question: bytes, attachments: Mapping[str, bytes] | None = None, number: int = 0
+    client: Participant, request: bytes, attachments: Mapping[str, bytes] | None = None, number: int = 0
 ) -> AnyResponse:
-    return decode_response(client.answer(question, attachments or {}, number))
+    return decode_response(client.answer(request, attachments or {}, number))
 
 
 def reason(response: AnyResponse) -> str:
@@ -107,12 +107,12 @@ def reason(response: AnyResponse) -> str:
 
 def same(memory: Memory, state: State) -> bool:
     """Whether that is remembered: the same round, the same bits."""
-    kept = memory.state
+    remembered = memory.state
     return (
-        kept is not None
-        and (kept.round, kept.step) == (state.round, state.step)
-        and kept.weights.tobytes() == state.weights.tobytes()
-        and memory.state_sha256 == state_sha256(state) == state_sha256(kept)
+        remembered is not None
+        and (remembered.round, remembered.step) == (state.round, state.step)
+        and remembered.weights.tobytes() == state.weights.tobytes()
+        and memory.state_sha256 == state_sha256(state) == state_sha256(remembered)
     )
 
 
@@ -211,18 +211,18 @@ def test_participants_that_share_a_memory_catch_up_once(story: Story, memory: Me
 
 def test_weights_are_answered_from_and_not_kept(story: Story, client: Participant, memory: Memory) -> None:
     weights = {WEIGHTS: pack_weights(story.states[3].weights)}
-    answer, kept = say(client, story.ask(3), weights), say(member(), story.ask(3), story.attachment(3))
+    answer, by_state = say(client, story.ask(3), weights), say(member(), story.ask(3), story.attachment(3))
     assert isinstance(answer, TrainResponse)
-    assert isinstance(kept, TrainResponse)
-    assert (answer.reply, answer.state_sha256) == (kept.reply, b"")
+    assert isinstance(by_state, TrainResponse)
+    assert (answer.reply, answer.state_sha256) == (by_state.reply, b"")
     assert memory.state is None
 
 
 def test_sigma_is_measured_where_that_is_asked(story: Story, client: Participant) -> None:
-    found = say(client, story.ask(0, calibrate=True), story.attachment(0))
-    assert isinstance(found, CalibrateResponse)
-    assert found.sigmas == LADDER
-    assert min(found.errors) < 0.2
+    measured = say(client, story.ask(0, calibrate=True), story.attachment(0))
+    assert isinstance(measured, CalibrateResponse)
+    assert measured.sigmas == LADDER
+    assert min(measured.errors) < 0.2
     assert isinstance(say(client, story.ask(0, calibrate=True)), CalibrateResponse)
 
 
@@ -258,9 +258,9 @@ def test_a_number_that_no_client_has_is_told(story: Story, client: Participant, 
     assert reason(say(client, story.ask(2), story.attachment(2), number))
 
 
-@pytest.mark.parametrize("question", [b"", b"\xc1", b"\x91" * 100_000, encode(FailedResponse("no")), bytes(10**7)])
-def test_no_question_makes_it_raise(client: Participant, question: bytes) -> None:
-    assert "malformed request" in reason(say(client, question))
+@pytest.mark.parametrize("data", [b"", b"\xc1", b"\x91" * 100_000, encode(FailedResponse("no")), bytes(10**7)])
+def test_no_request_makes_it_raise(client: Participant, data: bytes) -> None:
+    assert "malformed request" in reason(say(client, data))
 
 
 # Parcels
@@ -331,9 +331,9 @@ def test_another_model_than_the_servers_is_refused(kind: str) -> None:
     fields: dict[str, object] = {"table": TABLE[:1]} if kind == "tensors" else {"frozen": "ab" * 32}
     data = encode(msgspec.structs.replace(SETUP_OF_DIGITS, **fields))
     client = Participant("x", build)
-    question = encode(EnrolRequest(hashlib.sha256(data).hexdigest()))
-    assert "expected the same model" in reason(say(client, question, {SETUP: data}))
-    assert isinstance(say(client, question), BehindResponse)
+    request = encode(EnrolRequest(hashlib.sha256(data).hexdigest()))
+    assert "expected the same model" in reason(say(client, request, {SETUP: data}))
+    assert isinstance(say(client, request), BehindResponse)
 
 
 @pytest.mark.parametrize("error", [DataError("no\ndata \ud800 " + "x" * 5000), ModelError("no"), OSError("gone")])
@@ -341,9 +341,9 @@ def test_what_a_client_will_not_do_is_told(error: Exception) -> None:
     def build(setup: Setup) -> tuple[Runtime, bf.Dataset]:
         raise error
 
-    told = reason(say(Participant("x", build), encode(EnrolRequest(SHA256)), {SETUP: SETUP_BYTES}))
-    assert told.isprintable()
-    assert 2 <= len(told) <= 2000
+    text = reason(say(Participant("x", build), encode(EnrolRequest(SHA256)), {SETUP: SETUP_BYTES}))
+    assert text.isprintable()
+    assert 2 <= len(text) <= 2000
 
 
 def test_a_setup_is_built_once_and_a_state_belongs_to_it(story: Story, memory: Memory) -> None:
@@ -355,13 +355,13 @@ def test_a_setup_is_built_once_and_a_state_belongs_to_it(story: Story, memory: M
 
     client = Participant("x", build, memory)
     other = encode(msgspec.structs.replace(SETUP_OF_DIGITS, options={"seed": 1}))
-    question = encode(EnrolRequest(hashlib.sha256(other).hexdigest()))
+    request = encode(EnrolRequest(hashlib.sha256(other).hexdigest()))
     say(client, story.ask(3), story.attachment(3) | {SETUP: SETUP_BYTES})
     say(client, story.ask(3), {SETUP: SETUP_BYTES})
-    assert say(client, question) == BehindResponse(
+    assert say(client, request) == BehindResponse(
         3, state_sha256(story.states[3]), False
     )  # it has a setup, not this one
-    assert isinstance(say(client, question, {SETUP: other}), EnrolResponse)
+    assert isinstance(say(client, request, {SETUP: other}), EnrolResponse)
     assert memory.state is None
     assert say(client, story.ask(3)) == BehindResponse(0, b"", False)
     assert built == ["None", "1"]

@@ -220,4 +220,4 @@ def printable(text: str, most: int = 2000) -> str:
         >>> printable("no\\x1b[31m\\n data")
         'no [31m data'
     """
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in text[:most]).split())
+    return " ".join("".join(c if c.isprintable() else " " for c in text[:most]).split())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -43,12 +42,6 @@ from remote_helpers import (
 )
 
 SECURE = msgspec.structs.replace(METHOD, aggregate=bf.secure_sum())
-
-
-@pytest.fixture(autouse=True)
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No power fails here."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 class SecureNode(Node):
@@ -166,8 +159,8 @@ def test_a_vector_that_comes_too_late_tells_what_its_client_has(fed: Federation,
 
     def twist(request: Request, arrival: Arrival) -> list[Arrival]:
         assert arrival.response is not None
-        said = decode_response(arrival.response)
-        slow.seconds = 1.05 * DEADLINE if isinstance(said, MaskedTrainResponse) and said.masked.round == 3 else 0.1
+        answer = decode_response(arrival.response)
+        slow.seconds = 1.05 * DEADLINE if isinstance(answer, MaskedTrainResponse) and answer.masked.round == 3 else 0.1
         return [arrival]
 
     slow.twist = twist
@@ -184,10 +177,10 @@ def test_a_client_that_lies_about_its_shares_is_named_and_left_out(
 ) -> None:
     def lie(request: Request, arrival: Arrival) -> list[Arrival]:
         assert arrival.response is not None
-        said = decode_response(arrival.response)
-        if isinstance(said, UnmaskResponse):
-            shares = tuple(bytes(16) for _ in said.shares)
-            return [replace(arrival, response=encode(msgspec.structs.replace(said, shares=shares)))]
+        answer = decode_response(arrival.response)
+        if isinstance(answer, UnmaskResponse):
+            shares = tuple(bytes(16) for _ in answer.shares)
+            return [replace(arrival, response=encode(msgspec.structs.replace(answer, shares=shares)))]
         return [arrival]
 
     fed.nodes[4].twist = lie
@@ -203,9 +196,9 @@ def test_a_client_that_lies_about_its_shares_is_named_and_left_out(
 def test_an_advert_that_another_signed_is_refused(fed: Federation, tmp_path: Path) -> None:
     def forge(request: Request, arrival: Arrival) -> list[Arrival]:
         assert arrival.response is not None
-        said = decode_response(arrival.response)
-        if isinstance(said, KeysResponse):
-            return [replace(arrival, response=encode(msgspec.structs.replace(said, mask_public=bytes(32))))]
+        answer = decode_response(arrival.response)
+        if isinstance(answer, KeysResponse):
+            return [replace(arrival, response=encode(msgspec.structs.replace(answer, mask_public=bytes(32))))]
         return [arrival]
 
     fed.nodes[4].twist = forge

@@ -238,7 +238,7 @@ class RemoteEngine:
             wait = min(_SLOWEST_POLL, max(_POLL, 0.1 * (now - began)), max(_POLL, deadline - now))
             enough = current.enough(need)
             connected = self._membership.connected(current.clients)
-            waiting = bool(current.awaited(self._asked(current), connected, self._membership.stragglers))
+            waiting = bool(current.awaited(self._pending_clients(current), connected, self._membership.stragglers))
             if enough and (now >= deadline or not waiting):
                 break
             if current.secure is not None and not waiting and current.any_failed:
@@ -281,12 +281,12 @@ class RemoteEngine:
 
     # -- requests and answers ----------------------------------------------------------------------------------------
 
-    def _asked(self, current: Round) -> set[int]:
-        return self._mailbox.asked(current.task.round, current.stage, self._membership.address)
+    def _pending_clients(self, current: Round) -> set[int]:
+        return self._mailbox.pending_clients(current.task.round, current.stage, self._membership.address)
 
     def _ask(self, current: Round, state: State, rows: Sequence[bytes]) -> None:
         """Send the stage's request to every client that is connected, has not answered and is not being asked."""
-        clients = current.to_ask(self._asked(current), self._membership.connected(current.clients))
+        clients = current.to_ask(self._pending_clients(current), self._membership.connected(current.clients))
         if not clients:
             return
         requests: list[Request] = []

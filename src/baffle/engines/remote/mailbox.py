@@ -21,7 +21,7 @@ class Pending:
     """A request that is not answered yet."""
 
     client: int | None
-    """None: a node that is not registered, asked who it is."""
+    """None: an unregistered node, which is asked to enrol."""
     identity: str
     node: int
     round: int
@@ -106,7 +106,7 @@ class Mailbox:
         del self._pending[arrival.id]
         return Answered(request, arrival)
 
-    def asked(self, round: int, stage: Stage, address: Callable[[int], int | None]) -> set[int]:
+    def pending_clients(self, round: int, stage: Stage, address: Callable[[int], int | None]) -> set[int]:
         """Clients with a pending request of a round's stage at their current address, not counting repeated ones."""
         return {
             request.client

@@ -72,11 +72,11 @@ class Membership:
         except FederationError as error:
             _log.warning("connected nodes are unknown: %s", error)
             return 0
-        asked = self._mailbox.unregistered(self._deadline)
+        enrolling = self._mailbox.unregistered(self._deadline)
         new = [
             (identity, node)
             for identity, node in self._nodes.items()
-            if (identity, node) not in asked
+            if (identity, node) not in enrolling
             and identity not in self._joining
             and self._roster.number(identity) is None
             and self._rejected.get(identity) != node

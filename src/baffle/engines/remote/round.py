@@ -61,18 +61,18 @@ class Round:
         by_shares = None if self.secure is None else self.secure.enough(self.stage)
         return len(self.responses) >= need if by_shares is None else by_shares
 
-    def to_ask(self, asked: Collection[int], connected: Collection[int]) -> list[int]:
+    def to_ask(self, pending: Collection[int], connected: Collection[int]) -> list[int]:
         """Clients to send a request to: connected, without an answer or a pending request, not given up."""
         return [
             client
             for client in self.clients
             if client not in self.responses
-            and client not in asked
+            and client not in pending
             and client in connected
             and self.attempts.get(client, 0) < MOST_ATTEMPTS
         ]
 
-    def awaited(self, asked: Collection[int], connected: Collection[int], stragglers: Collection[int]) -> list[int]:
+    def awaited(self, pending: Collection[int], connected: Collection[int], stragglers: Collection[int]) -> list[int]:
         """Clients that the round waits for: connected, not a straggler, and asked or still to be asked."""
         return [
             client
@@ -80,7 +80,7 @@ class Round:
             if client not in self.responses
             and client not in stragglers
             and client in connected
-            and (self.attempts.get(client, 0) < MOST_ATTEMPTS or client in asked)
+            and (self.attempts.get(client, 0) < MOST_ATTEMPTS or client in pending)
         ]
 
     def give_up(self, client: int, outcome: Outcome, reason: str, seconds: float | None = None) -> None:
