@@ -16,7 +16,8 @@ from baffle.core.method import weights_sha256
 from baffle.core.rebuild import Execution
 from baffle.errors import CorruptRunError, OptionError
 from baffle.runfolder.journal import Journal
-from baffle.training.build import as_planned, assemble
+from baffle.runtimes.evaluation_plan import EvaluationPlan
+from baffle.training.build import assemble, evaluated_as
 from baffle.training.result import evaluate
 
 
@@ -57,7 +58,7 @@ def evaluate_command(run: RunPath, json_output: Json = False) -> None:
     """Loss and accuracy of a run's weights on its test data: the average, and the raw weights."""
     journal = Journal.open(run)
     require_rounds(journal, whole=True)
-    setup = assemble(as_planned(command_of(journal), journal.config.plan))
+    setup = assemble(evaluated_as(command_of(journal), EvaluationPlan.of(journal.config.plan)))
     state = journal.state()
     average, raw = (evaluate(setup.engine, w, setup.test) for w in (state.average, state.weights))
     result = {

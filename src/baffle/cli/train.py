@@ -21,7 +21,8 @@ from baffle.core.optim import Cosine
 from baffle.report.events import EventLog
 from baffle.runfolder.journal import Journal
 from baffle.runfolder.metrics import Record
-from baffle.training.build import Setup, as_planned, assemble
+from baffle.runtimes.evaluation_plan import EvaluationPlan
+from baffle.training.build import Setup, assemble, evaluated_as
 from baffle.training.loop import resume, train
 from baffle.training.options import DEFAULT_ALPHA, DEFAULT_CLIENTS, DEFAULT_SHARDS, TrainConfig, train_config
 from baffle.training.result import Run
@@ -159,7 +160,7 @@ def resume_command(
     journal = Journal.open(run)
     warn_of_lost(journal)
     options = command_of(journal)
-    setup = assemble(as_planned(options, journal.config.plan))
+    setup = assemble(evaluated_as(options, EvaluationPlan.of(journal.config.plan)))
     schedule = journal.config.method.optimizer.schedule
     if rounds is not None and isinstance(schedule, Cosine) and rounds > schedule.rounds:
         errors.print(f"note: the cosine schedule ended with round {schedule.rounds}; lr stays {schedule.final:g} x lr")

@@ -27,6 +27,7 @@ from baffle.runfolder.clients import Roster, read_members
 from baffle.runfolder.config import read_config
 from baffle.runfolder.journal import Journal
 from baffle.runfolder.metrics import Record
+from baffle.runtimes.evaluation_plan import EvaluationPlan
 from baffle.training.build import Server, assemble_server
 from baffle.training.loop import resume, train
 from baffle.training.options import TrainConfig
@@ -124,7 +125,7 @@ def setup_of(options: TrainConfig, server: Server) -> Setup:
     runtime, scaling = server.runtime, server.train.scaling
     return Setup(
         table=runtime.table,
-        frozen=str(runtime.plan.get("frozen", "")),
+        frozen=EvaluationPlan.of(runtime.plan).frozen,
         shape=tuple(server.train.x.shape[1:]),
         classes=server.classes,
         vocabulary=server.vocabulary,

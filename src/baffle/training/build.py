@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from baffle.errors import CorruptRunError, DataError, ModelError, OptionError, P
 from baffle.runfolder.journal import Journal
 from baffle.runtimes import Runtime
 from baffle.runtimes.choose import MARGIN, Choice, choose, trial_batch
+from baffle.runtimes.evaluation_plan import EvaluationPlan
 from baffle.runtimes.onnx.bundle import Bundle, Precision
 from baffle.runtimes.onnx.load import load_runtime
 from baffle.training.options import TrainConfig
@@ -181,8 +182,8 @@ def model_of_run(journal: Journal, options: TrainConfig) -> tuple[nn.Module, Mas
     train, validation, test = splits(options)
     model, masks = model_of(options, train, vocabulary_of(train, validation, test), options.split(train)[0])
     runtime = TorchRuntime(model, cross_entropy, threads=1, masks=masks)
-    told = (runtime.table, runtime.plan.get("frozen"))
-    if told != (journal.config.table, journal.config.plan.get("frozen")):
+    recorded = EvaluationPlan.of(journal.config.plan)
+    if runtime.table != journal.config.table or EvaluationPlan.of(runtime.plan).frozen != recorded.frozen:
         raise PlanError(f"{journal.path}: the run trained another model than its options make now")
     load_into(model, runtime.table, journal.state().average)
     return model, masks
@@ -210,11 +211,11 @@ def runtime_of(options: TrainConfig, model: nn.Module, data: Dataset, masks: Mas
     return load_runtime(bundle_of(options, model, data, masks), options.runtime, options.threads, options.precision)
 
 
-def as_planned(options: TrainConfig, plan: Mapping[str, str | int]) -> TrainConfig:
-    """The options that evaluate as a run did: what was measured then is not measured again."""
-    runtime = str(plan.get("runtime", options.runtime))
-    strategy = str(plan.get("strategy", "copies")) if runtime == "torch" else "auto"
-    return msgspec.structs.replace(options, runtime=runtime, strategy=strategy, threads=plan.get("threads", 1))
+def evaluated_as(options: TrainConfig, plan: EvaluationPlan) -> TrainConfig:
+    """The options that evaluate as a run did, so that nothing is measured again."""
+    runtime = plan.runtime or options.runtime
+    strategy = plan.strategy if runtime == "torch" else "auto"
+    return msgspec.structs.replace(options, runtime=runtime, strategy=strategy, threads=plan.threads)
 
 
 def chosen_of(
@@ -290,7 +291,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{path}: expected a run folder or a .safetensors file ({error})") from error
     journal = Journal.open(path)
-    if journal.config.plan.get("frozen") and journal.config.command is not None:  # its rows tell of a part
+    if EvaluationPlan.of(journal.config.plan).frozen and journal.config.command is not None:  # its rows tell of a part
         model, _ = model_of_run(journal, command_of(journal))
         return {name: tensor.detach() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
     average = journal.state().average

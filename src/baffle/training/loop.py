@@ -28,6 +28,7 @@ from baffle.protocol.encoding import decode_row, encode_message
 from baffle.runfolder.config import RunConfig
 from baffle.runfolder.journal import Journal
 from baffle.runfolder.metrics import Record, record_of
+from baffle.runtimes.evaluation_plan import EvaluationPlan
 from baffle.training.result import Run, evaluate, finish
 from baffle.training.rollback import Lookout
 
@@ -125,9 +126,10 @@ def resume(
             raise PlanError(f"{path}: the run trains other tensors than this model has: expected the same model")
         if engine.sizes[: len(journal.config.clients)] != journal.config.clients:  # more may have joined
             raise PlanError(f"{path}: the run has other clients than this engine: expected the same partition")
-        if engine.plan.get("data") != journal.config.plan.get("data"):
+        now, then = EvaluationPlan.of(engine.plan), EvaluationPlan.of(journal.config.plan)
+        if now.data != then.data:
             raise PlanError(f"{path}: the clients' data differ from those of the run: expected the same partition")
-        if engine.plan.get("frozen") != journal.config.plan.get("frozen"):
+        if now.frozen != then.frozen:
             raise PlanError(f"{path}: the frozen parameters differ from those of the run: expected the same model")
         if rounds is not None:
             journal.extend(rounds=_count("rounds", rounds))

@@ -1,0 +1,32 @@
+"""The recorded plan as code reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from baffle.runfolder.config import encode_config, read_config
+from baffle.runtimes.evaluation_plan import EvaluationPlan
+
+JOURNALS = sorted((Path(__file__).parents[1] / "fixtures/journals").iterdir())
+
+
+def test_entries_that_code_depends_on_are_read() -> None:
+    record: dict[str, str | int] = {"runtime": "ort", "threads": 3, "data": "ab", "frozen": "cd", "strategy": "stacked"}
+    assert EvaluationPlan.of(record) == EvaluationPlan("ort", "stacked", 3, "ab", "cd")
+
+
+def test_missing_entries_have_defaults_and_unknown_ones_are_ignored() -> None:
+    assert EvaluationPlan.of({"onnxruntime": "1.2", "chunk_inputs": 7}) == EvaluationPlan()
+
+
+def test_an_entry_of_the_wrong_type_counts_as_missing() -> None:
+    assert EvaluationPlan.of({"threads": "many", "data": 1, "frozen": 2, "runtime": 3}) == EvaluationPlan()
+
+
+@pytest.mark.parametrize("folder", JOURNALS, ids=lambda folder: folder.name)
+def test_the_record_of_an_old_run_is_kept_byte_for_byte(folder: Path) -> None:
+    config = read_config(folder)
+    assert encode_config(config) == (folder / "config.json").read_bytes()
+    assert EvaluationPlan.of(config.plan).runtime == config.plan["runtime"]
