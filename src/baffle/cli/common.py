@@ -19,23 +19,6 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 
 
-def option(help: str, panel: str, default: object = None) -> typer.models.OptionInfo:
-    """An option that shows its default without having one, so that a file's value can show through."""
-    shown = f"{help} [dim]\\[default: {default}][/dim]" if default is not None else help
-    info: typer.models.OptionInfo = typer.Option(help=shown, rich_help_panel=panel, show_default=False)
-    return info
-
-
-def number_or_auto(field: str, text: str | None) -> float | str | None:
-    """The value of an option that is a number or "auto"."""
-    if text is None or text == "auto":
-        return text
-    try:
-        return float(text)
-    except ValueError:
-        raise OptionError(field, text, "a number > 0, or auto") from None
-
-
 def print_json(value: object) -> None:
     """One line of JSON on stdout."""
     print(msgspec.json.encode(value).decode())

@@ -10,41 +10,44 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from baffle.cli.common import Json, command_of, option, print_json
+from baffle.cli.common import Json, command_of, print_json
+from baffle.cli.options import Flag, with_flags
 from baffle.core.types import table_size
 from baffle.errors import BundleError, OptionError, require_choice
 from baffle.runfolder.journal import Journal
 from baffle.runtimes.onnx.bundle import Bundle
 from baffle.training.build import bundle_of, model_of, model_of_run, narrowed, splits, vocabulary_of
-from baffle.training.options import TrainConfig, train_config
+from baffle.training.options import train_config
 
-_D = TrainConfig()
 _MODEL, _CLIENT = "Model", "Client"
 _RUNS_OWN = {"dataset", "activation", "norm", "start", "seed"}
 
 
+_FLAGS = [
+    Flag("dataset", _MODEL, "Whose examples it takes, as in 'baffle train'."),
+    Flag("data", _MODEL),
+    Flag("activation", _MODEL),
+    Flag("norm", _MODEL, "group or none."),
+    Flag("start", _MODEL, "Weights: a run folder, or FILE.safetensors."),
+    Flag("trainable", _MODEL, "all, head, scales, or a pattern of names."),
+    Flag("prune", _MODEL, "Share of the weights to prune."),
+    Flag("prune_by", _MODEL, "magnitude, inputs or channels."),
+    Flag("seed", _MODEL, "Seed of the initial weights."),
+    Flag("precision", _CLIENT, "fp32 (OpenVINO also runs it in bf16), fp16, int8-weights or int8."),
+    Flag("branches", _CLIENT, "Rank-1 perturbations beside the weights, in float."),
+]
+
+
+@with_flags(_FLAGS)
 def export_command(
+    *,
     model: Annotated[
         str,
         typer.Argument(metavar="MODEL", help="One of 'baffle models', package.module:builder, or the folder of a run."),
     ],
     to: Annotated[str, typer.Option("--to", help="Kind of graph.")] = "onnx",
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("client.zip"),
-    dataset: Annotated[str | None, option("Whose examples it takes, as in 'baffle train'.", _MODEL, _D.dataset)] = None,
-    data: Annotated[str | None, option("Folder of the official files, or FILE.npz.", _MODEL)] = None,
-    activation: Annotated[str | None, option("hardswish, relu, selu or gelu.", _MODEL, "hardswish")] = None,
-    norm: Annotated[str | None, option("group or none.", _MODEL)] = None,
-    start: Annotated[str | None, option("Weights: a run folder, or FILE.safetensors.", _MODEL)] = None,
-    trainable: Annotated[str | None, option("all, head, scales, or a pattern of names.", _MODEL, _D.trainable)] = None,
-    prune: Annotated[float | None, option("Share of the weights to prune.", _MODEL, _D.prune)] = None,
-    prune_by: Annotated[str | None, option("magnitude, inputs or channels.", _MODEL, _D.prune_by)] = None,
-    seed: Annotated[int | None, option("Seed of the initial weights.", _MODEL, _D.seed)] = None,
-    precision: Annotated[
-        str | None, option("fp32 (OpenVINO also runs it in bf16), fp16, int8-weights or int8.", _CLIENT, "fp32")
-    ] = None,
-    branches: Annotated[
-        bool | None, option("Rank-1 perturbations beside the weights, in float.", _CLIENT, "no")
-    ] = None,
+    flags: dict[str, object],
     json_output: Json = False,
 ) -> None:
     """Write a client bundle: graph, tensors, preprocessing, weights and hashes, for clients without PyTorch.
@@ -52,15 +55,13 @@ def export_command(
     Such a client runs 'python -m baffle.client.edge BUNDLE DATA.npz'. A run's bundle has its averaged weights.
     """
     require_choice("to", to, ["onnx"])
-    flags: dict[str, object] = {k: v for k, v in locals().items() if k in TrainConfig.__struct_fields__}
-    flags["runtime"] = "ort"
-    given = {name: value for name, value in flags.items() if value is not None}
     from baffle.models import MODELS
 
+    chosen = {"model": model, "runtime": "ort"} | flags
     if model not in MODELS and Path(model).is_dir():
-        bundle = _of_run(model, given)
+        bundle = _of_run(model, chosen)
     else:
-        options = train_config(None, given)
+        options = train_config(None, chosen)
         train, _, test = splits(options)
         built, masks = model_of(options, train, vocabulary_of(train, test), train)
         bundle = bundle_of(options, built, train, masks)
