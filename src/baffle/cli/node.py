@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import socket
-import sys
 import threading
 from pathlib import Path
 from types import FrameType
@@ -79,6 +77,7 @@ def node_command(
     from baffle.deploy.client_model import Own, builder
     from baffle.deploy.flower.fleet import Fleet
     from baffle.deploy.flower.keys import read_key, secret_of
+    from baffle.deploy.logs import log_to_stderr
     from baffle.deploy.node import run_node
     from baffle.runtimes.onnx.bundle import Bundle
     from baffle.secure.masks import Identity
@@ -100,7 +99,7 @@ def node_command(
     )
     stop = threading.Event()
     _on_signal(stop)
-    _speak()
+    log_to_stderr()
     with Fleet(superlink, root_certificates, own_key) as fleet:
         run_node(fleet, participant, trusted=trusted, stop=stop)
 
@@ -148,11 +147,3 @@ def _on_signal(stop: threading.Event) -> None:
 
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, end)
-
-
-def _speak() -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    log = logging.getLogger("baffle")
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)

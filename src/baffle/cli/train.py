@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from baffle.cli.common import Json, RunPath, command_of, errors, print_json, warn_of_lost
+from baffle.cli.common import Json, RunPath, command_of, errors, warn_of_lost
 from baffle.cli.options import Flag, with_flags
+from baffle.cli.progress import print_summary, resumable, show_progress, write_events
 from baffle.core.method import Method
 from baffle.core.optim import Cosine
-from baffle.report.events import EventLog
 from baffle.runfolder.journal import Journal
 from baffle.runfolder.metrics import Record
 from baffle.runtimes.evaluation_plan import EvaluationPlan
@@ -50,6 +45,8 @@ def train_command(
 
     Simulates the clients in this process and writes a run folder that can be resumed and replayed. With
     --backprop it trains the same by true gradients, for comparison; that run can only be reported and compared.
+
+    Ctrl-C (exit code 130) and SIGTERM (143) end it; the rounds so far are saved and 'baffle resume' continues them.
     """
     options = train_config(config, flags)
     method = options.method()
@@ -61,9 +58,9 @@ def train_command(
     command = msgspec.to_builtins(options) | places
     plan = "" if setup.choice is None or not setup.choice.rates else f"plan: {setup.choice}"
     with (
-        _progress(options.rounds, [], plan) as progress,
-        _events(path, tensorboard, progress) as tell,
-        _can_go_on(path),
+        show_progress(options.rounds, [], plan) as progress,
+        write_events(path, tensorboard, progress) as tell,
+        resumable(path),
     ):
         run = _run(options, method, setup, path, command, tell)
     print_summary(run.summary(), json_output)
@@ -85,9 +82,9 @@ def resume_command(
     if rounds is not None and isinstance(schedule, Cosine) and rounds > schedule.rounds:
         errors.print(f"note: the cosine schedule ended with round {schedule.rounds}; lr stays {schedule.final:g} x lr")
     with (
-        _progress(rounds or journal.config.rounds, journal.records) as progress,
-        _events(run, tensorboard, progress) as tell,
-        _can_go_on(run),
+        show_progress(rounds or journal.config.rounds, journal.records) as progress,
+        write_events(run, tensorboard, progress) as tell,
+        resumable(run),
     ):
         done = resume(
             run,
@@ -144,82 +141,3 @@ def _run(
         progress=progress,
         command=command,
     )
-
-
-@contextmanager
-def _events(run: Path, wanted: bool, progress: Callable[[Record], None]) -> Iterator[Callable[[Record], None]]:
-    """Each round to the event files, too, if they are wanted."""
-    with EventLog(run / "events" if wanted else None, run) as events:
-
-        def tell(record: Record) -> None:
-            events.add(record)
-            progress(record)
-
-        yield tell
-
-
-@contextmanager
-def _can_go_on(path: Path) -> Iterator[None]:
-    """After Ctrl-C, say that nothing is lost where that is so."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if (path / "rows.bin").exists():
-            told = f"stopped; the rounds so far are saved: continue with 'baffle resume {path}'"
-            errors.print(told, highlight=False, markup=False, soft_wrap=True)
-        raise
-
-
-@contextmanager
-def _progress(total: int, done: Sequence[Record], first: str = "") -> Iterator[Callable[[Record], None]]:
-    """A progress bar on a terminal's stderr; elsewhere a line every tenth of the way. Begins with ``first``."""
-    passes, sent = (sum(getattr(r, name) or 0 for r in done) for name in ("forward_passes", "bytes_up"))
-    shown = ""
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[info]}"),
-        TimeRemainingColumn(),
-        console=errors,
-        disable=not errors.is_terminal,
-    )
-    with bar:
-        line = bar.add_task("train", total=total, completed=len(done), info="")
-
-        def advance(record: Record) -> None:
-            nonlocal passes, sent, shown, first
-            if first:
-                errors.print(first, soft_wrap=True, highlight=False)
-                first = ""
-            passes += record.forward_passes or 0
-            sent += record.bytes_up or 0
-            if record.loss is not None:
-                accuracy = "" if record.accuracy is None else f"accuracy {record.accuracy:.3f} "
-                shown = f"loss {record.loss:.3f} {accuracy}"
-            if record.restores is not None:
-                seen = "its weights came near overflow" if record.loss is None else f"loss {record.loss:.3g}"
-                errors.print(
-                    f"note: round {record.round}: training diverged ({seen}): back to the weights after round "
-                    f"{record.restores}",
-                    soft_wrap=True,
-                    highlight=False,
-                )
-            info = f"{shown} {passes:,} passes  {sent / 1e6:.2f} MB up"
-            bar.update(line, completed=record.round, info=info)
-            if not errors.is_terminal and record.round % max(1, total // 10) == 0:
-                print(f"round {record.round}/{total}  {info}", file=sys.stderr, flush=True)
-
-        yield advance
-
-
-def print_summary(summary: Mapping[str, str | int | float | None], json_output: bool) -> None:
-    """The totals of a run that is done: a table, or one line of JSON."""
-    if json_output:
-        print_json(summary)
-        return
-    table = Table(title="run", show_header=False)
-    for name, value in summary.items():
-        text = f"{value:.4f}" if isinstance(value, float) and name in ("accuracy", "loss") else str(value)
-        table.add_row(name, f"{value:,}" if type(value) is int else text)
-    Console().print(table)

@@ -21,8 +21,8 @@ import typer
 
 from baffle.cli.common import Json, errors
 from baffle.cli.node import need_flower
+from baffle.cli.progress import print_summary
 from baffle.cli.status import show_live
-from baffle.cli.train import print_summary
 from baffle.core.checks import require_positive
 from baffle.data import Dataset
 from baffle.errors import FederationError, JournalError, OptionError, require_choice

@@ -6,9 +6,7 @@ The app in ``apps/`` is a few lines that call these two; its run configuration i
 from __future__ import annotations
 
 import logging
-import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from flwr.serverapp import Grid
 
 from baffle.deploy.app_config import AppConfig, app_config, options_of
 from baffle.deploy.flower.grid import quick
+from baffle.deploy.logs import log_to_stderr
 from baffle.engines.remote.engine import RemoteEngine
 from baffle.engines.remote.flower import GridTransport
 from baffle.errors import OptionError
@@ -38,7 +37,7 @@ _log = logging.getLogger("baffle")
 
 def serve(grid: Grid, context: Context) -> Run:
     """The whole ServerApp: assemble, wait for clients, train or continue, write the run folder."""
-    _speak()
+    log_to_stderr("baffle")
     config = app_config(context.run_config)
     options = options_of(config)
     out = Path(config.out) if config.out else None
@@ -104,15 +103,6 @@ def _drop_unbegun(out: Path) -> None:
     """A run folder without a round and without clients was made and never begun: begin anew."""
     if out.exists() and not read_members(out) and not Journal.open(out).rows:
         shutil.rmtree(out)
-
-
-def _speak() -> None:
-    """Log to stderr, which Flower carries to ``flwr log``."""
-    if not _log.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(asctime)s baffle %(message)s", "%H:%M:%S"))
-        _log.addHandler(handler)
-        _log.setLevel(os.environ.get("BAFFLE_LOG", "INFO").upper())
 
 
 _TOLD = ("model", "activation", "norm", "trainable", "runtime", "precision", "seed", "augment")
