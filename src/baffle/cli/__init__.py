@@ -17,13 +17,16 @@ except ImportError as error:
 
 from baffle.cli.calibrate import calibrate_command
 from baffle.cli.common import errors
-from baffle.cli.data import data_command, models_command
+from baffle.cli.data import data_command
+from baffle.cli.evaluate import evaluate_command
 from baffle.cli.export import export_command
+from baffle.cli.models import models_command
 from baffle.cli.node import app_command, node_command
+from baffle.cli.replay import replay_command
 from baffle.cli.report import compare_command, report_command
-from baffle.cli.runs import evaluate_command, replay_command
+from baffle.cli.resume import resume_command
 from baffle.cli.status import status_command
-from baffle.cli.train import resume_command, train_command
+from baffle.cli.train import train_command
 from baffle.cli.up import up_command
 
 app = typer.Typer(

@@ -1,4 +1,4 @@
-"""``baffle replay`` and ``baffle evaluate``: what a run folder tells."""
+"""``baffle replay``: weights rebuilt from the journal alone."""
 
 from __future__ import annotations
 
@@ -7,18 +7,13 @@ from contextlib import contextmanager
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
-from baffle.cli.common import Json, RunPath, command_of, errors, print_json, require_rounds
+from baffle.cli.common import Json, RunPath, errors, print_json, require_rounds
 from baffle.core.method import weights_sha256
 from baffle.core.rebuild import Execution
 from baffle.errors import CorruptRunError, OptionError
 from baffle.runfolder.journal import Journal
-from baffle.runtimes.evaluation_plan import EvaluationPlan
-from baffle.training.build import assemble, evaluated_as
-from baffle.training.result import evaluate
 
 
 def replay_command(
@@ -52,30 +47,6 @@ def replay_command(
         print_json({"run": str(run), "round": wanted, "weights_sha256": digest})
     else:
         print(digest)
-
-
-def evaluate_command(run: RunPath, json_output: Json = False) -> None:
-    """Loss and accuracy of a run's weights on its test data: the average, and the raw weights."""
-    journal = Journal.open(run)
-    require_rounds(journal, whole=True)
-    setup = assemble(evaluated_as(command_of(journal), EvaluationPlan.of(journal.config.plan)))
-    state = journal.state()
-    average, raw = (evaluate(setup.engine, w, setup.test) for w in (state.average, state.weights))
-    result = {
-        "run": str(run),
-        "round": state.round - 1,
-        "loss": average[0],
-        "accuracy": average[1],
-        "raw_loss": raw[0],
-        "raw_accuracy": raw[1],
-    }
-    if json_output:
-        print_json(result)
-        return
-    table = Table("", "loss", "accuracy", title=f"{run}, round {state.round - 1}")
-    table.add_row("averaged weights", f"{average[0]:.4f}", f"{average[1]:.4f}")
-    table.add_row("raw weights", f"{raw[0]:.4f}", f"{raw[1]:.4f}")
-    Console().print(table)
 
 
 @contextmanager
