@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import baffle as bf
-from baffle.core.method import weights_sha256
+from baffle.core.state import weights_sha256
 from baffle.deploy.federation import Federation
 from baffle.deploy.flower.app_bundle import app_folder
 from baffle.runfolder.clients import RoundLog, read_members, read_rounds

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 import baffle as bf
 from baffle.client.participant import Participant
-from baffle.core.method import State
+from baffle.core.state import State
 from baffle.core.types import Task
 from baffle.engines import Exchange
 from baffle.engines.remote import engine as remote

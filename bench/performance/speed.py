@@ -16,7 +16,7 @@ import torch
 from rich.progress import Progress
 
 from baffle.core.cores import cores
-from baffle.core.method import State
+from baffle.core.state import State
 from baffle.core.types import Sharing, Task
 from baffle.data import Dataset, partition
 from baffle.engines.local import LocalEngine

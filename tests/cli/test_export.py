@@ -102,7 +102,7 @@ def test_the_bundle_of_a_run_has_its_model_and_its_averaged_weights(tmp_path: Pa
     assert bundle.manifest.table == journal.config.table
     assert bundle.manifest.frozen == journal.config.plan.get("frozen", "")
     state = journal.state()
-    assert (bundle.initial == state.average).all()
+    assert (bundle.initial == state.ema_weights).all()
     assert (bundle.initial != state.weights).any()
     _, test = bf.load("digits")
     found = bf.OrtRuntime(bundle, 1).evaluate(bundle.initial, test)
@@ -112,7 +112,7 @@ def test_the_bundle_of_a_run_has_its_model_and_its_averaged_weights(tmp_path: Pa
 def test_a_runs_model_is_frozen_or_pruned_further_on_export(tmp_path: Path, base: Path) -> None:
     told = last_json(invoke(tmp_path, "export", base, "--precision", "int8", "--trainable", "head", "--json"))
     assert told["parameters"] == 130
-    bundle, average = bf.Bundle.load(tmp_path / "client.zip"), bf.Journal.open(base).state().average
+    bundle, average = bf.Bundle.load(tmp_path / "client.zip"), bf.Journal.open(base).state().ema_weights
     assert (bundle.initial == average[-130:]).all()
     assert invoke(tmp_path, *TRAIN_TINY, "--prune", "0.5").code == 0
     assert invoke(tmp_path, "export", "run", "--prune", "0.8").code == 0

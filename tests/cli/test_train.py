@@ -151,7 +151,7 @@ def test_a_huge_learning_rate_ends_in_order(tmp_path: Path, name: str) -> None:
     assert rollbacks == 0 or "off" not in HUGE[name]
     assert journal.damage is None
     assert np.isfinite(journal.state().weights).all()
-    assert np.isfinite(journal.state().average).all()
+    assert np.isfinite(journal.state().ema_weights).all()
     digest = metrics(run)[-1]["weights_sha256"]
     assert invoke(tmp_path, "replay", "run").out.split() == [digest]
     if outcome.code == 0:

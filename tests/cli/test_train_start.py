@@ -28,7 +28,7 @@ def initial(run: Path) -> dict[str, Any]:
 def test_a_run_starts_from_the_average_of_another(tmp_path: Path, base: Path) -> None:
     assert invoke(tmp_path, *TRAIN_TINY, "--start", base).code == 0
     journal = bf.Journal.open(base)
-    average = journal.state().average
+    average = journal.state().ema_weights
     assert (average != journal.state().weights).any()
     for spec in journal.config.table:
         assert (initial(tmp_path / "run")[spec.name].reshape(-1) == average[spec.slice]).all()

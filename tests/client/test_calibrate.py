@@ -30,8 +30,9 @@ from baffle.client.calibrate import (
 )
 from baffle.client.respond import finite_differences, perturbations
 from baffle.core.directions import Directions
-from baffle.core.method import FIRST_SIGMA, State
+from baffle.core.method import FIRST_SIGMA
 from baffle.core.quantize import lattice_steps, on_lattice, row_scales
+from baffle.core.state import State
 from baffle.core.types import Difference, Family, Row, Task, Weights
 from baffle.data import Dataset
 from baffle.engines import Exchange

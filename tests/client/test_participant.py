@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import baffle as bf
 from baffle.client.calibrate import LADDER
 from baffle.client.participant import Memory, Participant, catch_up
-from baffle.core.method import State, state_sha256
+from baffle.core.state import State, state_sha256
 from baffle.core.types import Task
 from baffle.errors import DataError, ModelError, ReplyError
 from baffle.protocol.encoding import decode_row, encode_message

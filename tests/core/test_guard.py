@@ -51,7 +51,7 @@ def seen(guard: Guard, *losses: float | None) -> list[tuple[bool, int]]:
     watch, told = guard.watch(), list[tuple[bool, int]]()
     for i, loss in enumerate(losses):
         watch = watch.see(10 * i, loss)
-        told.append((watch.diverged, watch.good))
+        told.append((watch.diverged, watch.best_round))
         if watch.diverged:
             watch = watch.restored()
     return told
@@ -141,7 +141,7 @@ def test_a_return_is_to_the_very_state(wild: bf.Run) -> None:
         assert (states[at].weights == states[to].weights).all()
         assert states[at].step == states[to].step
         assert all((states[at].slots[n] == states[to].slots[n]).all() for n in states[to].slots)
-        assert (states[at].average == states[to].average).all()
+        assert (states[at].ema_weights == states[to].ema_weights).all()
         assert not row.applied
         assert row.scalars == then.scalars
         assert row.state_sha256 == then.state_sha256

@@ -13,9 +13,10 @@ import pytest
 import baffle as bf
 from baffle.client.respond import local_update, reply
 from baffle.core.directions import Directions
-from baffle.core.method import Method, State, quantum_for, replay, state_sha256, weights_sha256
+from baffle.core.method import Method, examples_per_weight, replay
 from baffle.core.rebuild import Execution
 from baffle.core.scalars import Encoded, weight_of
+from baffle.core.state import State, state_sha256, weights_sha256
 from baffle.core.types import (
     MAX_WEIGHT,
     MAX_WEIGHT_SUM,
@@ -86,7 +87,7 @@ def test_replay_is_absorb_bit_for_bit(sharing: str, family: str, optimizer: bf.a
         for execution in (Execution(), Execution(threads=2, block=3), Execution(slow=True)):
             again = replay(state, TABLE, row, execution)
             assert state_sha256(again) == state_sha256(after) == row.state_sha256
-            assert again.average.tobytes() == after.average.tobytes()
+            assert again.ema_weights.tobytes() == after.ema_weights.tobytes()
         assert row.weights_sha256 == weights_sha256(after.weights)
         assert not np.array_equal(after.weights, state.weights)
         last, state = row, after
@@ -96,7 +97,7 @@ def test_sgd_round_by_hand() -> None:
     table = make_table({"b": (2,)})
     method = Method(num_directions=1, family="rademacher", optimizer=bf.sgd(0.5), ema=0.0)
     state = method.init(np.array([1, 1], np.float32))
-    state = State(1, 0, state.weights, state.slots, state.average)
+    state = State(1, 0, state.weights, state.slots, state.ema_weights)
     last = msgspec.structs.replace(calibrated(Method(num_directions=8), start(Method()))[0], applied=True)
     task, cohort = method.plan(state, table, (3, 1), 5, last)
     task = msgspec.structs.replace(task, exponent=-3)
@@ -137,7 +138,7 @@ def test_participants_are_sampled_by_round() -> None:
     state = start(method)
     cohorts = []
     for r in range(200):
-        _, cohort = method.plan(State(r, 0, state.weights, state.slots, state.average), TABLE, SIZES, 5, None)
+        _, cohort = method.plan(State(r, 0, state.weights, state.slots, state.ema_weights), TABLE, SIZES, 5, None)
         assert len(cohort) == 2
         assert list(cohort) == sorted(cohort)
         cohorts.append(list(cohort))
@@ -149,7 +150,7 @@ def test_participants_are_sampled_by_round() -> None:
 @pytest.mark.parametrize("participants", [1, 10, 514, 515, 5000, MAX_WEIGHT_SUM])
 @pytest.mark.parametrize("largest", [1, 255, 256, 6000, 10**7])
 def test_weights_always_fit_their_four_bytes(participants: int, largest: int) -> None:
-    quantum = quantum_for(largest, participants)
+    quantum = examples_per_weight(largest, participants)
     weight = max(1, (largest + quantum // 2) // quantum)
     assert weight <= MAX_WEIGHT
     assert weight * participants <= MAX_WEIGHT_SUM
@@ -160,7 +161,7 @@ def test_weights_always_fit_their_four_bytes(participants: int, largest: int) ->
 
 def test_too_many_participants_are_refused() -> None:
     with pytest.raises(PlanError, match="expected at most 131071"):
-        quantum_for(1, MAX_WEIGHT_SUM + 1)
+        examples_per_weight(1, MAX_WEIGHT_SUM + 1)
 
 
 def test_a_plan_that_cannot_be_exact_is_refused() -> None:

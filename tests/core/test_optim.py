@@ -19,8 +19,8 @@ from baffle.core.optim import (
     Decay,
     Optimizer,
     Sgd,
-    average,
-    average_decay,
+    ema_decay,
+    moving_average,
     update,
 )
 from baffle.core.types import Weights
@@ -99,7 +99,7 @@ def test_coefficients_are_float32_numbers(step: int) -> None:
     for optimizer in OPTIMIZERS:
         for value in optimizer.coefficients(step).values():
             assert value == float(np.float32(value))
-    assert average_decay(0.98, step) == float(np.float32(average_decay(0.98, step)))
+    assert ema_decay(0.98, step) == float(np.float32(ema_decay(0.98, step)))
 
 
 def test_schedules() -> None:
@@ -114,9 +114,9 @@ def test_schedules() -> None:
 
 
 def test_average_by_hand() -> None:
-    assert average(np.array([4.0], np.float32), np.array([8.0], np.float32), 0.75).tolist() == [5.0]
-    assert average_decay(0.98, 1) == pytest.approx(2 / 11)
-    assert average_decay(0.98, 10**4) == pytest.approx(0.98)
+    assert moving_average(np.array([4.0], np.float32), np.array([8.0], np.float32), 0.75).tolist() == [5.0]
+    assert ema_decay(0.98, 1) == pytest.approx(2 / 11)
+    assert ema_decay(0.98, 10**4) == pytest.approx(0.98)
 
 
 def test_clip_update_scales_to_the_max_norm() -> None:

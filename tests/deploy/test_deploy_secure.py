@@ -14,7 +14,7 @@ import pytest
 import baffle as bf
 import doomed_client
 from baffle.core.aggregate import nothing
-from baffle.core.method import State
+from baffle.core.state import State
 from baffle.core.types import Task
 from baffle.data import Dataset
 from baffle.engines import Exchange

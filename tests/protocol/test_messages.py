@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from baffle.client.calibrate import LADDER
-from baffle.core.method import State, state_sha256
+from baffle.core.state import State, state_sha256
 from baffle.core.types import Reply, make_table
 from baffle.errors import CorruptRunError, JournalError, ReplyError
 from baffle.protocol.messages import (
@@ -158,7 +158,7 @@ def test_states_survive_bit_for_bit(values: np.ndarray, round: int, step: int) -
     found = unpack_state(pack_state(state), 7)
     assert state_sha256(found) == state_sha256(state)
     assert (found.round, found.step, list(found.slots)) == (round, step, ["m", "v"])
-    assert found.average.tobytes() == found.weights.tobytes()
+    assert found.ema_weights.tobytes() == found.weights.tobytes()
 
 
 def test_the_rarest_numbers_survive() -> None:

@@ -17,14 +17,15 @@ from msgspec import inspect as schema
 
 from baffle.client.respond import finite_differences, local_update, perturbations
 from baffle.core import gaussian, optim
-from baffle.core.aggregate import FIRST_EXPONENT, calibrates, next_exponent, nothing
+from baffle.core.aggregate import FIRST_EXPONENT, measures_scale, next_exponent, nothing
 from baffle.core.directions import Directions
-from baffle.core.method import Method, State, quantum_for, replay, state_sha256, weights_sha256
+from baffle.core.method import Method, examples_per_weight, replay
 from baffle.core.philox import Purpose, philox, word3
 from baffle.core.quantize import MOST_CODES, lattice_steps, row_scales, unscale
 from baffle.core.quantize import encode as encode_rows
 from baffle.core.rebuild import FAST, estimate
 from baffle.core.scalars import Encoded, encode, weight_of
+from baffle.core.state import State, state_sha256, weights_sha256
 from baffle.core.types import (
     LIMIT,
     MAX_WEIGHT,
@@ -305,7 +306,7 @@ def check_weights(v: Vector) -> None:
     for case in v["weights"]:
         assert case["weight"] == weight_of(case["examples"], case["quantum"])
     for case in v["quanta"]:
-        assert case["quantum"] == quantum_for(case["largest"], case["participants"])
+        assert case["quantum"] == examples_per_weight(case["largest"], case["participants"])
 
 
 def check_messages(v: Vector) -> None:
@@ -338,10 +339,10 @@ def check_update(v: Vector) -> None:
 
 
 def check_average(v: Vector) -> None:
-    after = optim.average(from_bits(v["average"]), from_bits(v["weights"]), number(v["ema"]))
+    after = optim.moving_average(from_bits(v["average"]), from_bits(v["weights"]), number(v["ema"]))
     assert v["after"] == to_bits(after)
     for case in v["decays"]:
-        assert number(case["ema"]) == optim.average_decay(case["decay"], case["update"])
+        assert number(case["ema"]) == optim.ema_decay(case["decay"], case["update"])
 
 
 def check_pipe(v: Vector) -> None:
@@ -392,7 +393,7 @@ def check_local_step(v: Vector) -> None:
 
 def check_exponents(v: Vector) -> None:
     assert v["first"] == FIRST_EXPONENT == next_exponent(None)
-    assert calibrates(None)
+    assert measures_scale(None)
     for case in v["cases"]:
         row = make_row(
             case["integers"],
@@ -403,10 +404,10 @@ def check_exponents(v: Vector) -> None:
             participants=list(range(case["participants"])),
             **{name: case[name] for name in ("weight_sum", "clipped", "nonfinite")},
         )
-        assert (case["next"], case["calibrates"]) == (next_exponent(row), calibrates(row))
+        assert (case["next"], case["calibrates"]) == (next_exponent(row), measures_scale(row))
         applied = msgspec.structs.replace(row, applied=True)
-        assert not calibrates(applied)
-        assert not calibrates(msgspec.structs.replace(row, round=3))
+        assert not measures_scale(applied)
+        assert not measures_scale(msgspec.structs.replace(row, round=3))
 
 
 def draws(texts: Sequence[str]) -> Callable[[int], bytes]:

@@ -22,7 +22,7 @@ import pytest
 
 import baffle as bf
 from baffle.core.directions import Directions
-from baffle.core.method import quantum_for
+from baffle.core.method import examples_per_weight
 from baffle.core.scalars import weight_of
 from baffle.core.types import Family, Row, Sharing, Table, make_table, pack_int32, table_size
 from baffle.errors import CorruptRunError, DivergedError, JournalError, MissingExtraError, OptionError
@@ -223,7 +223,7 @@ WEIGHTS = (60, 30, 10)  # examples of three clients
 def make_rows(gradients: Sequence[Vector], family: Family, sharing: Sharing, rounds: int, noise: float) -> list[Row]:
     """Rows of clients whose losses are linear: scalar k is <gradient, direction k>, plus noise."""
     count, exponent, rng = 16, -10, np.random.default_rng(5)
-    asked = quantum_for(max(WEIGHTS), len(WEIGHTS))
+    asked = examples_per_weight(max(WEIGHTS), len(WEIGHTS))
     weights = [weight_of(size, asked) for size in WEIGHTS]
     rows = []
     for round in range(1, rounds + 1):

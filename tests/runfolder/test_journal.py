@@ -19,8 +19,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 import baffle as bf
-from baffle.core.method import State, replay, state_sha256, weights_sha256
+from baffle.core.method import replay
 from baffle.core.rebuild import Execution
+from baffle.core.state import State, state_sha256, weights_sha256
 from baffle.core.types import Family, Row, Sharing, Table
 from baffle.errors import CorruptRunError, JournalError, OptionError, PlanError, RunExistsError
 from baffle.protocol.encoding import decode_row
@@ -100,7 +101,7 @@ def test_a_run_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     assert last.weights_sha256.hex() == run.weights_sha256
     state = journal.state()
     assert state_sha256(state) == state_sha256(run.state)
-    for ours, theirs in ((state.weights, run.weights), (state.average, run.average)):
+    for ours, theirs in ((state.weights, run.weights), (state.ema_weights, run.average)):
         assert ours.tobytes() == theirs.tobytes()
     assert [decode_row(row).round for row in journal.rows] == list(range(ROUNDS + 1))
 
@@ -131,7 +132,7 @@ def test_the_folder_holds_what_the_documentation_says(whole: Path) -> None:
 def test_the_model_file_holds_the_average_by_name(whole: Path) -> None:
     tensors = load_file(whole / "model.safetensors")
     assert {name: t.shape for name, t in tensors.items()} == {"1.weight": (10, 64), "1.bias": (10,)}
-    average = bf.Journal.open(whole).state().average
+    average = bf.Journal.open(whole).state().ema_weights
     assert (np.concatenate([tensors["1.weight"].reshape(-1), tensors["1.bias"]]) == average).all()
 
 
@@ -531,7 +532,7 @@ def test_every_damaged_snapshot_is_skipped(run: Path, final: str) -> None:
             assert state.round == ROUNDS + 1
             assert state_sha256(state) == state_sha256(states[ROUNDS + 1])
             assert sorted(state.slots) == ["momentum"], (position, mask)
-            assert state.average.tobytes() == states[ROUNDS + 1].average.tobytes()
+            assert state.ema_weights.tobytes() == states[ROUNDS + 1].ema_weights.tobytes()
     for content in (b"", good[:4], good[:-1], b"\xff" * 64):
         newest.write_bytes(content)
         assert weights_sha256(bf.Journal.open(run).state().weights).hex() == final
@@ -877,7 +878,7 @@ def test_every_way_to_replay_gives_the_logged_weights(tmp_path: Path, name: str)
     for execution in EXECUTIONS:
         states = list(journal.states(execution))
         assert [weights_sha256(s.weights).hex() for s in states] == logged(journal.records)
-        assert states[-1].average.tobytes() == run.average.tobytes()
+        assert states[-1].ema_weights.tobytes() == run.average.tobytes()
         assert [s.round for s in states] == [1, 2, 3, 4, 5]
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from baffle.core.method import weights_sha256
+from baffle.core.state import weights_sha256
 from baffle.protocol.encoding import decode_row
 from baffle.runfolder.journal import Journal
 from helpers import invoke

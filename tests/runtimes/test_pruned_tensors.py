@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 import baffle as bf
 from baffle.core.directions import Directions
-from baffle.core.method import state_sha256
 from baffle.core.rebuild import Execution, combine, combine_slowly
+from baffle.core.state import state_sha256
 from baffle.core.types import Family, Integers, ParamSpec, Table, Weights, make_table
 from baffle.errors import CorruptRunError, ModelError, PlanError
 from baffle.models import build
@@ -247,7 +247,7 @@ def test_training_keeps_the_zeros_and_a_resumed_run_is_an_undisturbed_one(name: 
     assert np.array_equal(again.average, straight.average)
     states = list(bf.Journal.open(tmp_path / "run").states())
     assert state_sha256(states[-1]) == state_sha256(straight.state)
-    assert all(not state.weights[gone].any() and not state.average[gone].any() for state in states)
+    assert all(not state.weights[gone].any() and not state.ema_weights[gone].any() for state in states)
 
 
 def test_pruned_models_learn() -> None:

@@ -26,7 +26,8 @@ from hypothesis import strategies as st
 
 import baffle as bf
 from baffle.core.aggregate import SecureSum, next_exponent, nothing
-from baffle.core.method import State, replay
+from baffle.core.method import replay
+from baffle.core.state import State
 from baffle.core.types import LIMIT, Aggregate, Integers, Reply, Task, pack_int32
 from baffle.engines import Exchange
 from baffle.errors import OptionError, PlanError, ReplyError, SecureSumError

@@ -18,7 +18,7 @@ def evaluate_command(run: RunPath, json_output: Json = False) -> None:
     require_rounds(journal, whole=True)
     setup = assemble(evaluated_as(command_of(journal), EvaluationPlan.of(journal.config.plan)))
     state = journal.state()
-    average, raw = (evaluate(setup.engine, w, setup.test) for w in (state.average, state.weights))
+    average, raw = (evaluate(setup.engine, w, setup.test) for w in (state.ema_weights, state.weights))
     result = {
         "run": str(run),
         "round": state.round - 1,

@@ -10,8 +10,8 @@ import typer
 from rich.progress import Progress
 
 from baffle.cli.common import Json, RunPath, errors, print_json, require_rounds
-from baffle.core.method import weights_sha256
 from baffle.core.rebuild import Execution
+from baffle.core.state import weights_sha256
 from baffle.errors import CorruptRunError, OptionError
 from baffle.runfolder.journal import Journal
 

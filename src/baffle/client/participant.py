@@ -15,7 +15,8 @@ import msgspec
 
 from baffle.client.calibrate import EXAMPLES, calibrate
 from baffle.client.respond import check_task, draw, respond
-from baffle.core.method import State, replay, state_sha256
+from baffle.core.method import replay
+from baffle.core.state import State, state_sha256
 from baffle.core.types import Reply, Table, Task, Weights, table_size, unpack_int32
 from baffle.data import Dataset
 from baffle.errors import BaffleError, PlanError, ReplyError, SecureSumError
@@ -279,5 +280,5 @@ def catch_up(state: State, table: Table, rows: Sequence[bytes]) -> State | None:
         if row.round > state.round or row.restores is not None:
             return None
         after = replay(state, table, row)
-        state = replace(after, average=after.weights)
+        state = replace(after, ema_weights=after.weights)
     return state

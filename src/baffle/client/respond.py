@@ -26,8 +26,7 @@ from baffle.runtimes.perturb import Perturbations
 
 def perturbations(task: Task, table: Table, client: int, step: int = 0) -> Perturbations:
     """The passes that a task asks of a client at one local step."""
-    owner = 0 if task.sharing == "shared" else client + 1
-    directions = Directions(table, task.family, (task.key, task.round), owner, step)
+    directions = Directions.of(task, table, client, step)
     if task.difference == "forward":
         return Perturbations(directions, task.num_directions, (task.sigma,), baseline=True, lattice=task.lattice)
     return Perturbations(
@@ -66,7 +65,7 @@ def local_update(
     task: Task, table: Table, weights: Weights, encoded: Encoded, step: int, execution: Execution
 ) -> Weights:
     """One local step of plain SGD on the scalars as encoded, so that the sums describe every client's path."""
-    directions = Directions(table, task.family, (task.key, task.round), 0, step)
+    directions = Directions.of(task, table, 0, step)  # local steps need shared directions
     factor = directions.unit * 2.0**task.exponent / task.num_directions
     gradient = scaled(table, [(directions, encoded.integers)], factor, execution)
     with np.errstate(over="ignore", invalid="ignore"):  # losses that are not finite follow, and are counted

@@ -169,7 +169,7 @@ def next_exponent(last: Row | None, clip: float | None = None) -> int:
     return max(-60, min(60, widest, last.exponent + shift))
 
 
-def calibrates(last: Row | None) -> bool:
+def measures_scale(last: Row | None) -> bool:
     """Whether the next round only measures the scale: round 0 does, and a few more if it missed by far."""
     if last is None:
         return True

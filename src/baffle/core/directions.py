@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from baffle.core import gaussian
 from baffle.core.philox import BLOCK_BITS, U64, Key, Purpose, philox, streams, word3
-from baffle.core.types import Family, Table
+from baffle.core.types import Family, Row, Table, Task
 
 Signs = npt.NDArray[np.int8]
 Bytes = npt.NDArray[np.uint8]
@@ -69,6 +69,19 @@ class Directions:
     key: Key
     client: int = 0
     step: int = 0
+
+    @classmethod
+    def of(cls, round: Task | Row, table: Table, client: int, step: int = 0) -> Directions:
+        """The directions along which a client evaluates in one local step of a round.
+
+        Args:
+            round: the round's task or its row.
+            table: the trainable tensors.
+            client: the client's number, from 0; with shared directions it makes no difference.
+            step: local step, from 0.
+        """
+        owner = 0 if round.sharing == "shared" else client + 1
+        return cls(table, round.family, (round.key, round.round), owner, step)
 
     @property
     def unit(self) -> float:

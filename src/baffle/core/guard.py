@@ -28,7 +28,7 @@ class Guard(msgspec.Struct, frozen=True, tag="guard"):
         >>> watch = Guard(patience=2).watch()
         >>> for round, loss in [(0, 2.3), (10, 0.5), (20, 7.0), (30, 8.0)]:
         ...     watch = watch.see(round, loss)
-        >>> watch.diverged, watch.good
+        >>> watch.diverged, watch.best_round
         (True, 10)
     """
 
@@ -62,23 +62,23 @@ class Watch:
     first: float | None = None
     best: float = math.inf
     strikes: int = 0
-    good: int = -1
+    best_round: int = -1
     """Round of the best evaluation; without data, of the last."""
 
     def see(self, round: int, loss: float | None) -> Watch:
         """The watch after an evaluation; None: there is no data to evaluate on."""
         if loss is None:
-            return replace(self, good=round)
+            return replace(self, best_round=round)
         if self.first is None:
             finite = math.isfinite(loss)
-            return replace(self, first=loss if finite else None, best=loss, good=round)
+            return replace(self, first=loss if finite else None, best=loss, best_round=round)
         if not math.isfinite(loss):
             return replace(self, strikes=self.guard.patience)
         if loss > max(self.guard.factor * self.best, self.first):
             return replace(self, strikes=self.strikes + 1)
         if loss > self.best:
             return replace(self, strikes=0)
-        return replace(self, best=loss, strikes=0, good=round)
+        return replace(self, best=loss, strikes=0, best_round=round)
 
     def restored(self) -> Watch:
         """The watch after a return to the best state."""

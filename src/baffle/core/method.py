@@ -1,32 +1,58 @@
-"""The whole chain of one round: plan a task, absorb the replies, replay a row. Pure functions of a state.
+"""One round of training: plan, the clients' scalars, absorb, row, replay. Pure functions of a state.
 
-``plan`` -> clients -> ``absorb`` -> row. ``absorb`` takes every decision that is not element-wise and writes it
-into the row; ``replay`` applies a row and decides nothing, so that whoever has the rows has the same weights,
-bit for bit.
+BAFFLE (arXiv 2301.12195): client c evaluates its loss L_c at the weights W and at W + sigma d_k, for k = 1..K random
+directions, and returns K scalars s_k = (L_c(W + sigma d_k) - L_c(W)) / sigma. The server averages the scalars over
+the clients and rebuilds the gradient estimate g = 1/K sum_k s_k d_k (eq. 5). In code, for two clients with one
+example each and three weights (round 0 only measures the scale on which scalars are encoded):
+
+    >>> from baffle.client.respond import reply
+    >>> from baffle.core.optim import Sgd
+    >>> from baffle.core.scalars import encode
+    >>> from baffle.core.types import make_table
+    >>> targets, table = np.array([[1, -1, 2], [3, -1, 0]]), make_table({"w": (3,)})
+    >>> method = Method(num_directions=4, family="rademacher", sigma=2**-10, optimizer=Sgd(lr=0.1), ema=0)
+    >>> state, last = method.init(np.zeros(3, np.float32)), None
+    >>> for _ in range(60):
+    ...     task, cohort = method.plan(state, table, sizes=(1, 1), key=7, last=last)  # server
+    ...     replies = []
+    ...     for client, weight in cohort.items():  # on the client: forward passes only
+    ...         loss = lambda w: ((w - targets[client]) ** 2).sum()
+    ...         directions = Directions.of(task, table, client).entries(0, slice(0, task.num_directions))
+    ...         s = [(loss(state.weights + task.sigma * d) - loss(state.weights)) / task.sigma for d in directions]
+    ...         replies.append(reply(task, client, weight, [encode(task, np.array(s))]))
+    ...     row, after = method.absorb(state, table, task, cohort, replies, last)  # server: sum, rebuild g, step
+    ...     assert state_sha256(replay(state, table, row)) == row.state_sha256  # anyone: the same bits, from the row
+    ...     state, last = after, row
+    >>> state.weights.round(2).tolist()  # the mean of the targets minimises the mean loss
+    [2.0, -1.0, 1.0]
+
+``absorb`` takes every decision that is not element-wise and records it in the row. ``replay`` applies a row and
+decides nothing, so everyone who has the rows gets the same weights, bit for bit.
 """
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal, TypeAlias
 
 import msgspec
 import numpy as np
 
 from baffle.core import optim
-from baffle.core.aggregate import SecureSum, WeightedSum, calibrates, next_exponent
-from baffle.core.checks import keep_floats, require_between, require_count, require_positive
+from baffle.core.aggregate import SecureSum, WeightedSum, measures_scale, next_exponent
+from baffle.core.checks import keep_floats
 from baffle.core.directions import Directions
 from baffle.core.guard import Guard
-from baffle.core.optim import Adam, ClipUpdate, Optimizer, Sgd, Slots
-from baffle.core.philox import Purpose, generator
-from baffle.core.quantize import MOST_CODES, unscale
+from baffle.core.method_checks import check_combinations, check_fields
+from baffle.core.optim import Adam, ClipUpdate, Optimizer
+from baffle.core.philox import Key, Purpose, generator
+from baffle.core.quantize import unscale
 from baffle.core.rebuild import FAST, Execution, check_exact, estimate
 from baffle.core.scalars import ClipScalars, weight_of
+from baffle.core.state import State, descend, state_sha256, weights_sha256
 from baffle.core.types import (
     MAX_WEIGHT,
     MAX_WEIGHT_SUM,
@@ -42,47 +68,47 @@ from baffle.core.types import (
     Weights,
     pack_int32,
 )
-from baffle.errors import DivergedError, OptionError, PlanError, require_choice
+from baffle.errors import DivergedError, PlanError
 
 FIRST_SIGMA = 1e-3
-"""Sigma where none was given or measured."""
+"""Sigma of a task before one was set or measured."""
 
-
-@dataclass(frozen=True, eq=False)
-class State:
-    """Where training stands: replay state (weights, slots, step), the evaluation average, the next round."""
-
-    round: int
-    step: int
-    weights: Weights
-    slots: Slots
-    average: Weights
-
-
-Good: TypeAlias = tuple[Row, State]
-"""A round's row and the state after it, to return to."""
+Checkpoint: TypeAlias = tuple[Row, State]
+"""A round's row and the state after it, to return to if the run diverges."""
 
 
 class Method(msgspec.Struct, frozen=True, kw_only=True):
-    """What is done in a round. See ``docs/design.md`` for how to choose.
+    """What is done in a round. ``docs/design.md`` says how to choose.
 
-    * ``num_directions``: K, the numbers that each client returns.
-    * ``family``: ``rank1``, ``rademacher`` or ``gaussian`` directions.
-    * ``sharing``: all clients share K directions (their scalars can be summed), or each has its own.
-    * ``difference``: ``forward`` (K + 1 passes) or ``central`` (2 K passes).
-    * ``sigma``: step of the finite difference; ``auto``: what clients measure to be best before round 0.
-    * ``lattice``: perturb matrices on the int8 lattice by so many codes, 1 to 8 (signs only);
-      0: in float, by sigma.
-    * ``batch_size``: examples of a client's mini-batch; None: all it has.
-    * ``participation``: share of the clients that take part in a round.
-    * ``local_steps``, ``local_lr``: SGD steps on the client before it replies, and their learning rate; with
-      plain ``sgd`` on the server the default lr / local_steps is federated averaging (FedAvg).
-    * ``client``, ``server``: clipping of scalars, of the estimate.
-    * ``aggregate``: ``weighted_sum()``, or ``secure_sum()``: the server learns the sum alone.
-    * ``ema``: decay of the average of the weights that is evaluated.
-    * ``guard``: what to do when the run diverges; None: nothing, but NaN and infinity stop it.
+    Attributes:
+        num_directions: K, the number of scalars that each client returns per local step.
+        family: distribution of the random directions: ``rank1``, ``rademacher`` or ``gaussian``
+            (:mod:`baffle.core.directions`).
+        sharing: ``shared``: all clients use the same K directions, so that their scalars can be summed.
+            ``per-client``: each client has K directions of its own.
+        difference: finite-difference scheme, ``forward`` (K + 1 passes) or ``central`` (2 K passes).
+        sigma: step of the finite difference; ``auto``: the clients measure the best one before round 0.
+        lattice: perturb matrices on the int8 lattice by 1 to 8 codes (sign directions only); 0: in float, by sigma.
+        batch_size: examples in a client's mini-batch; None: all that the client has.
+        participation: share of the clients that take part in a round.
+        local_steps: SGD steps that a client takes before it replies. With plain ``sgd`` on the server and the default
+            ``local_lr`` this is federated averaging (FedAvg).
+        local_lr: learning rate of the local steps; None: the server's lr / local_steps.
+        client: clipping of each scalar, on the client.
+        server: clipping of the gradient estimate, on the server.
+        aggregate: ``weighted_sum()``, or ``secure_sum()``: the server learns only the sum over clients (secure
+            aggregation).
+        optimizer: the server's optimizer, with its learning-rate schedule.
+        ema: decay of the exponential moving average of the weights, which is what gets evaluated.
+        guard: what to do when the run diverges; None: continue, but stop at NaN and infinity.
+
+    Raises:
+        OptionError: an option is out of range or unknown.
+        PlanError: two options contradict each other.
 
     Examples:
+        >>> Method(num_directions=200, optimizer=Adam(lr=0.003)).sharing
+        'shared'
         >>> Method(num_directions=0)
         Traceback (most recent call last):
         baffle.errors.OptionError: num_directions = 0: expected an integer >= 1 and <= 1048576
@@ -107,64 +133,55 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         keep_floats(self)
-        require_count("num_directions", self.num_directions, 1, 2**20)
-        require_choice("family", self.family, ["rank1", "rademacher", "gaussian"])
-        require_choice("sharing", self.sharing, ["shared", "per-client"])
-        require_choice("difference", self.difference, ["forward", "central"])
-        if self.sigma != "auto":
-            require_positive("sigma", self.sigma)
-        require_count("lattice", self.lattice, 0, MOST_CODES)
-        if self.batch_size is not None:
-            require_count("batch_size", self.batch_size)
-        require_between("participation", self.participation, 0, 1)
-        if self.participation == 0:
-            raise OptionError("participation", self.participation, "a share of the clients > 0")
-        require_count("local_steps", self.local_steps, 1, 2**20)
-        if self.local_lr is not None:
-            require_positive("local_lr", self.local_lr)
-        require_between("ema", self.ema, 0, 1, open_high=True)
-        for field in ("client", "server"):  # lists are welcome, tuples are kept
+        check_fields(self)
+        for field in ("client", "server"):  # a list is accepted, but would make the method unhashable
             msgspec.structs.force_setattr(self, field, tuple(getattr(self, field)))
-        if self.local_steps > 1 and self.sharing == "per-client":
-            raise PlanError("local_steps > 1 with sharing = 'per-client': local steps need directions shared by step")
-        if isinstance(self.aggregate, SecureSum) and self.sharing == "per-client":
-            raise PlanError("secure_sum with sharing = 'per-client': scalars along different directions have no sum")
-        if self.lattice and (self.family == "gaussian" or self.local_steps > 1):
-            raise PlanError(
-                f"lattice = {self.lattice} with family {self.family!r}, local_steps = {self.local_steps}: expected "
-                "rank1 or rademacher, and 1: codes move by whole steps"
-            )
-        if self.local_steps > 1 and self.local_lr is None and not _is_plain(self.optimizer):
-            raise PlanError(
-                f"local_steps = {self.local_steps} with optimizer {self.optimizer.name!r}: expected local_lr, the "
-                "learning rate of the clients' own steps (only plain sgd has a default)"
-            )
+        check_combinations(self)
 
     def init(self, weights: Weights) -> State:
-        """The state before round 0."""
+        """The state before round 0.
+
+        Args:
+            weights: initial trainable parameters, float32[n].
+
+        Raises:
+            DivergedError: a weight is NaN or infinite.
+        """
         start = np.array(weights, np.float32)
         if not np.isfinite(start).all():
             raise DivergedError("initial weights: found NaN or infinity: expected finite numbers")
         return State(0, 0, start, self.optimizer.init(start.size), start)
 
     def plan(self, state: State, table: Table, sizes: Sequence[int], key: int, last: Row | None) -> tuple[Task, Cohort]:
-        """The next round's task, and its participants with their weights, for clients with ``sizes`` examples.
+        """The next round's task, and its participants with their integer weights.
 
-        With sigma "auto" it is the last row's; the first task is to be given one that was measured.
+        With sigma "auto" the task repeats the last row's sigma; before round 0 the caller has to replace
+        ``FIRST_SIGMA`` in the task by a measured one.
+
+        Args:
+            state: the state that the round starts from.
+            table: the trainable tensors.
+            sizes: number of examples of each client.
+            key: the run key, an unsigned 64-bit integer.
+            last: the previous round's row; None before round 0.
+
+        Raises:
+            PlanError: the sums of some round could be inexact, or a secure sum would be too small to hide anyone.
         """
-        measured = FIRST_SIGMA if last is None else last.sigma
-        count = max(1, round(self.participation * len(sizes)))
-        quantum = quantum_for(max(sizes), count)
-        cohort = {c: weight_of(sizes[c], quantum) for c in _choose((key, state.round), len(sizes), count)}
-        largest = heapq.nlargest(count, sizes)
-        heaviest = sum(weight_of(size, quantum) for size in largest)  # of any round: refuse at once
-        directions = Directions(table, self.family, (key, state.round))
-        check_exact(directions, self.num_directions, self.local_steps, heaviest)
-        following: list[int] = []
+        participants = max(1, round(self.participation * len(sizes)))
+        unit = examples_per_weight(max(sizes), participants)
+        cohort = {c: weight_of(sizes[c], unit) for c in _choose((key, state.round), len(sizes), participants)}
+        # the heaviest cohort that could ever be drawn: refuse before round 0, not in the middle of a run
+        heaviest = sum(weight_of(size, unit) for size in heapq.nlargest(participants, sizes))
+        check_exact(Directions(table, self.family, (key, state.round)), self.num_directions, self.local_steps, heaviest)
+        neighbours, next_cohort = 0, list[int]()
         if isinstance(self.aggregate, SecureSum):
-            self.aggregate.check(self.num_directions * self.local_steps, count)
-            following = _choose((key, state.round + 1), len(sizes), count)
-        clip = min((c.limit for c in self.client), default=None) if not calibrates(last) else None
+            self.aggregate.check(self.num_directions * self.local_steps, participants)
+            neighbours = self.aggregate.neighbours
+            next_cohort = _choose((key, state.round + 1), len(sizes), participants)
+        # while the scale is measured nothing is clipped but by the range, so that the scalars' true size is seen
+        clip = None if measures_scale(last) else min((c.limit for c in self.client), default=None)
+        previous = FIRST_SIGMA if last is None else last.sigma
         task = Task(
             round=state.round,
             key=key,
@@ -172,16 +189,16 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
             sharing=self.sharing,
             difference=self.difference,
             num_directions=self.num_directions,
-            sigma=measured if self.sigma == "auto" else self.sigma,
+            sigma=previous if self.sigma == "auto" else self.sigma,
             lattice=self.lattice,
             exponent=next_exponent(last, clip),
             clip=clip,
             batch_size=self.batch_size,
             local_steps=self.local_steps,
             local_lr=self._local_lr(state.step + 1, self._lr_scale(last)),
-            quantum=quantum,
-            secure=self.aggregate.neighbours if isinstance(self.aggregate, SecureSum) else 0,
-            next_cohort=tuple(following),
+            quantum=unit,
+            secure=neighbours,
+            next_cohort=tuple(next_cohort),
             state_sha256=state_sha256(state) if last is None else last.state_sha256,
         )
         return task, cohort
@@ -195,22 +212,59 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
         replies: Sequence[Reply] | Aggregate,
         last: Row | None,
         execution: Execution = FAST,
-        good: Callable[[], Good] | None = None,
+        checkpoint: Callable[[], Checkpoint] | None = None,
     ) -> tuple[Row, State]:
-        """Aggregate the replies, decide every number of the update, apply it: the row and the new state.
+        """Aggregate the replies, decide every number of the update, apply it: the row and the state after it.
 
-        A secure sum comes as one ``Aggregate``.
+        Args:
+            state: the state that the round started from.
+            table: the trainable tensors.
+            task: what the clients were asked, from :meth:`plan`.
+            cohort: the participants and their weights, from :meth:`plan`.
+            replies: one reply per client, in any order; a secure sum comes as one ``Aggregate``.
+            last: the previous round's row; None in round 0.
+            execution: how to compute the rebuild; no choice changes a bit of the result.
+            checkpoint: loads the round to return to if the update would bring weights near overflow.
 
-        An update that would bring weights near overflow is not applied: the row then returns to ``good``.
-        Raises ReplyError if a reply does not fit, DivergedError if there is no ``good`` to return to.
+        Raises:
+            ReplyError: a reply does not fit the task.
+            DivergedError: the update would bring weights near overflow, and there is no checkpoint to return to.
         """
         total = self.aggregate.combine(task, cohort, replies)
+        row = self._row(state, task, total, last)
+        gradient = _gradient(table, row, state, execution)
+        row = msgspec.structs.replace(row, clip_factor=min((c.factor(gradient) for c in self.server), default=1.0))
+        try:
+            after = _step(state, row, gradient, math.inf if self.guard is None else self.guard.largest)
+        except DivergedError:
+            if self.guard is None or checkpoint is None:
+                raise
+            return self.restore(row, checkpoint())
+        row = msgspec.structs.replace(
+            row, weights_sha256=weights_sha256(after.weights), state_sha256=state_sha256(after)
+        )
+        return row, after
+
+    def restore(self, row: Row, checkpoint: Checkpoint) -> tuple[Row, State]:
+        """Return to a checkpoint in place of a round: the row and state that replace ``row`` and what it led to.
+
+        The new row repeats the checkpoint's row, including its scalars, so that the scale of the next scalars
+        is again what it was then.
+        """
+        then, state = checkpoint
+        row = msgspec.structs.replace(
+            then, round=row.round, applied=False, restores=state.round - 1, rollbacks=row.rollbacks + 1
+        )
+        return row, replace(state, round=row.round + 1)
+
+    def _row(self, state: State, task: Task, total: Aggregate, last: Row | None) -> Row:
+        """The row of a round, but for what depends on the gradient estimate: clip factor and hashes."""
         step = state.step + 1
         scalars = task.num_directions * task.local_steps * len(total.participants)
-        row = Row(
+        return Row(
             round=task.round,
             key=task.key,
-            applied=not calibrates(last) and total.nonfinite < scalars,
+            applied=not measures_scale(last) and total.nonfinite < scalars,
             restores=None,
             rollbacks=0 if last is None else last.rollbacks,
             family=task.family,
@@ -229,36 +283,13 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
             clip_factor=1.0,
             optimizer=self.optimizer.name,
             coefficients=self.optimizer.coefficients(step, self._lr_scale(last)),
-            ema=optim.average_decay(self.ema, step),
+            ema=optim.ema_decay(self.ema, step),
             weights_sha256=b"",
             state_sha256=b"",
         )
-        gradient = _gradient(table, row, state, execution)
-        factor = min((clip.factor(gradient) for clip in self.server), default=1.0)
-        row = msgspec.structs.replace(row, clip_factor=factor)
-        try:
-            after = _step(state, row, gradient, math.inf if self.guard is None else self.guard.largest)
-        except DivergedError:
-            if self.guard is None or good is None:
-                raise
-            return self.restore(row, good())
-        row = msgspec.structs.replace(
-            row, weights_sha256=weights_sha256(after.weights), state_sha256=state_sha256(after)
-        )
-        return row, after
-
-    def restore(self, row: Row, good: Good) -> tuple[Row, State]:
-        """Instead of ``row``, return to a good round: its own row again, in this round's place.
-
-        With it come that round's scalars, so that the scale of the next ones is what it was.
-        """
-        then, state = good
-        row = msgspec.structs.replace(
-            then, round=row.round, applied=False, restores=state.round - 1, rollbacks=row.rollbacks + 1
-        )
-        return row, replace(state, round=row.round + 1)
 
     def _lr_scale(self, last: Row | None) -> float:
+        """What the rollbacks so far have left of the learning rate."""
         return 1.0 if last is None or self.guard is None else self.guard.shrink**last.rollbacks
 
     def _local_lr(self, step: int, scale: float) -> float:
@@ -272,9 +303,17 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
 def replay(
     state: State, table: Table, row: Row, execution: Execution = FAST, earlier: Callable[[int], State] | None = None
 ) -> State:
-    """Apply a row to the state before it. Whoever does this gets the same bits as the server.
+    """Apply a row to the state before it: the same bits as on the server.
 
-    ``earlier`` gives the state after a round, for the rows that return to one.
+    Args:
+        state: the state after the previous row.
+        table: the trainable tensors.
+        row: the round's row.
+        execution: how to compute the rebuild; no choice changes a bit of the result.
+        earlier: gives the state after a round; needed only for rows that return to a checkpoint.
+
+    Raises:
+        PlanError: the row returns to an earlier round, and ``earlier`` is None.
     """
     if row.restores is not None:
         if earlier is None:
@@ -283,77 +322,46 @@ def replay(
     return _step(state, row, _gradient(table, row, state, execution) if row.applied else state.weights)
 
 
-def quantum_for(largest: int, participants: int) -> int:
-    """Examples per unit of weight: the smallest power of two that keeps weights <= 255 and their sum < 2**17.
+def examples_per_weight(largest: int, participants: int) -> int:
+    """Examples per unit of weight (``quantum`` in a task): the smallest power of two that keeps sums small enough.
 
-    With no more than 255 examples a client (and 514 participants) a weight is the number of examples itself.
+    Each weight must be at most 255 and the sum of a round's weights below 2**17. While no client has more than 255
+    examples (and there are at most 514 participants) a weight is the number of examples itself.
+
+    Args:
+        largest: examples of the client that has the most.
+        participants: number of clients in a round.
+
+    Raises:
+        PlanError: there are too many participants for any unit.
 
     Examples:
-        >>> quantum_for(255, 10), quantum_for(6000, 10)
+        >>> examples_per_weight(255, 10), examples_per_weight(6000, 10)
         (1, 32)
     """
     bound = min(MAX_WEIGHT, MAX_WEIGHT_SUM // participants)
     if bound < 1:
         raise PlanError(f"{participants} participants: expected at most {MAX_WEIGHT_SUM} in a round")
-    quantum = 1
-    while (largest + quantum // 2) // quantum > bound:
-        quantum *= 2
-    return quantum
+    unit = 1
+    while (largest + unit // 2) // unit > bound:
+        unit *= 2
+    return unit
 
 
-def weights_sha256(weights: Weights) -> bytes:
-    """SHA-256 of the flat weights as little-endian float32."""
-    return hashlib.sha256(weights.astype("<f4", copy=False).tobytes()).digest()
-
-
-def state_sha256(state: State) -> bytes:
-    """SHA-256 of the replay state: hash of the weights, slots in the order of their names, step (8 bytes)."""
-    digest = hashlib.sha256(weights_sha256(state.weights))
-    for name in sorted(state.slots):
-        digest.update(state.slots[name].astype("<f4", copy=False).tobytes())
-    digest.update(state.step.to_bytes(8, "little"))
-    return digest.digest()
-
-
-def descend(
-    state: State,
-    gradient: Weights,
-    *,
-    round: int,
-    rule: str,
-    coefficients: optim.Coefficients,
-    clip_factor: float,
-    ema: float,
-    largest: float = math.inf,
-) -> State:
-    """The state after a round's update by a gradient: clip, optimizer step, average; all element-wise float32.
-
-    Raises DivergedError if a weight would be above ``largest``, or anything NaN or infinite.
-    """
-    with np.errstate(over="ignore", invalid="ignore"):
-        clipped = np.float32(clip_factor) * gradient
-        weights, slots = optim.update(rule, state.weights, state.slots, clipped, coefficients)
-        average = optim.average(state.average, weights, ema)
-    if not all(np.isfinite(a).all() for a in (weights, average, *slots.values())) or np.abs(weights).max() > largest:
-        raise DivergedError(
-            f"round {round}: the update (lr = {coefficients['lr']:.3g}) would bring the weights near overflow or to "
-            "NaN; it was not applied. Use a smaller lr, or clip_update"
-        )
-    return State(round + 1, state.step + 1, weights, slots, average)
-
-
-def _choose(key: tuple[int, int], clients: int, count: int) -> list[int]:
+def _choose(key: Key, clients: int, count: int) -> list[int]:
     """A round's participants, in ascending order."""
     chosen: list[int] = generator(key, Purpose.PARTICIPANTS).choice(clients, size=count, replace=False).tolist()
     return sorted(chosen)
 
 
 def _gradient(table: Table, row: Row, state: State, execution: Execution) -> Weights:
-    found = estimate(table, row, execution)
-    return unscale(table, found, state.weights, row.sigma, row.lattice) if row.lattice else found
+    """The gradient estimate of a row, before clipping: float32[n]."""
+    gradient = estimate(table, row, execution)
+    return unscale(table, gradient, state.weights, row.sigma, row.lattice) if row.lattice else gradient
 
 
 def _step(state: State, row: Row, gradient: Weights, largest: float = math.inf) -> State:
+    """The state after a row's update, or, if the row is not applied, the same state one round later."""
     if not row.applied:
         return replace(state, round=row.round + 1)
     return descend(
@@ -366,7 +374,3 @@ def _step(state: State, row: Row, gradient: Weights, largest: float = math.inf) 
         ema=row.ema,
         largest=largest,
     )
-
-
-def _is_plain(optimizer: Optimizer) -> bool:
-    return isinstance(optimizer, Sgd) and optimizer.momentum == 0 and optimizer.weight_decay == 0

@@ -196,13 +196,13 @@ def update(
     return _RULES[name](weights, slots, gradient, numbers)
 
 
-def average(previous: Weights, weights: Weights, decay: float) -> Weights:
+def moving_average(previous: Weights, weights: Weights, decay: float) -> Weights:
     """Exponential moving average for evaluation: decay * previous + (1 - decay) * weights, in float32."""
     d = np.float32(decay)
     return d * previous + (np.float32(1) - d) * weights
 
 
-def average_decay(decay: float, step: int) -> float:
+def ema_decay(decay: float, step: int) -> float:
     """The decay at update ``step``: short at first, (1 + t) / (10 + t), then ``decay``; a float32."""
     return float(np.float32(min(decay, (1 + step) / (10 + step))))
 

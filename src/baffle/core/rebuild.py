@@ -86,12 +86,9 @@ def estimate(table: Table, row: Row, execution: Execution = FAST) -> Weights:
     """
     terms: list[tuple[Directions, Integers]] = []
     for vector, steps in enumerate(row.integers):
-        client = 0 if row.sharing == "shared" else row.participants[vector] + 1
-        terms += [
-            (Directions(table, row.family, (row.key, row.round), client, step), scalars)
-            for step, scalars in enumerate(steps)
-        ]
-    scale = Directions(table, row.family, (row.key, row.round)).unit * 2.0**row.exponent
+        client = row.participants[vector] if row.sharing == "per-client" else 0  # shared: one vector, of all clients
+        terms += [(Directions.of(row, table, client, step), scalars) for step, scalars in enumerate(steps)]
+    scale = Directions.of(row, table, 0).unit * 2.0**row.exponent
     return scaled(table, terms, scale / (row.num_directions * row.local_steps * max(row.weight_sum, 1)), execution)
 
 

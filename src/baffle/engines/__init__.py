@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from baffle.client.calibrate import Calibration
-from baffle.core.method import State
+from baffle.core.state import State
 from baffle.core.types import Aggregate, Reply, Table, Task, Weights
 from baffle.data import Dataset
 from baffle.runtimes import Evaluation

@@ -19,9 +19,9 @@ import numpy as np
 from baffle.client.calibrate import EXAMPLES, Calibration, calibrate
 from baffle.client.respond import draw, finite_differences, perturbations, reply, respond
 from baffle.core.checks import require_count
-from baffle.core.method import State
 from baffle.core.rebuild import FAST, Execution
 from baffle.core.scalars import encode, weight_of
+from baffle.core.state import State
 from baffle.core.types import Losses, Reply, Table, Task, Weights
 from baffle.data import Dataset, concatenate
 from baffle.engines import Exchange

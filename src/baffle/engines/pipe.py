@@ -18,7 +18,7 @@ import numpy as np
 
 from baffle.client.calibrate import Calibration, agree, check_found
 from baffle.client.respond import perturbations
-from baffle.core.method import State
+from baffle.core.state import State
 from baffle.core.types import Reply, Table, Task, Weights
 from baffle.data import Dataset
 from baffle.engines import Exchange

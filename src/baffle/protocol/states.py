@@ -11,7 +11,7 @@ import zlib
 import msgspec
 import numpy as np
 
-from baffle.core.method import State
+from baffle.core.state import State
 from baffle.core.types import Weights
 from baffle.errors import ReplyError
 

@@ -19,7 +19,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from baffle.core.method import quantum_for
+from baffle.core.method import examples_per_weight
 from baffle.core.rebuild import estimate
 from baffle.core.scalars import weight_of
 from baffle.core.types import Row, table_size
@@ -97,6 +97,6 @@ def _concentration(config: RunConfig, row: Row) -> float:
     if row.sharing == "shared":
         return 1.0 / row.local_steps
     asked = max(1, round(config.method.participation * len(config.clients)))
-    quantum = quantum_for(max(config.clients), asked)
+    quantum = examples_per_weight(max(config.clients), asked)
     weights = np.array([weight_of(config.clients[client], quantum) for client in row.participants], np.float64)
     return float(((weights / weights.sum()) ** 2).sum()) / row.local_steps

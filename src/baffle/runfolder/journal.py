@@ -25,8 +25,9 @@ from pathlib import Path
 
 import msgspec
 
-from baffle.core.method import State, replay, state_sha256, weights_sha256
+from baffle.core.method import replay
 from baffle.core.rebuild import FAST, Execution
+from baffle.core.state import State, state_sha256, weights_sha256
 from baffle.core.types import Row, Weights
 from baffle.errors import CorruptRunError, JournalError
 from baffle.files import TEMPORARY, append, free_name, write_atomic
@@ -155,7 +156,7 @@ class Journal:
 
     def finish(self, state: State) -> None:
         """Write ``model.safetensors``: the averaged weights under the model's own names."""
-        write_file(self.path / "model.safetensors", encode_weights(self.config.table, state.average))
+        write_file(self.path / "model.safetensors", encode_weights(self.config.table, state.ema_weights))
 
     def state(self, round: int | None = None, execution: Execution = FAST) -> State:
         """The state after a round, by default the last: the newest snapshot that leads there, then the rows behind."""

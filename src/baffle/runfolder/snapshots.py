@@ -9,7 +9,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from baffle.core.method import State, weights_sha256
+from baffle.core.state import State, weights_sha256
 from baffle.core.types import Table, Weights, table_size
 
 
@@ -35,9 +35,9 @@ def decode_weights(table: Table, data: bytes) -> Weights:
 
 def encode_state(state: State) -> bytes:
     """A state: flat weights, average and optimizer slots; round and step as metadata."""
-    tensors = {"weights": state.weights, "average": state.average}
+    tensors = {"weights": state.weights, "average": state.ema_weights}
     tensors |= {f"slots.{name}": values for name, values in state.slots.items()}
-    average_sha256 = weights_sha256(state.average).hex()
+    average_sha256 = weights_sha256(state.ema_weights).hex()
     return save(tensors, {"round": str(state.round), "step": str(state.step), "average_sha256": average_sha256})
 
 
@@ -54,4 +54,4 @@ def load_state(file: Path) -> State | None:
         state = State(int(header["round"]), int(header["step"]), tensors["weights"], slots, tensors["average"])
     except (OSError, SafetensorError, KeyError, ValueError):
         return None
-    return state if header.get("average_sha256") == weights_sha256(state.average).hex() else None
+    return state if header.get("average_sha256") == weights_sha256(state.ema_weights).hex() else None

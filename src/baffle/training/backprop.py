@@ -19,7 +19,8 @@ import numpy as np
 
 from baffle.core import optim
 from baffle.core.checks import require_count
-from baffle.core.method import Method, State, descend, weights_sha256
+from baffle.core.method import Method
+from baffle.core.state import State, descend, weights_sha256
 from baffle.core.types import Cohort, Task, Weights
 from baffle.data import Dataset
 from baffle.engines.local import LocalEngine
@@ -117,14 +118,14 @@ def train_backprop(
         )
         due = index % evaluate_every == 0 or index == rounds
         lr = method.optimizer.coefficients(max(1, state.step))["lr"]
-        measured = evaluate(engine, state.average, watched) if due else (None, None)
+        measured = evaluate(engine, state.ema_weights, watched) if due else (None, None)
         records.append(_record(task, cohort, state, engine, measured, lr, factor, time.perf_counter() - started))
         if path is not None:
             _append(path / "metrics.jsonl", encode_record(records[-1]))
         if progress is not None:
             progress(records[-1])
     if path is not None:
-        write_file(path / "model.safetensors", encode_weights(engine.table, state.average))
+        write_file(path / "model.safetensors", encode_weights(engine.table, state.ema_weights))
     return finish(config, state, records, measured, engine, test, validation, path)
 
 
@@ -183,7 +184,7 @@ def _round(
         rule=method.optimizer.name,
         coefficients=method.optimizer.coefficients(step),
         clip_factor=factor,
-        ema=optim.average_decay(method.ema, step),
+        ema=optim.ema_decay(method.ema, step),
     )
     return after, factor
 

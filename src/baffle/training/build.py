@@ -185,7 +185,7 @@ def model_of_run(journal: Journal, options: TrainConfig) -> tuple[nn.Module, Mas
     recorded = EvaluationPlan.of(journal.config.plan)
     if runtime.table != journal.config.table or EvaluationPlan.of(runtime.plan).frozen != recorded.frozen:
         raise PlanError(f"{journal.path}: the run trained another model than its options make now")
-    load_into(model, runtime.table, journal.state().average)
+    load_into(model, runtime.table, journal.state().ema_weights)
     return model, masks
 
 
@@ -294,7 +294,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     if EvaluationPlan.of(journal.config.plan).frozen and journal.config.command is not None:  # its rows tell of a part
         model, _ = model_of_run(journal, command_of(journal))
         return {name: tensor.detach() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
-    average = journal.state().average
+    average = journal.state().ema_weights
     return {spec.name: torch.from_numpy(average[spec.slice].reshape(spec.shape)) for spec in journal.config.table}
 
 

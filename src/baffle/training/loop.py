@@ -19,7 +19,8 @@ import msgspec
 import numpy as np
 
 from baffle.core.checks import require_count
-from baffle.core.method import Method, State
+from baffle.core.method import Method
+from baffle.core.state import State
 from baffle.core.types import Row, Weights, table_size
 from baffle.data import Dataset
 from baffle.engines import Engine, Exchange
@@ -174,11 +175,11 @@ def _loop(
                 samples_forwarded=exchange.samples_forwarded + calibration.samples_forwarded,
             )
         last, state = method.absorb(
-            state, table, task, cohort, exchange.total or exchange.replies, last, good=lookout.good
+            state, table, task, cohort, exchange.total or exchange.replies, last, checkpoint=lookout.checkpoint
         )
         due = index % config.evaluate_every == 0
         evaluated = last.restores is None and (due or index == config.rounds)
-        loss, accuracy = evaluate(engine, state.average, watched) if evaluated else (None, None)
+        loss, accuracy = evaluate(engine, state.ema_weights, watched) if evaluated else (None, None)
         # the last round's own evaluation is not judged: another total of rounds would not have made it
         last, state, lookout = lookout.judge(method, last, state, loss, evaluated=evaluated and due)
         record = _record(last, exchange, loss, accuracy, time.perf_counter() - started)
@@ -200,7 +201,7 @@ def _loop(
         )
     path = None if journal is None else journal.path
     if not evaluated or (last is not None and last.restores is not None):  # nothing was left to do, or it went back
-        loss, accuracy = evaluate(engine, state.average, watched)
+        loss, accuracy = evaluate(engine, state.ema_weights, watched)
     return finish(config, state, records, (loss, accuracy), engine, test, validation, path)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
-from baffle.core.method import State, weights_sha256
+from baffle.core.state import State, weights_sha256
 from baffle.core.types import Weights, table_size
 from baffle.data import Dataset
 from baffle.engines import Engine
@@ -50,7 +50,7 @@ class Run:
     @property
     def average(self) -> Weights:
         """The averaged weights, float32[n]."""
-        return self.state.average
+        return self.state.ema_weights
 
     @property
     def weights_sha256(self) -> str:
@@ -111,7 +111,7 @@ def finish(
     if validation is None:
         run = Run(config, state, tuple(records), *measured, path=path)
     else:
-        run = Run(config, state, tuple(records), *evaluate(engine, state.average, test), *measured, path)
+        run = Run(config, state, tuple(records), *evaluate(engine, state.ema_weights, test), *measured, path)
     if path is not None:
         write_file(path / "summary.json", msgspec.json.format(msgspec.json.encode(run.summary())) + b"\n")
     return run

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from baffle.core.guard import Guard, Watch
-from baffle.core.method import Good, Method, State
+from baffle.core.method import Checkpoint, Method
+from baffle.core.state import State
 from baffle.core.types import Row
 from baffle.protocol.encoding import decode_row
 from baffle.runfolder.journal import Journal
@@ -18,7 +19,7 @@ class Lookout:
     """A watch, and how to come by the best round so far; without a guard, nothing."""
 
     watch: Watch | None
-    good: Callable[[], Good] | None = None
+    checkpoint: Callable[[], Checkpoint] | None = None
 
     @classmethod
     def start(cls, guard: Guard | None, evaluate_every: int, records: list[Record], journal: Journal | None) -> Lookout:
@@ -31,9 +32,9 @@ class Lookout:
                 watch = watch.restored()
             elif record.round % evaluate_every == 0 and record.seconds is not None:  # else its line was lost
                 watch = watch.see(record.round, record.loss)
-        if journal is None or watch.good < 0:
+        if journal is None or watch.best_round < 0:
             return cls(watch)
-        return cls(watch, lambda: (decode_row(journal.rows[watch.good]), journal.state(watch.good)))
+        return cls(watch, lambda: (decode_row(journal.rows[watch.best_round]), journal.state(watch.best_round)))
 
     def judge(
         self, method: Method, row: Row, state: State, loss: float | None, *, evaluated: bool
@@ -42,11 +43,11 @@ class Lookout:
         if self.watch is None:
             return row, state, self
         watch = self.watch.see(row.round, loss) if evaluated and row.restores is None else self.watch
-        if watch.diverged and self.good is not None:
-            row, state = method.restore(row, self.good())
+        if watch.diverged and self.checkpoint is not None:
+            row, state = method.restore(row, self.checkpoint())
         if row.restores is not None:
-            return row, state, Lookout(watch.restored(), self.good)
-        return row, state, Lookout(watch, (lambda: (row, state)) if watch.good == row.round else self.good)
+            return row, state, Lookout(watch.restored(), self.checkpoint)
+        return row, state, Lookout(watch, (lambda: (row, state)) if watch.best_round == row.round else self.checkpoint)
 
     def exhausted(self, row: Row | None) -> bool:
         """Whether the run, whose last row this is, went back once too often and has to stop."""

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import baffle as bf
-from baffle.core.method import weights_sha256
+from baffle.core.state import weights_sha256
 from baffle.data import Dataset, Scaling
 from baffle.errors import BundleError, JournalError
 from baffle.exporter import export
@@ -332,7 +332,7 @@ import baffle as bf
 import baffle.runtimes.onnx.ort
 from baffle.data import Dataset
 from baffle.errors import MissingExtraError
-from baffle.core.method import weights_sha256
+from baffle.core.state import weights_sha256
 
 for needs_torch in ("TorchRuntime", "export"):
     try:

@@ -26,8 +26,8 @@ from baffle.client.calibrate import Calibration, agree, check_found
 from baffle.client.respond import perturbations
 from baffle.core.aggregate import check_reply, nothing
 from baffle.core.checks import require_between, require_count, require_positive
-from baffle.core.method import State
 from baffle.core.scalars import weight_of
+from baffle.core.state import State
 from baffle.core.types import LIMIT, Aggregate, Cohort, Table, Task, Weights
 from baffle.data import Dataset
 from baffle.engines import Exchange
