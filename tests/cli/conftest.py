@@ -16,6 +16,8 @@ from baffle.runtimes.choose import Choice
 from baffle.training import build as assemble
 from cli_helpers import SMALL_RUN, TINY, TRAIN_SHORT, TRAIN_TINY
 from helpers import Outcome, copy_run, invoke
+from status_helpers import deployed as deployed
+from status_helpers import finished as finished
 
 
 @pytest.fixture(scope="module")
