@@ -16,7 +16,7 @@ from baffle.core.directions import Directions
 from baffle.core.method import examples_per_weight
 from baffle.core.scalars import weight_of
 from baffle.core.types import Family, Row, Sharing, Table, make_table, pack_int32
-from baffle.report import RunLog
+from baffle.report import RecordedRun
 from baffle.runfolder.config import RunConfig
 from baffle.runfolder.metrics import Record
 from helpers import METHOD, digits_engine, initial_weights
@@ -116,7 +116,7 @@ def make_rows(gradients: Sequence[Vector], family: Family, sharing: Sharing, rou
     return rows
 
 
-def log_of(rows: Sequence[Row], family: Family, sharing: Sharing, table: Table = TABLE) -> RunLog:
+def log_of(rows: Sequence[Row], family: Family, sharing: Sharing, table: Table = TABLE) -> RecordedRun:
     config = RunConfig(
         method=bf.Method(num_directions=16, family=family, sharing=sharing, difference="central"),
         key=9,
@@ -127,7 +127,7 @@ def log_of(rows: Sequence[Row], family: Family, sharing: Sharing, table: Table =
         plan={},
         clients=WEIGHTS,
     )
-    return RunLog("linear", Path("linear"), config, (), tuple(rows))
+    return RecordedRun("linear", Path("linear"), config, (), tuple(rows))
 
 
 def record(round: int, *, applied: bool = True, restores: int | None = None, accuracy: float | None = None) -> Record:

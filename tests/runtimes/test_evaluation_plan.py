@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from baffle.errors import OptionError
 from baffle.runfolder.config import encode_config, read_config
 from baffle.runtimes.evaluation_plan import EvaluationPlan
+from baffle.training.build import evaluated_as
+from baffle.training.options import TrainConfig
 
 JOURNALS = sorted((Path(__file__).parents[1] / "fixtures/journals").iterdir())
 
@@ -21,8 +24,11 @@ def test_missing_entries_have_defaults_and_unknown_ones_are_ignored() -> None:
     assert EvaluationPlan.of({"onnxruntime": "1.2", "chunk_inputs": 7}) == EvaluationPlan()
 
 
-def test_an_entry_of_the_wrong_type_counts_as_missing() -> None:
-    assert EvaluationPlan.of({"threads": "many", "data": 1, "frozen": 2, "runtime": 3}) == EvaluationPlan()
+def test_a_malformed_entry_is_left_to_the_options_made_from_it() -> None:
+    plan = EvaluationPlan.of({"runtime": "torch", "threads": "many", "data": 1})
+    assert (plan.threads, plan.data) == ("many", "1")
+    with pytest.raises(OptionError, match="threads = 'many'"):
+        evaluated_as(TrainConfig(), plan)
 
 
 @pytest.mark.parametrize("folder", JOURNALS, ids=lambda folder: folder.name)

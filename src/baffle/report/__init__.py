@@ -12,12 +12,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from baffle.report.run import RunLog, read_run, totals
+from baffle.report.run import RecordedRun, read_run, totals
 
 if TYPE_CHECKING:
     from baffle.report.pages import compare, report
 
-__all__ = ["RunLog", "compare", "read_run", "report", "totals"]
+__all__ = ["RecordedRun", "compare", "read_run", "report", "totals"]
 
 
 def __getattr__(name: str) -> object:

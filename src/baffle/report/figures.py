@@ -10,7 +10,7 @@ import numpy as np
 from baffle.core.types import LIMIT
 from baffle.data import Dataset
 from baffle.report.charts import Chart, Line, Panel, drawable, unit
-from baffle.report.run import Floats, RunLog, cumulative, floats, round_kind
+from baffle.report.run import Floats, RecordedRun, cumulative, floats, round_kind
 from baffle.report.signal_noise import Progress, measure_power, pool
 from baffle.report.text import counted
 
@@ -21,7 +21,7 @@ _MOST_COLUMNS = 60  # clients with a column each; of more, a histogram
 _RASTER = (80, 150)  # most rows and columns of the image of who took part
 
 
-def progress_charts(logs: Sequence[RunLog]) -> list[Chart]:
+def progress_charts(logs: Sequence[RecordedRun]) -> list[Chart]:
     """Loss and accuracy of the averaged weights against rounds, passes, bytes and seconds."""
     charts, names = list[Chart](), _legend_names(logs)
     for kind in ("round", "passes", "bytes", "seconds"):
@@ -57,7 +57,7 @@ def progress_charts(logs: Sequence[RunLog]) -> list[Chart]:
     return charts
 
 
-def signal_charts(logs: Sequence[RunLog], progress: Progress | None = None) -> list[Chart]:
+def signal_charts(logs: Sequence[RecordedRun], progress: Progress | None = None) -> list[Chart]:
     """Signal-to-noise of the estimates against rounds: as measured in windows, and in theory."""
     lines, told, names = list[Line](), list[str](), _legend_names(logs)
     for index, log in enumerate(logs):
@@ -100,7 +100,7 @@ def signal_charts(logs: Sequence[RunLog], progress: Progress | None = None) -> l
     ]
 
 
-def scalar_charts(log: RunLog) -> list[Chart]:
+def scalar_charts(log: RecordedRun) -> list[Chart]:
     """Scalars and their scale, what was clipped, learning rate and step."""
     if not log.records:
         return []
@@ -157,7 +157,7 @@ def scalar_charts(log: RunLog) -> list[Chart]:
     ]
 
 
-def client_charts(log: RunLog) -> list[Chart]:
+def client_charts(log: RecordedRun) -> list[Chart]:
     """Who took part: rounds by client, and clients against rounds where not all took part in all."""
     if not log.rows:
         return []
@@ -204,7 +204,7 @@ def partition_chart(clients: Sequence[Dataset], classes: int) -> Chart:
     return Chart("partition", "Classes of each client's examples", caption, "class", (image,))
 
 
-def time_charts(log: RunLog) -> list[Chart]:
+def time_charts(log: RecordedRun) -> list[Chart]:
     """Seconds of each round."""
     y = floats(record.seconds for record in log.records)
     if not np.isfinite(y).any():
@@ -214,13 +214,13 @@ def time_charts(log: RunLog) -> list[Chart]:
     return [Chart("seconds", "Time of a round", caption, "round", (panel,))]
 
 
-def _legend_names(logs: Sequence[RunLog]) -> list[str]:
+def _legend_names(logs: Sequence[RecordedRun]) -> list[str]:
     """The runs' names as a chart can show them, still unlike."""
     names = [drawable(log.name) for log in logs]
     return [f"{i + 1}: {name}" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
-def _marks(log: RunLog, x: Floats, kind: str) -> tuple[tuple[float, str], ...]:
+def _marks(log: RecordedRun, x: Floats, kind: str) -> tuple[tuple[float, str], ...]:
     """Rollbacks on every axis; rounds without an update on that of rounds."""
     marks: list[tuple[float, str]] = []
     for record, position in zip(log.records, x.tolist(), strict=True):

@@ -25,7 +25,7 @@ _COSTS = {"passes": "forward_passes", "bytes": "bytes_up", "seconds": "seconds"}
 
 
 @dataclass(frozen=True)
-class RunLog:
+class RecordedRun:
     """What a folder tells of a run: configuration, a record a round, and the rows (none with true gradients).
 
     ``damage`` says in words what could not be read.
@@ -56,18 +56,18 @@ class RunLog:
         return "validation data" if self.config.command.get("holdout") else "test data"
 
 
-def read_run(path: str | Path) -> RunLog:
+def read_run(path: str | Path) -> RecordedRun:
     """Read a run folder, or that of a baseline, which has no rows. Raises JournalError if it is none."""
     path = Path(path)
     name = path.resolve().name or str(path)
-    log = RunLog(name, path, read_config(path), ())
+    log = RecordedRun(name, path, read_config(path), ())
     if log.backprop:
         records, damage = read_records(path / "metrics.jsonl")
         return replace(log, records=records, damage=damage)
     journal = Journal.open(path)
     rows = tuple(decode_row(row) for row in journal.rows)
     damage = journal.damage or (f"{journal.lost} rows that the metrics tell of are lost" if journal.lost else None)
-    return RunLog(name, path, journal.config, tuple(journal.records), rows, damage)
+    return RecordedRun(name, path, journal.config, tuple(journal.records), rows, damage)
 
 
 def unique_names(paths: Sequence[Path]) -> list[str]:
@@ -91,7 +91,7 @@ def unique_names(paths: Sequence[Path]) -> list[str]:
     return [f"{n} ({names[: i + 1].count(n)})" if n in names[:i] else n for i, n in enumerate(names)]
 
 
-def totals(log: RunLog) -> dict[str, Value]:
+def totals(log: RecordedRun) -> dict[str, Value]:
     """What the run reached and cost; None where unknown. Names and values are those of ``Run.summary``.
 
     Loss and accuracy are the last that were measured on the way to the final weights; those of test data, in a run
@@ -125,7 +125,7 @@ def round_kind(record: Record) -> str:
     return "empty" if record.nonfinite and record.scalar_rms == 0 else "calibration"
 
 
-def cumulative(log: RunLog, kind: str) -> Floats:
+def cumulative(log: RecordedRun, kind: str) -> Floats:
     """The x axis of ``kind`` at each record: the round, or what all rounds so far cost (NaN where unknown)."""
     if kind == "round":
         return np.array([float(record.round) for record in log.records])
@@ -137,7 +137,7 @@ def floats(values: Iterable[float | None]) -> Floats:
     return np.array([math.nan if value is None else value for value in values], np.float64)
 
 
-def _last_evaluated(log: RunLog) -> Record | None:
+def _last_evaluated(log: RecordedRun) -> Record | None:
     """The last record with an evaluation that led to the run's weights: what a rollback undid did not."""
     index = len(log.records) - 1
     while index >= 0:
@@ -148,7 +148,7 @@ def _last_evaluated(log: RunLog) -> Record | None:
     return None
 
 
-def _summary(log: RunLog) -> dict[str, Value]:
+def _summary(log: RecordedRun) -> dict[str, Value]:
     """What the run wrote when it was done; nothing if it is not, or went on since."""
     try:
         found = msgspec.json.decode((log.path / "summary.json").read_bytes(), type=dict[str, Value])

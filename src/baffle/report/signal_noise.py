@@ -23,7 +23,7 @@ from baffle.core.method import examples_per_weight
 from baffle.core.rebuild import estimate
 from baffle.core.scalars import weight_of
 from baffle.core.types import Row, table_size
-from baffle.report.run import RunLog
+from baffle.report.run import RecordedRun
 from baffle.runfolder.config import RunConfig
 
 Progress: TypeAlias = Callable[[int, int], None]
@@ -53,7 +53,7 @@ class Power:
         return self.estimate - self.noise
 
 
-def measure_power(log: RunLog, samples: int | None = None, progress: Progress | None = None) -> list[Power]:
+def measure_power(log: RecordedRun, samples: int | None = None, progress: Progress | None = None) -> list[Power]:
     """Rebuild the estimates of evenly spaced applied rounds: their power and its noise.
 
     ``samples`` is the number of rounds; by default as many as take some seconds.

@@ -9,7 +9,7 @@ import msgspec
 
 from baffle.core.method import Method
 from baffle.core.types import table_size
-from baffle.report.run import RunLog, Value, round_kind
+from baffle.report.run import RecordedRun, Value, round_kind
 
 _OPTIMIZER = {"lr", "schedule", "momentum", "weight_decay", "clip_scalars", "clip_update"}
 _LOOP = {"clients", "rounds", "seed", "threads", "evaluate_every", "snapshot_every", "backprop"}
@@ -17,7 +17,7 @@ _TOLD_ELSEWHERE = {*Method.__struct_fields__, *_OPTIMIZER, *_LOOP}
 """Options of the command that method or configuration tell as well."""
 
 
-def settings(log: RunLog) -> dict[str, Value]:
+def settings(log: RecordedRun) -> dict[str, Value]:
     """What the run was made from, by names for people."""
     config, method, command = log.config, log.config.method, log.config.command or {}
     optimizer = msgspec.to_builtins(method.optimizer)
@@ -66,7 +66,7 @@ def settings(log: RunLog) -> dict[str, Value]:
     return {name: value for name, value in chosen.items() if value is not None}
 
 
-def describe(log: RunLog) -> str:
+def describe(log: RecordedRun) -> str:
     """What was trained, in a sentence."""
     command, method = log.config.command or {}, log.config.method
     model = command.get("model") or "A model"
@@ -81,7 +81,7 @@ def describe(log: RunLog) -> str:
     return f"{what}, trained{where} in {counted(len(log.config.clients), 'client')} {how}."
 
 
-def notes(log: RunLog) -> list[str]:
+def notes(log: RecordedRun) -> list[str]:
     """What a reader of the curves has to know, in sentences."""
     guard = log.config.method.guard
     told = [
@@ -119,7 +119,7 @@ def notes(log: RunLog) -> list[str]:
     return [sentence for holds, sentence in told if holds]
 
 
-def event_sentences(log: RunLog) -> list[str]:
+def event_sentences(log: RecordedRun) -> list[str]:
     """Rounds that did not update the weights, and returns to an earlier state."""
     told: list[str] = []
     for kind, group in groupby(log.records, key=round_kind):

@@ -18,14 +18,14 @@ class EvaluationPlan:
     Attributes:
         runtime: ``torch``, ``ort`` or ``openvino``; empty if the record does not name one.
         strategy: How PyTorch's runtime evaluates many passes: ``copies``, ``stacked`` or ``streaming``.
-        threads: Number of passes evaluated at the same time.
+        threads: Number of passes evaluated at the same time; a malformed value stays as it is.
         data: Digest of the clients' examples; empty if the engine does not see them.
         frozen: Digest of the parameters that are not trained; empty if all are.
     """
 
     runtime: str = ""
     strategy: str = "copies"
-    threads: int = 1
+    threads: int | str = 1
     data: str = ""
     frozen: str = ""
 
@@ -34,8 +34,8 @@ class EvaluationPlan:
         """Read a recorded plan.
 
         Args:
-            record: ``Runtime.plan``, ``Engine.plan`` or ``RunConfig.plan``. Unknown entries are ignored. An entry of
-                the wrong type counts as missing, because a client on another machine may have written it.
+            record: ``Runtime.plan``, ``Engine.plan`` or ``RunConfig.plan``. Unknown entries are ignored. Values are not
+                checked, since a client on another machine may have sent them: making options of them does.
 
         Returns:
             The entries that code depends on, with defaults for those that are missing.
@@ -44,16 +44,10 @@ class EvaluationPlan:
             >>> EvaluationPlan.of({"runtime": "torch", "torch": "2.9", "threads": 4})
             EvaluationPlan(runtime='torch', strategy='copies', threads=4, data='', frozen='')
         """
-        threads = record.get("threads")
         return cls(
-            runtime=_text(record, "runtime", cls.runtime),
-            strategy=_text(record, "strategy", cls.strategy),
-            threads=threads if isinstance(threads, int) else cls.threads,
-            data=_text(record, "data", cls.data),
-            frozen=_text(record, "frozen", cls.frozen),
+            runtime=str(record.get("runtime", cls.runtime)),
+            strategy=str(record.get("strategy", cls.strategy)),
+            threads=record.get("threads", cls.threads),
+            data=str(record.get("data", cls.data)),
+            frozen=str(record.get("frozen", cls.frozen)),
         )
-
-
-def _text(record: Mapping[str, str | int], name: str, default: str) -> str:
-    value = record.get(name)
-    return value if isinstance(value, str) else default

@@ -1,4 +1,4 @@
-"""What ``baffle train`` can be told, by flags or by a TOML file, and how it becomes a method."""
+"""The options of ``baffle train``, by flags or in a TOML file, and the method that they describe."""
 
 from __future__ import annotations
 
@@ -39,7 +39,17 @@ def _about(group: str, description: str, shown: object = None) -> msgspec.Meta:
 
 
 class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Options of a training run. The TOML file has these names, with ``_`` or ``-``."""
+    """Options of a training run. Command-line options and keys of a TOML file have these names, with ``-`` or ``_``.
+
+    Types, defaults and descriptions are written here only; the command line is generated from them.
+
+    Raises:
+        OptionError: A value is out of range, or two options contradict each other.
+
+    Examples:
+        >>> TrainConfig(lr=0.1, optimizer="sgd").method().optimizer.lr
+        0.1
+    """
 
     dataset: Annotated[str, _about(_DATA, "digits, mnist, fashion-mnist, cifar10, cifar100, or arrays (your own).")] = (
         "digits"
@@ -169,17 +179,17 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     @property
     def memory_bytes(self) -> int | None:
-        """The memory that an evaluation may take, in bytes; None: what it needs to be fast."""
+        """Memory limit of an evaluation, in bytes; None for as much as makes it fast."""
         return None if self.memory is None else parse_bytes("memory", self.memory)
 
     @property
     def differences(self) -> Difference:
-        """Forward in float32, else central: where a forward pass rounds, sigma must be large."""
+        """Which finite differences to use; the default is forward in float32, else central, for a large sigma."""
         usual: Difference = "forward" if self.precision == "fp32" and not self.lattice else "central"
         return self.difference or usual
 
     def split(self, train: Dataset) -> tuple[Dataset, ...]:
-        """The clients' examples."""
+        """Split training data among the clients."""
         return partition(
             train,
             self.clients or (None if self.partition == "column" else DEFAULT_CLIENTS),
@@ -228,9 +238,18 @@ _CHOICES = {
 
 
 def train_config(file: Path | None, flags: dict[str, object]) -> TrainConfig:
-    """Options of a TOML file, if there is one, under the flags that were given (None: not given).
+    """Combine the options of a TOML file with flags, which take precedence.
 
-    Raises OptionError naming the option, JournalError if the file cannot be read.
+    Args:
+        file: The TOML file; None for none.
+        flags: Values by field name; None counts as not set.
+
+    Returns:
+        Checked options.
+
+    Raises:
+        OptionError: An option is unknown, has a bad value, or contradicts another one.
+        JournalError: The file cannot be read.
     """
     values: dict[str, object] = {}
     if file is not None:
