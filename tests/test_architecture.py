@@ -1,4 +1,4 @@
-"""Imports go one way: the contracts of pyproject.toml hold, and cover every module."""
+"""Imports go one way: the contracts of pyproject.toml hold, and cover every module. Tests mirror the code."""
 
 from __future__ import annotations
 
@@ -6,9 +6,114 @@ import ast
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src/baffle"
+
+LONGEST_CHAIN = 16
+"""Imports that follow one another, at most, from a module to one that imports nothing of the package."""
+
+FOLDERS, LAYERS = 15, 9
+"""Folders of the package, and layers that they form, at most: as many as one remembers."""
+
+EXCEPTIONS: Mapping[str, str] = {
+    "__init__.py": "the public names; every test uses them",
+    "__main__.py": "one call; tests/cli runs it",
+    "cli/calibrate.py": "in test_inference.py",
+    "cli/common.py": "what the commands share; each command's tests use it",
+    "cli/data.py": "in test_commands.py",
+    "cli/export.py": "in test_inference.py",
+    "cli/node.py": "in tests/deploy, which starts real nodes",
+    "cli/report.py": "in test_commands.py",
+    "cli/runs.py": "in test_cli.py and test_commands.py",
+    "cli/status.py": "in tests/report/test_status.py",
+    "cli/train.py": "in test_cli.py and test_commands.py",
+    "client/examples.py": "in test_edge.py",
+    "core/aggregate.py": "in tests/client/test_respond.py",
+    "core/checks.py": "raised through the options of every public name",
+    "core/cores.py": "a count of processor cores",
+    "core/gaussian.py": "in test_directions.py, and by golden vectors",
+    "core/scalars.py": "in tests/client/test_respond.py",
+    "core/types.py": "structs and their encoding: tests/protocol has golden vectors",
+    "data/augment.py": "in test_data.py",
+    "data/dataset.py": "in test_data.py",
+    "data/partitions.py": "in test_data.py",
+    "data/sources.py": "in test_data.py",
+    "deploy/federation.py": "the processes that every test of tests/deploy starts",
+    "deploy/server_app.py": "in test_deploy.py, as processes; refused options in test_client_model.py",
+    "engines/__init__.py": "a protocol and a struct; its implementations are tested",
+    "engines/pipe.py": "in tests/client/test_edge.py",
+    "engines/remote/downlink.py": "in test_engine.py",
+    "engines/remote/flower.py": "in tests/deploy/test_client_model.py",
+    "engines/remote/transport.py": "a protocol and structs; its implementations are tested",
+    "errors.py": "messages are asserted where they are raised",
+    "exporter/__init__.py": "in test_export.py",
+    "exporter/branches.py": "in test_export.py",
+    "exporter/quantized.py": "in test_export.py",
+    "exporter/trace.py": "in test_export.py",
+    "files.py": "in tests/runfolder/test_journal.py, by kills and full disks",
+    "models/lenet.py": "in test_models.py, against tests/reference.py",
+    "models/mlp.py": "in test_models.py, against tests/reference.py",
+    "models/parts.py": "in test_models.py",
+    "models/trainable.py": "in test_models.py",
+    "models/transformer.py": "in test_models.py, against tests/reference.py",
+    "models/wrn.py": "in test_models.py, against tests/reference.py",
+    "protocol/encoding.py": "in test_vectors.py",
+    "protocol/pipes.py": "in tests/client/test_edge.py and test_vectors.py",
+    "protocol/states.py": "in test_messages.py",
+    "pruning/structured.py": "in test_pruning.py",
+    "pruning/unstructured.py": "in test_pruning.py",
+    "report/charts.py": "in test_report.py",
+    "report/figures.py": "in test_report.py",
+    "report/pages.py": "in test_report.py",
+    "report/run.py": "in test_report.py",
+    "report/sigma.py": "in tests/cli/test_inference.py, with the plot of baffle calibrate",
+    "report/signal_noise.py": "in test_report.py",
+    "report/text.py": "in test_report.py",
+    "runfolder/clients.py": "in tests/protocol/test_messages.py",
+    "runfolder/config.py": "in test_journal.py",
+    "runfolder/metrics.py": "in test_journal.py",
+    "runfolder/rowlog.py": "in test_journal.py",
+    "runfolder/snapshots.py": "in test_journal.py",
+    "runtimes/__init__.py": "a protocol and structs; test_contract.py holds every runtime to it",
+    "runtimes/lanes.py": "in test_contract.py and pytorch/test_limits.py",
+    "runtimes/onnx/load.py": "in tests/client/test_edge.py",
+    "runtimes/onnx/openvino.py": "in tests/runtimes/test_contract.py",
+    "runtimes/onnx/ort.py": "in tests/runtimes/test_contract.py",
+    "runtimes/onnx/runtime.py": "in tests/runtimes/test_contract.py",
+    "runtimes/onnx/worker.py": "in tests/runtimes/test_contract.py",
+    "runtimes/pytorch/allocator.py": "in test_limits.py",
+    "runtimes/pytorch/budget.py": "in test_limits.py",
+    "runtimes/pytorch/float64.py": "a reference that tests and calibration use",
+    "runtimes/pytorch/frozen_prefix.py": "in test_stacked.py",
+    "runtimes/pytorch/intercept.py": "in test_stacked.py",
+    "runtimes/pytorch/module_checks.py": "in tests/runtimes/test_contract.py",
+    "runtimes/pytorch/replica.py": "in test_stacked.py",
+    "runtimes/pytorch/runtime.py": "in tests/runtimes/test_contract.py",
+    "runtimes/pytorch/stack.py": "in test_stacked.py",
+    "runtimes/pytorch/threads.py": "in test_limits.py",
+    "runtimes/rounding.py": "in test_perturb.py",
+    "secure/client.py": "in test_secure.py",
+    "secure/graph.py": "in test_secure.py",
+    "secure/masks.py": "in test_secure.py",
+    "secure/messages.py": "in test_secure.py",
+    "secure/server.py": "in test_secure.py",
+    "secure/shares.py": "in test_secure.py",
+    "secure/simulate.py": "in test_secure.py",
+    "training/build.py": "in tests/cli/test_cli.py and tests/deploy/test_client_model.py",
+    "training/fit.py": "in tests/runtimes/test_choose.py, and in every snippet of README and docs",
+    "training/loop.py": "in tests/engines/test_local.py and tests/core/test_guard.py",
+    "training/options.py": "in tests/cli/test_cli.py",
+    "training/result.py": "in tests/engines/test_local.py",
+    "training/rollback.py": "in tests/core/test_guard.py",
+}
+"""Modules of the package without a test file of their own name in the same place, and why."""
+
+
+# -- imports ---------------------------------------------------------------------------------------------------------
 
 
 def test_import_contracts_hold() -> None:
@@ -22,18 +127,32 @@ def test_import_contracts_hold() -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_every_module_has_its_place() -> None:
+def layers() -> list[list[str]]:
+    """The names in each layer of the import contract, from the top."""
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
-    placed = {name.strip() for layer in contracts[0]["layers"] for name in layer.split("|")}
-    found = {
-        f"baffle.{p.stem}" for p in (ROOT / "src/baffle").iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()
-    }
-    assert found - {"baffle.__init__", "baffle.__main__"} == placed
+    return [[name.strip() for name in layer.split("|")] for layer in contracts[0]["layers"]]
+
+
+def test_every_module_has_its_place() -> None:
+    modules = {f"baffle.{p.stem}" for p in PACKAGE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+    placed = [name for layer in layers() for name in layer]
+    assert len(placed) == len(set(placed))
+    assert modules - {"baffle.__init__", "baffle.__main__"} == set(placed)
+
+
+def test_the_layers_are_few_enough_to_remember() -> None:
+    names = [name for layer in layers() for name in layer]
+    print("\n".join(" | ".join(layer) for layer in layers()))
+    folders = [name for name in names if (PACKAGE / name.removeprefix("baffle.")).is_dir()]
+    files = [name for name in names if name not in folders]
+    assert len(folders) <= FOLDERS, folders
+    assert files == ["baffle.errors", "baffle.files"]
+    assert len(layers()) <= LAYERS
 
 
 def test_the_internals_of_flower_are_used_in_one_folder() -> None:
     public = {"flwr.app", "flwr.clientapp", "flwr.serverapp"}
-    for file in sorted((ROOT / "src/baffle").rglob("*.py")):
+    for file in sorted(PACKAGE.rglob("*.py")):
         if file.parent.name == "flower":
             continue
         for node in ast.walk(ast.parse(file.read_text())):
@@ -41,3 +160,71 @@ def test_the_internals_of_flower_are_used_in_one_folder() -> None:
                 assert node.module in public, f"{file}: {node.module}"
             if isinstance(node, ast.Import):
                 assert not any(name.name.startswith("flwr") for name in node.names), file
+
+
+def imports_of_the_package(package: Path = PACKAGE) -> dict[str, set[str]]:
+    """Each module of the package, and the modules of the package that it imports, inside functions too.
+
+    The package's own ``__init__`` and ``__main__``, which import the rest by its names, are left out.
+    """
+    files = {module_name(file, package): file for file in package.rglob("*.py")}
+    graph: dict[str, set[str]] = {}
+    for module, file in files.items():
+        graph[module] = set()
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module in files:
+                named = {f"{node.module}.{alias.name}" for alias in node.names}
+                graph[module] |= {name if name in files else node.module for name in named}
+            if isinstance(node, ast.Import):
+                graph[module] |= {alias.name for alias in node.names} & files.keys()
+    apart = {package.name, f"{package.name}.__main__"}
+    return {module: imported - apart - {module} for module, imported in graph.items() if module not in apart}
+
+
+def module_name(file: Path, package: Path) -> str:
+    return ".".join(file.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+def longest_chain(graph: Mapping[str, set[str]]) -> tuple[str, ...]:
+    """The longest chain of modules each of which imports the next. RecursionError if imports go in a circle."""
+
+    @cache
+    def chain(module: str) -> tuple[str, ...]:
+        return (module, *max(map(chain, sorted(graph[module])), key=len, default=()))
+
+    return max(map(chain, graph), key=len)
+
+
+def test_chains_of_imports_are_short() -> None:
+    chain = longest_chain(imports_of_the_package())
+    print(len(chain) - 1, "imports:", " > ".join(chain))
+    assert len(chain) - 1 <= LONGEST_CHAIN, chain
+
+
+def test_the_longest_chain_of_a_small_graph() -> None:
+    graph = {"a": {"b", "d"}, "b": {"c"}, "c": {"d"}, "d": set[str]()}
+    assert longest_chain(graph) == ("a", "b", "c", "d")
+
+
+# -- tests -----------------------------------------------------------------------------------------------------------
+
+
+def modules_to_test() -> Iterator[tuple[str, Path]]:
+    """Every module by its path in the package, and where its tests are expected.
+
+    A package's ``__init__`` counts where it defines something; ``x/__init__.py`` is tested by ``tests/x/test_x.py``.
+    """
+    for file in sorted(PACKAGE.rglob("*.py")):
+        path = file.relative_to(PACKAGE)
+        name = path.stem
+        if name == "__init__":
+            if not any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in ast.parse(file.read_text()).body):
+                continue
+            name = file.parent.name
+        yield path.as_posix(), ROOT / "tests" / path.parent / f"test_{name}.py"
+
+
+def test_tests_mirror_the_package() -> None:
+    missing = {path for path, tests in modules_to_test() if not tests.exists()}
+    assert missing - EXCEPTIONS.keys() == set(), "each needs the test file of its name, or an exception with the reason"
+    assert EXCEPTIONS.keys() - missing == set(), "these have tests, or are gone: they are no exceptions any more"

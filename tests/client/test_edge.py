@@ -33,13 +33,13 @@ from baffle.core.types import Reply, Weights
 from baffle.engines import pipe
 from baffle.engines.pipe import PipeEngine, write_clients
 from baffle.errors import DataError, ModelError, OptionError, ReplyError
-from baffle.protocol.messages import Answer, Failed, Found
+from baffle.protocol.messages import CalibrateResponse, FailedResponse, TrainResponse
 from baffle.protocol.pipes import (
-    BESIDES,
     MARK,
+    MOST_BYTES,
     Hello,
     Message,
-    Work,
+    WorkRequest,
     decode,
     receive,
     receive_frame,
@@ -225,7 +225,7 @@ def test_bytes_are_the_lengths_of_the_frames(fleet: Fleet, tmp_path: Path) -> No
         down += (tmp_path / f"down{number}").stat().st_size
         with (tmp_path / f"up{number}").open("rb") as file:
             skip_to_mark(file)
-            receive(file, BESIDES)  # the greeting
+            receive(file, MOST_BYTES)  # the greeting
             up += (tmp_path / f"up{number}").stat().st_size - file.tell()
     assert sum(record.bytes_down or 0 for record in run.records) == down
     assert sum(record.bytes_up or 0 for record in run.records) == up
@@ -334,9 +334,9 @@ def hello(fleet: Fleet, **changes: object) -> Hello:
     return msgspec.structs.replace(Hello(100, fleet.bundle.sha256, {"runtime": "ort"}), **changes)
 
 
-def answer(**changes: object) -> Answer:
+def answer(**changes: object) -> TrainResponse:
     zeros = Reply(round=0, client=0, weight=100, scalars=bytes(4 * 6), clipped=0, nonfinite=0)
-    return Answer(msgspec.structs.replace(zeros, **changes))
+    return TrainResponse(msgspec.structs.replace(zeros, **changes))
 
 
 def says(folder: Path, *messages: Message | bytes) -> list[str]:
@@ -355,12 +355,12 @@ def says(folder: Path, *messages: Message | bytes) -> list[str]:
 GREETINGS: dict[str, tuple[Callable[[Fleet], list[Message | bytes]], str]] = {
     "text": (lambda fleet: [b"Welcome to this machine!\n"], "begins with b'Welc'.*does something else write here"),
     "a huge length": (lambda fleet: [b"\xff\xff\xff\x7f"], "begins with"),
-    "an answer": (lambda fleet: [answer()], "began with Answer: expected its greeting"),
+    "an answer": (lambda fleet: [answer()], "began with TrainResponse: expected its greeting"),
     "no message": (lambda fleet: [b"\x03\x00\x00\x00abc"], "malformed message"),
     "no examples": (lambda fleet: [hello(fleet, examples=0)], "0 examples: expected at least one"),
     "fewer than none": (lambda fleet: [hello(fleet, examples=-7)], "-7 examples"),
     "as many as there are not": (lambda fleet: [hello(fleet, examples=2**63)], "expected at least one"),
-    "a failure": (lambda fleet: [Failed("no\nroom\x1b!")], "no room !"),
+    "a failure": (lambda fleet: [FailedResponse("no\nroom\x1b!")], "no room !"),
 }
 
 
@@ -378,16 +378,16 @@ def test_a_client_that_closes_its_output_and_lives_on_is_ended(fleet: Fleet, mon
 
 
 BAD_ANSWERS: dict[str, tuple[list[Message | bytes], str]] = {
-    "of another client": ([answer(client=1)], "client 0 sent Answer: expected its own reply"),
+    "of another client": ([answer(client=1)], "client 0 sent TrainResponse: expected its own reply"),
     "of another round": ([answer(round=3)], "reply to round 3"),
     "with another weight": ([answer(weight=101)], "weight = 101: expected 100"),
     "too short": ([answer(scalars=b"")], "0 bytes of scalars"),
     "too large": ([answer(scalars=b"\xff\xff\xff\x7f" * 6)], "at most 16383 x its weight"),
     "longer than any": ([answer(scalars=bytes(10**5))], "begins with"),
-    "another message": ([Found((), (), 0, 0)], "client 0 sent Found"),
+    "another message": ([CalibrateResponse((), (), 0, 0)], "client 0 sent CalibrateResponse"),
     "a greeting": ([Hello(1, "", {})], "client 0 sent Hello"),
     "the end": ([b"\x05\x00\x00\x00\x00"], "the stream ended within a message, after 5 bytes"),
-    "a failure": ([Failed("no memory")], "client 0: no memory"),
+    "a failure": ([FailedResponse("no memory")], "client 0: no memory"),
 }
 
 
@@ -406,12 +406,12 @@ def test_an_answer_that_does_not_fit_ends_the_run_before_anything_is_written(
 
 
 NAN, INF = float("nan"), float("inf")
-BAD_LADDERS: dict[str, Found] = {
-    "none": Found((), (), 0, 0),
-    "sigmas of its own": Found((1e9,) * 7, (0.1,) * 7, 1, 1),
-    "errors missing": Found(LADDER, (0.1,) * 6, 1, 1),
-    "NaN": Found(LADDER, (NAN,) * 7, 1, 1),
-    "negative": Found(LADDER, (-1.0,) * 7, 1, 1),
+BAD_LADDERS: dict[str, CalibrateResponse] = {
+    "none": CalibrateResponse((), (), 0, 0),
+    "sigmas of its own": CalibrateResponse((1e9,) * 7, (0.1,) * 7, 1, 1),
+    "errors missing": CalibrateResponse(LADDER, (0.1,) * 6, 1, 1),
+    "NaN": CalibrateResponse(LADDER, (NAN,) * 7, 1, 1),
+    "negative": CalibrateResponse(LADDER, (-1.0,) * 7, 1, 1),
 }
 
 
@@ -428,7 +428,7 @@ def test_a_client_cannot_choose_the_sigma_by_a_ladder_of_its_own(fleet: Fleet, t
 
 @pytest.mark.parametrize("sigma", [0.0, -1.0, INF, NAN])
 def test_a_client_cannot_make_the_lattices_sigma_absurd(fleet: Fleet, tmp_path: Path, sigma: float) -> None:
-    command = says(tmp_path, hello(fleet), Found((sigma,), (INF,), 1, 1))
+    command = says(tmp_path, hello(fleet), CalibrateResponse((sigma,), (INF,), 1, 1))
     method = msgspec.structs.replace(METHOD, sigma="auto", difference="central", lattice=1)
     with (
         PipeEngine(fleet.bundle, [command], fleet.runtime()) as engine,
@@ -490,9 +490,9 @@ class Client:
         return found[0]
 
 
-def work(weights: Weights, client: int = 0, **changes: object) -> Work:
+def work(weights: Weights, client: int = 0, **changes: object) -> WorkRequest:
     task = msgspec.structs.replace(TASK, **{"batch_size": 4, "sigma": 0.01, **changes})
-    return Work(client, task, weights.astype("<f4").tobytes())
+    return WorkRequest(client, task, weights.astype("<f4").tobytes())
 
 
 @dataclass(frozen=True)
@@ -521,11 +521,11 @@ REQUESTS: dict[str, Request] = {
     "a deep nest": Request(lambda w: b"\x82\xa4type\xa6failed\xa3abc" + b"\x91" * 50000 + b"\x00", "recursion"),
     "two messages": Request(lambda w: encode(work(w)) * 2, "malformed message"),
     "a greeting": Request(lambda w: Hello(1, "x", {}), "Hello: expected a task"),
-    "an answer": Request(lambda w: answer(), "Answer: expected a task"),
+    "an answer": Request(lambda w: answer(), "TrainResponse: expected a task"),
     "short weights": Request(lambda w: work(w[:-1]), "expected 4840, for the tensors"),
     "long weights": Request(lambda w: work(np.append(w, w[:1])), "weights of 4844 bytes"),
-    "half a number": Request(lambda w: Work(0, TASK, bytes(4839)), "weights of 4839 bytes"),
-    "no weights": Request(lambda w: Work(0, TASK, b""), "weights of 0 bytes"),
+    "half a number": Request(lambda w: WorkRequest(0, TASK, bytes(4839)), "weights of 4839 bytes"),
+    "no weights": Request(lambda w: WorkRequest(0, TASK, b""), "weights of 0 bytes"),
     "NaN": Request(lambda w: work(np.full_like(w, np.nan)), "weights with NaN or infinity"),
     "infinity": Request(lambda w: work(np.append(w[1:], np.float32(-np.inf))), "weights with NaN or infinity"),
     "no directions": Request(lambda w: work(w, num_directions=0), "num_directions = 0"),
@@ -553,9 +553,9 @@ def test_what_is_no_task_is_told_and_the_next_one_answered(fleet: Fleet) -> None
         assert client.greeting() == Hello(len(data), fleet.bundle.sha256, runtime.plan)
         for name, request in REQUESTS.items():
             found = client.ask(request.message(weights))
-            assert isinstance(found, Failed), name
+            assert isinstance(found, FailedResponse), name
             assert request.told in found.reason, (name, found.reason)
-            assert client.ask(good) == Answer(expected), name
+            assert client.ask(good) == TrainResponse(expected), name
         client.process.stdin.close()
         assert client.process.wait(30) == 0
         assert client.process.stderr.read() == b""
@@ -571,10 +571,10 @@ def test_a_failure_has_a_short_reason(fleet: Fleet, monkeypatch: pytest.MonkeyPa
     edge.serve(fleet.runtime(), fleet.bundle, fleet.clients[0], io.BytesIO(requests.getvalue()), answers)
     answers.seek(0)
     skip_to_mark(answers)
-    receive(answers, BESIDES)
-    found = receive(answers, BESIDES)
+    receive(answers, MOST_BYTES)
+    found = receive(answers, MOST_BYTES)
     assert found is not None
-    assert isinstance(found[0], Failed)
+    assert isinstance(found[0], FailedResponse)
     assert found[0].reason.startswith("RuntimeError: xxx")
 
 
@@ -595,7 +595,7 @@ def test_what_is_no_frame_ends_the_client_with_one_line(fleet: Fleet, data: byte
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert told in error
-    greeting = receive(io.BytesIO(done.stdout.removeprefix(MARK)), BESIDES)
+    greeting = receive(io.BytesIO(done.stdout.removeprefix(MARK)), MOST_BYTES)
     assert greeting is not None
     assert len(MARK) + greeting[1] == len(done.stdout)
 
@@ -649,10 +649,10 @@ def test_what_never_begins_is_no_client(fleet: Fleet, tmp_path: Path) -> None:
 
 MESSAGES: list[Message] = [
     Hello(3, "ab", {"runtime": "ort", "threads": 1}),
-    Work(2, TASK, b"\0\1\2\3", True),
+    WorkRequest(2, TASK, b"\0\1\2\3", True),
     answer(scalars=b"\1\0\0\0"),
-    Found((0.1, 0.2), (INF, 0.5), 3, 4),
-    Failed("because"),
+    CalibrateResponse((0.1, 0.2), (INF, 0.5), 3, 4),
+    FailedResponse("because"),
 ]
 
 

@@ -23,9 +23,18 @@ from baffle.data import Scaling
 from baffle.deploy.client_model import Own, builder
 from baffle.deploy.server_app import setup_of
 from baffle.engines.remote.flower import GridTransport, Node, from_records, reply_to, size_of, to_records
-from baffle.engines.remote.transport import Letter
+from baffle.engines.remote.transport import Request
 from baffle.errors import BaffleError, BundleError, DataError, ModelError, OptionError, ReplyError
-from baffle.protocol.messages import SETUP, Enrol, Failed, Present, Setup, decode_response, decode_setup, encode
+from baffle.protocol.messages import (
+    SETUP,
+    EnrolRequest,
+    EnrolResponse,
+    FailedResponse,
+    Setup,
+    decode_response,
+    decode_setup,
+    encode,
+)
 from baffle.runtimes import Runtime
 from baffle.runtimes.onnx.bundle import Bundle
 from baffle.runtimes.perturb import Perturbations
@@ -73,15 +82,15 @@ def test_a_client_evaluates_what_the_server_does(options: TrainConfig) -> None:
     assert losses(runtime, server, data) == losses(server.runtime, server, data)
     if options.prune and options.prune_by != "channels":
         assert any(spec.mask is not None for spec in runtime.table)
-    assert isinstance(_enrol(setup), Present)
+    assert isinstance(_enrol(setup), EnrolResponse)
 
 
-def _enrol(setup: Setup, data: bf.Dataset = DATA) -> Present | Failed:
+def _enrol(setup: Setup, data: bf.Dataset = DATA) -> EnrolResponse | FailedResponse:
     encoded = encode(setup)
     client = Participant("x", builder(data))
-    question = encode(Enrol(hashlib.sha256(encoded).hexdigest()))
+    question = encode(EnrolRequest(hashlib.sha256(encoded).hexdigest()))
     said = decode_response(client.answer(question, {SETUP: encoded}))
-    assert isinstance(said, Present | Failed)
+    assert isinstance(said, EnrolResponse | FailedResponse)
     return said
 
 
@@ -149,7 +158,7 @@ def test_another_start_than_the_names_is_told_where_it_is_not_trained() -> None:
     _, setup = served(msgspec.structs.replace(MLP, trainable="head"))
     other = msgspec.structs.replace(setup, options=setup.options | {"seed": 5})
     said = _enrol(other)
-    assert isinstance(said, Failed)
+    assert isinstance(said, FailedResponse)
     assert "expected the same model" in said.reason
 
 
@@ -261,7 +270,7 @@ def test_what_a_grid_does_not_take_has_no_name(monkeypatch: pytest.MonkeyPatch) 
     for name in ("_run_id", "_task_id", "_node_id"):  # as in the process of a ServerApp
         monkeypatch.setattr(TaskIdentity, name, 1)
     grid = Grid(7)
-    sent = GridTransport(grid).send([Letter(7, b"?"), Letter(8, b"?", {SETUP: bytes(3_000_000)}, 5)], 60.0)
+    sent = GridTransport(grid).send([Request(7, b"?"), Request(8, b"?", {SETUP: bytes(3_000_000)}, 5)], 60.0)
     assert [s.id for s in sent] == ["m7", ""]
     assert [s.size for s in sent] == [size_of(m) for m in grid.sent]
     assert sent[1].size > 3_000_000
@@ -269,7 +278,7 @@ def test_what_a_grid_does_not_take_has_no_name(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("size", [1, 2**20 - 1, 2**20, 2**20 + 1, 3 * 2**20])
-def test_parcels_are_cut_and_put_together(size: int) -> None:
+def test_attachments_are_cut_and_put_together(size: int) -> None:
     whole = np.random.default_rng(size).bytes(size)
     records = to_records(b"?", {SETUP: whole, "state": b"s"})
     shuffled = RecordDict(dict(reversed(list(records.items()))))
@@ -292,7 +301,7 @@ def test_records_of_others_are_refused(records: RecordDict) -> None:
     with pytest.raises(ReplyError, match="expected"):
         from_records(records)
     reply = reply_to(_received(records), Participant("x", builder(DATA)))
-    assert isinstance(decode_response(from_records(reply.content)[0]), Failed)
+    assert isinstance(decode_response(from_records(reply.content)[0]), FailedResponse)
 
 
 def _received(records: RecordDict) -> Message:

@@ -351,7 +351,7 @@ class TestLosses:
             assert_same(model, loss, data, bundle)
 
     def test_a_loss_that_is_not_per_example_is_explained(self) -> None:
-        with pytest.raises(ModelError, match="expected one number an example"):
+        with pytest.raises(ModelError, match="expected one number per example"):
             export(nn.Linear(6, 4), lambda output, target: F.cross_entropy(output, target), numbers(6))
 
 

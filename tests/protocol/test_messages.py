@@ -1,4 +1,4 @@
-"""What goes over the network: messages, parcels, Flower's records; and the files of who takes part."""
+"""What goes over the network: messages, attachments, Flower's records; and the files of who takes part."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from baffle.core.state import State, state_sha256
 from baffle.core.types import Reply, make_table
 from baffle.errors import ReplyError
 from baffle.protocol.messages import (
-    Answer,
-    Ask,
-    Behind,
-    Enrol,
-    Failed,
-    Found,
-    Present,
-    Response,
+    AnyResponse,
+    BehindResponse,
+    CalibrateResponse,
+    EnrolRequest,
+    EnrolResponse,
+    FailedResponse,
     Setup,
-    decode_question,
+    TrainRequest,
+    TrainResponse,
+    decode_request,
     decode_response,
     decode_setup,
     encode,
@@ -40,24 +40,24 @@ TEXT = st.text(st.characters(codec="utf-8"), max_size=50)
 COUNT = st.integers(0, 2**63 - 1)
 BYTES = st.binary(max_size=100)
 REPLY = st.builds(Reply, round=COUNT, client=COUNT, weight=COUNT, scalars=BYTES, clipped=COUNT, nonfinite=COUNT)
-RESPONSES: st.SearchStrategy[Response] = st.one_of(
+RESPONSES: st.SearchStrategy[AnyResponse] = st.one_of(
     st.builds(
-        Present,
+        EnrolResponse,
         name=TEXT,
         examples=COUNT,
         plan=st.dictionaries(TEXT, TEXT | COUNT, max_size=3),
         state_sha256=BYTES,
         round=COUNT,
     ),
-    st.builds(Answer, REPLY, BYTES),
-    st.builds(Found, st.just(LADDER), st.tuples(st.floats(allow_nan=False)), COUNT, COUNT),
-    st.builds(Behind, COUNT, BYTES, st.booleans()),
-    st.builds(Failed, TEXT),
+    st.builds(TrainResponse, REPLY, BYTES),
+    st.builds(CalibrateResponse, st.just(LADDER), st.tuples(st.floats(allow_nan=False)), COUNT, COUNT),
+    st.builds(BehindResponse, COUNT, BYTES, st.booleans()),
+    st.builds(FailedResponse, TEXT),
 )
 QUESTIONS = st.one_of(
-    st.builds(Enrol, TEXT),
+    st.builds(EnrolRequest, TEXT),
     st.builds(
-        Ask,
+        TrainRequest,
         setup=TEXT,
         task=st.just(TASK),
         rows=st.lists(BYTES, max_size=3).map(tuple),
@@ -82,13 +82,13 @@ FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
 @given(RESPONSES)
-def test_responses_survive(response: Response) -> None:
+def test_responses_survive(response: AnyResponse) -> None:
     assert decode_response(encode(response)) == response
 
 
 @given(QUESTIONS)
-def test_questions_survive(question: Enrol | Ask) -> None:
-    assert decode_question(encode(question)) == question
+def test_questions_survive(question: EnrolRequest | TrainRequest) -> None:
+    assert decode_request(encode(question)) == question
 
 
 def test_a_setup_survives_and_has_one_hash() -> None:
@@ -98,7 +98,7 @@ def test_a_setup_survives_and_has_one_hash() -> None:
 
 def test_the_bytes_of_messages_stay() -> None:
     reply = Reply(round=3, client=2, weight=5, scalars=b"\x01\x02\x03\x04", clipped=1, nonfinite=0)
-    assert encode(Answer(reply, b"\xaa\xbb")).hex() == (
+    assert encode(TrainResponse(reply, b"\xaa\xbb")).hex() == (
         "83a474797065a6616e73776572a57265706c7986a5726f756e6403a6636c69656e7402a677656967687405"
         "a77363616c617273c40401020304a7636c697070656401a96e6f6e66696e69746500ac73746174655f736861323536c402aabb"
     )
@@ -113,7 +113,7 @@ def test_garbage_is_refused_and_nothing_worse(data: bytes, draw: st.DataObject) 
     damaged = bytearray(data)
     for _ in range(draw.draw(st.integers(0, 3)) if damaged else 0):
         damaged[draw.draw(st.integers(0, len(damaged) - 1))] = draw.draw(st.integers(0, 255))
-    for decode in (decode_question, decode_response, decode_setup):
+    for decode in (decode_request, decode_response, decode_setup):
         with contextlib.suppress(ReplyError):
             decode(bytes(damaged))
 
@@ -132,7 +132,7 @@ def test_garbage_is_refused_and_nothing_worse(data: bytes, draw: st.DataObject) 
     ],
 )
 def test_malformed_bytes_are_refused(data: bytes) -> None:
-    for decode in (decode_question, decode_response, decode_setup):
+    for decode in (decode_request, decode_response, decode_setup):
         with pytest.raises(ReplyError, match="malformed"):
             decode(data)
 
@@ -165,12 +165,12 @@ def test_the_rarest_numbers_survive() -> None:
     assert unpack_weights(pack_weights(values), 6).tobytes() == values.tobytes()
 
 
-def test_the_bytes_of_a_parcel_stay() -> None:
-    parcel = zlib.decompress(pack_weights(np.array([1.0, -2.0], np.float32)))
-    assert parcel.hex() == "83a5726f756e6400a47374657000a661727261797381a777656967687473c4080000000080003fc0"
+def test_the_bytes_of_a_packed_state_stay() -> None:
+    attachment = zlib.decompress(pack_weights(np.array([1.0, -2.0], np.float32)))
+    assert attachment.hex() == "83a5726f756e6400a47374657000a661727261797381a777656967687473c4080000000080003fc0"
 
 
-def parcel(**arrays: np.ndarray) -> bytes:
+def attachment(**arrays: np.ndarray) -> bytes:
     contents = {name: a.astype("<f4").view(np.uint8).reshape(-1, 4).T.tobytes() for name, a in arrays.items()}
     return zlib.compress(msgspec.msgpack.encode({"round": 1, "step": 1, "arrays": contents}))
 
@@ -188,15 +188,15 @@ ONES = np.ones(5, np.float32)
         (zlib.compress(b"\x83\xa5round\xa1\xff\xa4step\x00\xa6arrays\x80"), "malformed"),
         (pack_weights(ONES)[:-1], "expected a whole one"),
         (pack_weights(ONES)[:-4], "expected a whole one"),
-        (pack_weights(ONES) + b"x", "nothing behind it"),
+        (pack_weights(ONES) + b"x", "nothing after it"),
         (pack_weights(ONES[:4]), "16 bytes: expected 20"),
-        (parcel(weights=ONES * np.nan), "NaN or infinity"),
-        (parcel(weights=ONES, **{"slots.m": ONES * np.inf}), "slots.m with NaN or infinity"),
-        (parcel(other=ONES), "without weights"),
+        (attachment(weights=ONES * np.nan), "NaN or infinity"),
+        (attachment(weights=ONES, **{"slots.m": ONES * np.inf}), "slots.m with NaN or infinity"),
+        (attachment(other=ONES), "without weights"),
         (zlib.compress(msgspec.msgpack.encode({"round": -1, "step": 0, "arrays": {}})), "without weights"),
     ],
 )
-def test_parcels_of_anything_else_are_refused(data: bytes, reason: str) -> None:
+def test_attachments_of_anything_else_are_refused(data: bytes, reason: str) -> None:
     with pytest.raises(ReplyError, match=reason):
         unpack_state(data, 5)
 

@@ -1,8 +1,8 @@
-"""The client: task, weights and a batch -> integers. Forward passes only.
+"""A client's computation: from a task, weights and a batch to integers, by forward passes only.
 
 BAFFLE (arXiv 2301.12195), section 3: finite differences of the loss along shared directions. Here a scalar is
-encoded as an integer on the round's power-of-two scale and weighted by an integer, so that everything after it
-(sums, secure sums, rebuild) is exact.
+encoded as an integer on the round's power-of-two scale and weighted by an integer, so that all later steps
+(sums, secure sums, rebuilding the gradient estimate) are exact.
 """
 
 from __future__ import annotations
@@ -25,7 +25,14 @@ from baffle.runtimes.perturb import Perturbations
 
 
 def perturbations(task: Task, table: Table, client: int, step: int = 0) -> Perturbations:
-    """The passes that a task asks of a client at one local step."""
+    """List the forward passes of a client's local step.
+
+    Args:
+        task: of the round.
+        table: the trainable tensors.
+        client: its number; matters only for per-client directions.
+        step: local step.
+    """
     directions = Directions.of(task, table, client, step)
     if task.difference == "forward":
         return Perturbations(directions, task.num_directions, (task.sigma,), baseline=True, lattice=task.lattice)
@@ -35,10 +42,17 @@ def perturbations(task: Task, table: Table, client: int, step: int = 0) -> Pertu
 
 
 def finite_differences(task: Task, losses: Losses) -> npt.NDArray[np.float64]:
-    """Scalars s_k of the mean loss: float32[passes, examples] -> float64[K].
+    """Compute the scalars s_k, finite differences of the mean loss L along the directions d_k.
 
-    Forward: (L(W + sigma d) - L(W)) / sigma; central: (L(W + sigma d) - L(W - sigma d)) / (2 sigma). Example by
-    example in float64, so that losses which are nearly equal cancel exactly.
+    Forward: (L(W + sigma d) - L(W)) / sigma; central: (L(W + sigma d) - L(W - sigma d)) / (2 sigma). Losses are
+    subtracted per example in float64, so that nearly equal losses cancel exactly.
+
+    Args:
+        task: of the round.
+        losses: float32[passes, examples], in the order of :func:`perturbations`.
+
+    Returns:
+        float64[K].
     """
     precise = losses.astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
@@ -50,7 +64,7 @@ def finite_differences(task: Task, losses: Losses) -> npt.NDArray[np.float64]:
 
 
 def reply(task: Task, client: int, weight: int, steps: Sequence[Encoded]) -> Reply:
-    """Put the encoded scalars of all local steps into a message."""
+    """Assemble the reply from the encoded scalars of all local steps."""
     return Reply(
         round=task.round,
         client=client,
@@ -64,16 +78,19 @@ def reply(task: Task, client: int, weight: int, steps: Sequence[Encoded]) -> Rep
 def local_update(
     task: Task, table: Table, weights: Weights, encoded: Encoded, step: int, execution: Execution
 ) -> Weights:
-    """One local step of plain SGD on the scalars as encoded, so that the sums describe every client's path."""
+    """Take one local step of plain SGD.
+
+    It uses the scalars as encoded, so that the sums describe exactly the steps that clients took.
+    """
     directions = Directions.of(task, table, 0, step)  # local steps need shared directions
     factor = directions.unit * 2.0**task.exponent / task.num_directions
     gradient = scaled(table, [(directions, encoded.integers)], factor, execution)
-    with np.errstate(over="ignore", invalid="ignore"):  # losses that are not finite follow, and are counted
+    with np.errstate(over="ignore", invalid="ignore"):  # non-finite losses follow, and are counted
         return weights - np.float32(task.local_lr) * gradient
 
 
 def draw(task: Task, data: Dataset, client: int, step: int) -> Dataset:
-    """The mini-batch that a simulated client draws from its data for a local step of a task."""
+    """Draw a client's mini-batch for a local step of a task; the same arguments give the same batch."""
     rng = generator((task.key, task.round), Purpose.BATCH, client + 1, step)
     return sample(data, task.batch_size, rng)
 
@@ -88,12 +105,20 @@ def respond(
     execution: Execution = FAST,
     lane: Evaluator | None = None,
 ) -> Reply:
-    """Answer a task: ``batch(step)`` gives the mini-batch of each local step, ``examples`` sets the weight.
+    """Answer a task.
 
-    Passes are evaluated on one ``lane`` of the runtime; None: on all of it.
+    Args:
+        task: of the round.
+        runtime: evaluates the passes.
+        weights: float32[n], at which the task starts.
+        batch: returns the mini-batch of a local step.
+        client: its number.
+        examples: number of the client's examples, which sets its weight.
+        execution: how directions are rebuilt on this machine, for several local steps.
+        lane: of the runtime, to evaluate on; None: on all lanes.
     """
     evaluator: Evaluator = lane or runtime
-    if evaluator is not runtime:  # others work beside this one
+    if evaluator is not runtime:  # other clients use the other lanes
         execution = replace(execution, threads=1)
     steps: list[Encoded] = []
     for step in range(task.local_steps):
@@ -105,7 +130,7 @@ def respond(
 
 
 def check_task(task: Task) -> None:
-    """Refuse what no server asks for, and what would take for ever. Raises OptionError."""
+    """Reject tasks that are out of range or would never finish. Raises OptionError."""
     require_count("num_directions", task.num_directions, 1, 2**20)
     require_count("local_steps", task.local_steps, 1, 2**20)
     require_positive("sigma", task.sigma)

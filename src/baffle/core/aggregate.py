@@ -1,4 +1,8 @@
-"""Aggregation of the clients' integers: checked, then summed; and the scale that the next round uses."""
+"""Aggregation of the clients' integers: check each reply, sum them, and choose the next round's scale.
+
+Scalars travel as integers in units of a power of two, 2**exponent (``docs/design.md``, section 3). A row's sums show
+how large the scalars are, so the next exponent follows from the last row alone, and replay needs no other record.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +19,30 @@ from baffle.errors import PlanError, ReplyError
 FIRST_EXPONENT = -8
 """Scale of round 0: range +-64, resolution 1/256. It only has to be near enough to measure with."""
 FEWEST_NEIGHBOURS = 4
-"""Of a client in a secure sum. With two or three a circle falls apart where clients are lost, and each part has a sum
-of its own."""
-_TARGET_BITS = 10  # root mean square of one client's integers; the limit is 16 times that
-_CALIBRATION_ROUNDS = 4
+"""Neighbours that a client in a secure sum needs at least. With two or three, a few dropped clients can split the
+circle of clients into parts, and the server would learn each part's sum."""
+_TARGET_BITS = 10  # log2 of the root mean square of one client's integers; the limit is 16 times that
+_MEASURING_ROUNDS = 4  # the scale is measured in at most this many rounds
 
 
 class WeightedSum(msgspec.Struct, frozen=True, tag="weighted_sum"):
-    """Plain sums of the weighted integers; with per-client directions the vectors are kept side by side."""
+    """Plain sums of the clients' weighted integers; with per-client directions, one vector per client.
+
+    Examples:
+        >>> WeightedSum()
+        WeightedSum()
+    """
 
     def combine(self, task: Task, cohort: Cohort, replies: Sequence[Reply] | Aggregate) -> Aggregate:
-        """Sum the replies to one task. The order in which they came does not matter.
+        """Check and sum the replies to one task. The order in which they arrived does not matter.
 
-        Raises ReplyError if one does not fit the task, or if there is none.
+        Args:
+            task: what the clients were asked.
+            cohort: the round's participants and their weights.
+            replies: one reply per client that answered.
+
+        Raises:
+            ReplyError: a reply does not fit the task, two are of one client, or there is none.
         """
         if isinstance(replies, Aggregate):
             raise ReplyError(f"round {task.round}: a sum: expected the clients' replies")
@@ -47,10 +62,15 @@ class WeightedSum(msgspec.Struct, frozen=True, tag="weighted_sum"):
 
 
 class SecureSum(msgspec.Struct, frozen=True, tag="secure_sum"):
-    """Sums of which the server sees nothing but the sum (``docs/secure-sum.md``).
+    """Secure aggregation: the server learns the sum over clients and nothing else (``docs/secure-sum.md``).
 
-    ``minimum``: the smallest cohort that is summed. ``neighbours``: with how many others a client shares masks, at
-    most; in a larger cohort they form a random regular graph.
+    Attributes:
+        minimum: the smallest cohort that is summed, at least 2.
+        neighbours: the largest number of other clients that a client shares masks with, 4 to 250. In a larger cohort
+            the clients form a random regular graph (Bell et al., CCS 2020).
+
+    Raises:
+        OptionError: an option is out of range.
 
     Examples:
         >>> SecureSum(minimum=1)
@@ -66,9 +86,15 @@ class SecureSum(msgspec.Struct, frozen=True, tag="secure_sum"):
         require_count("secure_sum.neighbours", self.neighbours, FEWEST_NEIGHBOURS, 250)
 
     def combine(self, task: Task, cohort: Cohort, replies: Sequence[Reply] | Aggregate) -> Aggregate:
-        """The sum that the engine and the clients have made, checked against the public weights of who is in it.
+        """Check a sum that the protocol has produced against the public weights of its participants.
 
-        Raises ReplyError if it is not the sum of participants of this round.
+        Args:
+            task: what the clients were asked.
+            cohort: the round's participants and their weights.
+            replies: the sum; one without participants stands for a round in which no sum could be made.
+
+        Raises:
+            ReplyError: it cannot be the sum of participants of this round.
         """
         if not isinstance(replies, Aggregate):
             raise ReplyError(f"round {task.round}: single replies: expected a secure sum")
@@ -83,7 +109,16 @@ class SecureSum(msgspec.Struct, frozen=True, tag="secure_sum"):
         return replies
 
     def check(self, scalars: int, participants: int) -> None:
-        """Raise PlanError if a round of so many scalars and participants could overflow, or hide nobody."""
+        """Refuse a round whose counts could overflow, or that is too small to hide anyone.
+
+        Args:
+            scalars: scalars per client: K times local steps.
+            participants: clients in the round.
+
+        Raises:
+            PlanError: the sum over clients of ``clipped`` or ``nonfinite`` could reach 2**32, or there are fewer
+                participants than the minimum.
+        """
         if participants < self.minimum:
             raise PlanError(
                 f"{participants} participants with secure_sum.minimum = {self.minimum}: expected at least as many"
@@ -96,7 +131,10 @@ class SecureSum(msgspec.Struct, frozen=True, tag="secure_sum"):
 
 
 def nothing(task: Task) -> Aggregate:
-    """A round that brought nothing usable: no sum could be made."""
+    """The aggregate of a void round, in which no sum could be made.
+
+    Every scalar counts as not finite, so that the round's row is not applied, and the scale stays.
+    """
     return Aggregate(
         vectors=np.zeros((1, task.local_steps, task.num_directions), np.int64),
         participants=(),
@@ -107,7 +145,19 @@ def nothing(task: Task) -> Aggregate:
 
 
 def check_reply(task: Task, cohort: Cohort, reply: Reply) -> Integers:
-    """The reply's integers int64[local_steps, K], or ReplyError naming the client and what is wrong."""
+    """Check one client's reply and decode its integers.
+
+    Args:
+        task: what the client was asked.
+        cohort: the round's participants and their weights.
+        reply: the reply.
+
+    Returns:
+        The weighted scalars, int64[local_steps, K].
+
+    Raises:
+        ReplyError: the reply does not fit; the message names the client and what is wrong.
+    """
     where = f"round {task.round}, client {reply.client}"
     count = task.local_steps * task.num_directions
     if reply.round != task.round:
@@ -127,15 +177,16 @@ def check_reply(task: Task, cohort: Cohort, reply: Reply) -> Integers:
 
 
 def scalar_rms(row: Row) -> float:
-    """Root mean square of the aggregated scalars: derivatives of the mean loss along the directions."""
+    """Root mean square of the aggregated scalars, in the loss's own units: directional derivatives of the mean loss."""
     weight = row.weight_sum if row.sharing == "shared" else row.weight_sum / max(1, len(row.participants))
     return float(np.sqrt(np.mean(row.integers.astype(np.float64) ** 2))) / weight * 2.0**row.exponent
 
 
 def typical_scalar(row: Row) -> float:
-    """Root mean square of one client's integers, as far as the row tells.
+    """Root mean square of one client's unweighted integers, estimated from the row's sums.
 
-    From a sum over C clients it lies between the mean's and sqrt(C) times that; the geometric middle is taken.
+    The mean over C clients is as large as one client's scalars if the clients agree, and sqrt(C) times smaller if
+    they are independent. The estimate is the geometric mean of both cases: C**(1/4) times the mean's.
     """
     clients = len(row.participants)
     values = row.integers / row.weight_sum
@@ -149,18 +200,22 @@ def clipped_share(row: Row) -> float:
 
 
 def next_exponent(last: Row | None, clip: float | None = None) -> int:
-    """The power of two on which the next round encodes its scalars, from the last round's sums.
+    """The exponent of the power of two in whose units the next round encodes its scalars.
 
-    With a clipping norm the range is never wider than that norm needs: what clients clip themselves says nothing
-    about the scale.
+    It aims at integers with a root mean square of 2**10, and widens the range if scalars were clipped.
+
+    Args:
+        last: the last round's row; None before round 0.
+        clip: the clients' clipping norm. The range is never wider than it needs: scalars that were clipped to the
+            norm do not call for a wider one.
     """
     if last is None:
         return FIRST_EXPONENT
     typical = typical_scalar(last)
     if clipped_share(last) > 0.25:
-        shift = 6  # far too narrow: the sums say little
+        shift = 6  # far too narrow: with this much clipped the sums show little of the true size
     elif typical == 0:
-        shift = -6 if last.nonfinite == 0 else 0
+        shift = -6 if last.nonfinite == 0 else 0  # all rounded to 0: far too wide, unless they were not finite
     else:
         shift = round(math.log2(typical)) - _TARGET_BITS
         if clipped_share(last) > 0.01:
@@ -170,9 +225,13 @@ def next_exponent(last: Row | None, clip: float | None = None) -> int:
 
 
 def measures_scale(last: Row | None) -> bool:
-    """Whether the next round only measures the scale: round 0 does, and a few more if it missed by far."""
+    """Whether the next round only measures the scale of the scalars, and its row is not applied.
+
+    Round 0 does; up to three more do while the scale is off by far: over a tenth of the scalars clipped, or integers
+    below 8.
+    """
     if last is None:
         return True
-    if last.applied or last.round + 1 >= _CALIBRATION_ROUNDS:
+    if last.applied or last.round + 1 >= _MEASURING_ROUNDS:
         return False
     return clipped_share(last) > 0.1 or typical_scalar(last) < 8

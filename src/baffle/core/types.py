@@ -1,7 +1,7 @@
-"""The values that travel between server, client and journal, and the names for their arrays.
+"""The values that travel between server, client and journal, and the names of their arrays.
 
-Everything here is immutable. Messages are encoded as MessagePack maps in field order
-(``docs/protocol.md`` is the specification for other languages).
+Everything here is immutable. Messages are encoded as MessagePack maps with the fields in this order, and hashed, so
+a field that is moved or renamed changes the protocol (``docs/protocol.md``, the specification for other languages).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ Integers: TypeAlias = npt.NDArray[np.int64]
 Losses: TypeAlias = npt.NDArray[np.float32]
 """Per-example losses: float32[passes, examples]."""
 Array: TypeAlias = npt.NDArray[np.generic]
+"""An array of any type."""
 
 Family = Literal["rank1", "rademacher", "gaussian"]
 Sharing = Literal["shared", "per-client"]
@@ -42,6 +43,13 @@ MAX_WEIGHT_SUM = 2**17 - 1
 class ParamSpec(msgspec.Struct, frozen=True):
     """One trainable tensor: its name, its shape and where it starts in the flat weights.
 
+    Attributes:
+        name: the parameter's name in the model.
+        shape: its shape; empty for a scalar.
+        offset: index of its first entry in the flat weights.
+        kept: pruning mask of a pruned tensor: one bit per entry, lowest bit first, 1 for entries that were kept. Only
+            these are perturbed and trained, the others stay 0. Empty if the tensor is not pruned.
+
     Examples:
         >>> ParamSpec("conv.weight", (16, 1, 5, 5), offset=0).matrix
         (16, 25)
@@ -51,8 +59,6 @@ class ParamSpec(msgspec.Struct, frozen=True):
     shape: tuple[int, ...]
     offset: int
     kept: bytes = b""
-    """Of a pruned tensor: a bit an entry, lowest first, 1 where it was kept. Only these are perturbed and trained,
-    the others are 0. Empty: all."""
 
     @property
     def size(self) -> int:
@@ -68,7 +74,7 @@ class ParamSpec(msgspec.Struct, frozen=True):
 
     @property
     def mask(self) -> npt.NDArray[np.bool_] | None:
-        """Where entries were kept, bool[size]; None if the tensor is not pruned."""
+        """The pruning mask, bool[size], True for entries that were kept; None if the tensor is not pruned."""
         if not self.kept:
             return None
         bits = np.frombuffer(self.kept, np.uint8)
@@ -81,15 +87,20 @@ class ParamSpec(msgspec.Struct, frozen=True):
 
 
 Table: TypeAlias = tuple[ParamSpec, ...]
-"""Every trainable tensor, in the order of the flat weights."""
-
-
+"""All trainable tensors, in the order of the flat weights."""
 Masks: TypeAlias = Mapping[str, npt.NDArray[np.bool_]]
-"""Of pruned tensors, by name: where entries were kept."""
+"""Pruning masks by tensor name, in the tensors' shapes: True for entries that were kept."""
 
 
 def make_table(shapes: dict[str, tuple[int, ...]], masks: Masks | None = None) -> Table:
-    """Lay tensors out one after another; those with a mask are pruned. ModelError if a mask fits none.
+    """Lay tensors out one after another in the flat weights.
+
+    Args:
+        shapes: shape of each tensor, by name, in order.
+        masks: pruning masks of those that are pruned.
+
+    Raises:
+        ModelError: a mask has another shape than its tensor, or no tensor.
 
     Examples:
         >>> [(p.name, p.offset) for p in make_table({"w": (3, 2), "b": (3,)})]
@@ -115,41 +126,44 @@ def table_size(table: Table) -> int:
 
 
 Cohort: TypeAlias = Mapping[int, int]
-"""Who takes part in a round: client -> its integer weight."""
+"""The participants of a round: client -> its integer weight."""
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):
-    """What the server asks of a client in one round."""
+    """What the server asks of the clients in one round."""
 
     round: int
     key: UInt64
-    """Run key: with ``round`` it defines every direction of the round."""
+    """Run key: together with ``round`` it defines every direction of the round."""
     family: Family
     sharing: Sharing
     difference: Difference
     num_directions: int
     sigma: float
+    """Step of the finite difference."""
     lattice: int
-    """0: every tensor is perturbed by sigma; m: matrices on the int8 lattice, by m codes."""
+    """0: every tensor is perturbed by sigma; m > 0: matrices are perturbed on the int8 lattice, by m codes."""
     exponent: int
     """Scalars travel as integers in units of 2**exponent."""
     clip: float | None
-    """Clipping norm of one scalar, in units of the loss's derivative; None: only the range limits it."""
+    """Clipping norm of one scalar, a directional derivative of the loss; None: only the range limits it."""
     batch_size: int | None
+    """Examples in a mini-batch; None: all that the client has."""
     local_steps: int
     local_lr: float
+    """Learning rate of the local steps; 0 if there is only one."""
     quantum: int
     """Examples per unit of a client's integer weight."""
     secure: int = 0
-    """In a secure sum: with how many neighbours a client shares masks, at most. 0: plain sums."""
+    """In a secure sum, the largest number of neighbours that a client shares masks with; 0: plain sums."""
     next_cohort: tuple[int, ...] = ()
-    """In a secure sum: who is to take part in the round after this one, so that keys for it can come with the reply."""
+    """In a secure sum, the participants of the next round, so that their keys for it can come with the reply."""
     state_sha256: bytes
     """Hash of the replay state that the round starts from."""
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
-    """What a client answers: K weighted integers a local step, and three counts."""
+    """What a client answers: K weighted integers per local step, its weight, and two counts."""
 
     round: int
     client: int
@@ -157,20 +171,22 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
     scalars: bytes
     """int32, little-endian, [local_steps, K]: weight x fixed-point scalar."""
     clipped: int
+    """Number of scalars that were clipped."""
     nonfinite: int
+    """Number of scalars that were NaN or infinite, and are sent as 0."""
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of the journal: all that is needed to repeat a round's update bit for bit."""
+    """One record of the journal: all that is needed to repeat a round's update bit for bit."""
 
     round: int
     key: UInt64
     applied: bool
-    """False: the round only calibrated the scale, or brought nothing usable, or went back; weights stay."""
+    """False if the round only measured the scale, had no usable scalar, or rolled back: there is no update."""
     restores: int | None
-    """The run had diverged: this row takes the state after that round again, and repeats that round's row."""
+    """After a divergence, the round to whose state this row returns, repeating that round's scalars; else None."""
     rollbacks: int
-    """How often the run has gone back so far; each time shrinks the learning rates."""
+    """Number of rollbacks so far; each shrinks the learning rates."""
     family: Family
     sharing: Sharing
     num_directions: int
@@ -182,15 +198,17 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     participants: tuple[int, ...]
     weight_sum: int
     scalars: bytes
-    """int32, little-endian, [vectors, local_steps, K]; one vector if shared, else one a participant."""
+    """int32, little-endian, [vectors, local_steps, K]: one vector with shared directions, else one per participant."""
     clipped: int
     nonfinite: int
     clip_factor: float
+    """Factor that the gradient estimate is multiplied by (``ClipUpdate``); a float32."""
     optimizer: str
+    """Name of the update rule."""
     coefficients: dict[str, float]
     """Every number of the update that is not element-wise; each is exactly a float32."""
     ema: float
-    """Decay of the average that is evaluated, at this row; a float32."""
+    """Decay of the weights' moving average at this row; a float32."""
     weights_sha256: bytes
     """Hash of the weights after this row."""
     state_sha256: bytes
@@ -206,8 +224,13 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 class Aggregate:
     """What the server learns from a round.
 
-    ``vectors`` is int64[V, local_steps, K]: one weighted sum (V = 1) with shared directions, one a participant
-    otherwise.
+    Attributes:
+        vectors: weighted scalars, int64[V, local_steps, K]: their sum (V = 1) with shared directions, else one vector
+            per participant.
+        participants: the clients in it, in ascending order.
+        weight_sum: sum of their weights.
+        clipped: number of their scalars that were clipped.
+        nonfinite: number of their scalars that were NaN or infinite.
     """
 
     vectors: Integers
@@ -219,6 +242,9 @@ class Aggregate:
 
 def pack_int32(values: Integers) -> bytes:
     """Encode integers as little-endian int32.
+
+    Raises:
+        ReplyError: an integer does not fit.
 
     Examples:
         >>> pack_int32(np.array([1, -2]))

@@ -1,6 +1,7 @@
-"""What runs between SuperLink and clients: the ServerApp, and the ClientApp for Flower's own clients and simulation.
+"""The ServerApp: builds the run from its options, waits for clients, trains or continues.
 
-The app in ``apps/`` is a few lines that call these two; its run configuration is here, by the same names.
+The app in ``apps/`` is a few lines that call :func:`serve`, and ``answer`` of ``client_app.py``. Its run configuration
+is in ``app_config.py``.
 """
 
 from __future__ import annotations
@@ -36,13 +37,18 @@ _log = logging.getLogger("baffle")
 
 
 def serve(grid: Grid, context: Context) -> Run:
-    """The whole ServerApp: assemble, wait for clients, train or continue, write the run folder."""
+    """Run the whole ServerApp: assemble, wait for clients, train or continue, write the run folder.
+
+    Raises:
+        OptionError: Options do not fit each other, or the run folder has a run with another method.
+        FederationError: Too few clients for longer than the patience.
+    """
     log_to_stderr("baffle")
     config = app_config(context.run_config)
     options = options_of(config)
     out = Path(config.out) if config.out else None
     if out is not None:
-        _drop_unbegun(out)
+        _remove_unstarted(out)
     server = assemble_server(options)
     engine = RemoteEngine(
         GridTransport(quick(grid)),
@@ -56,7 +62,7 @@ def serve(grid: Grid, context: Context) -> Run:
         roster=Roster(out),
     )
     with EventLog(out / "events" if config.tensorboard and out is not None else None, out) as events:
-        run = _train(options, config, server, engine, out, lambda record: _told(record, events))
+        run = _train(options, config, server, engine, out, lambda record: _log_round(record, events))
     _log.info("done: %s", msgspec.json.encode(run.summary()).decode())
     return run
 
@@ -70,9 +76,9 @@ def _train(
     progress: Callable[[Record], None],
 ) -> Run:
     if out is not None and out.exists():
-        was = read_config(out)
-        first = was.rounds if was.command is None else int(was.command["rounds"] or was.rounds)
-        if msgspec.structs.replace(options, rounds=first).method() != was.method:
+        recorded = read_config(out)
+        first = recorded.rounds if recorded.command is None else int(recorded.command["rounds"] or recorded.rounds)
+        if msgspec.structs.replace(options, rounds=first).method() != recorded.method:
             raise OptionError("out", str(out), "a new folder: the run there has another method than these options")
         rounds = max(options.rounds, len(Journal.open(out).rows) - 1)
         return resume(out, engine, test=server.test, validation=server.validation, rounds=rounds, progress=progress)
@@ -92,15 +98,15 @@ def _train(
     )
 
 
-def _told(record: Record, events: EventLog) -> None:
+def _log_round(record: Record, events: EventLog) -> None:
     events.add(record)
     if record.loss is not None:
         accuracy = "" if record.accuracy is None else f"  accuracy {record.accuracy:.3f}"
         _log.info("round %d: loss %.4f%s  clients %d", record.round, record.loss, accuracy, record.participants)
 
 
-def _drop_unbegun(out: Path) -> None:
-    """A run folder without a round and without clients was made and never begun: begin anew."""
+def _remove_unstarted(out: Path) -> None:
+    """Remove a run folder that was created but never started."""
     if out.exists() and not read_members(out) and not Journal.open(out).rows:
         shutil.rmtree(out)
 
@@ -109,7 +115,11 @@ _TOLD = ("model", "activation", "norm", "trainable", "runtime", "precision", "se
 
 
 def setup_of(options: TrainConfig, server: Server) -> Setup:
-    """The setup of a server that trains by these options."""
+    """What a server that trains by these options tells its clients to evaluate.
+
+    Raises:
+        OptionError: The model has fewer channels than its name says, and no bundle to send.
+    """
     if server.bundle is None and options.prune and options.prune_by == "channels":
         raise OptionError("runtime", options.runtime, "ort or openvino: a model with fewer channels needs a bundle")
     runtime, scaling = server.runtime, server.train.scaling

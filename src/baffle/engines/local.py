@@ -1,8 +1,8 @@
-"""All clients in this process: the simulation of a federation over the same messages as the network.
+"""All clients in this process: simulate a federation with the same messages as over a network.
 
 With shared directions and one local step every participant evaluates the same perturbed models, so their
-batches go through each of them together; otherwise several clients side by side, each on one lane of the runtime.
-What a round costs besides its forward passes grows with the participants, not with the clients.
+batches go through each model together. Otherwise several clients are evaluated side by side, each on one lane of the
+runtime. Apart from its forward passes, the cost of a round grows with the participants, not with all clients.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from baffle.core.state import State
 from baffle.core.types import Losses, Reply, Table, Task, Weights
 from baffle.data import Dataset, concatenate
 from baffle.engines import Exchange
+from baffle.engines.history import History
 from baffle.errors import DataError, OptionError
-from baffle.protocol.encoding import decode_row, encode_message
+from baffle.protocol.encoding import encode_message
 from baffle.runtimes import Evaluation, Evaluator, Runtime
 from baffle.runtimes.perturb import Perturbations
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 
 _TOGETHER = 2**24
-"""Numbers, of inputs or of losses, in batches that go through the models together: 64 MiB in float32."""
+"""Upper limit of the inputs, and of the losses, that go through the models together: 64 MiB in float32."""
 
 
 def require_examples(clients: Sequence[Dataset]) -> None:
@@ -49,17 +50,27 @@ def require_examples(clients: Sequence[Dataset]) -> None:
 
 
 class LocalEngine:
-    """Simulate clients that hold ``clients`` data sets, on one runtime.
+    """Simulate clients on one runtime.
 
-    ``together``: clients with the same directions and one local step go through each perturbed model together, as
-    many as 64 MiB of inputs, or of losses, hold. Where they cannot, ``workers`` of them are evaluated side by side,
-    each on one lane (thread) of the runtime, by default as many as it has lanes; a single one is given all of them.
-    Replies do not depend on the number of workers, but for the last bits where PyTorch stacks directions, since
-    stacks do. Raises DataError if a client has no examples, OptionError for more workers than lanes.
+    Clients with the same directions and one local step go through each perturbed model together, as many at a time as
+    have 64 MiB of inputs, or of losses. Otherwise ``workers`` clients are evaluated side by side, each on one lane
+    (thread) of the runtime; a single worker uses all lanes. Replies do not depend on the number of workers, except
+    for the last bits where PyTorch stacks directions, since the size of a stack does.
 
-    Bytes are counted as a deployment would send them: each reply's and each task's encoded length, plus what
+    Bytes are counted as a deployment would send them: the encoded length of each reply and each task, plus what
     the participant needs to catch up: the rows since it last took part, or the full state (weights and
     optimizer slots) where that is shorter, as at first contact.
+
+    Args:
+        runtime: evaluates the clients' passes, and the server's own data.
+        clients: one data set per client; the index is the client's number.
+        together: evaluate clients together where the task allows it.
+        workers: clients evaluated side by side; by default one per lane of the runtime.
+        execution: how directions are rebuilt on this machine, for several local steps.
+
+    Raises:
+        DataError: if a client has no examples.
+        OptionError: for more workers than lanes.
 
     Examples:
         >>> import torch.nn.functional as F
@@ -91,7 +102,7 @@ class LocalEngine:
                 lanes = f"{len(self._lanes)}, the lanes of the runtime"
                 raise OptionError("workers", workers, f"at most {lanes}; give the runtime as many threads for more")
         self._workers = workers or len(self._lanes)
-        self._history = _History(len(clients))
+        self._downloads = _Downloads(len(clients))
         self._secure: _Secure | None = None
 
     @property
@@ -101,7 +112,7 @@ class LocalEngine:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Examples of each client."""
+        """Number of examples of each client."""
         return self._sizes
 
     @property
@@ -123,7 +134,7 @@ class LocalEngine:
         return self._runtime.evaluate(weights, data)
 
     def calibrate(self, task: Task, participants: Sequence[int], state: State) -> Calibration:
-        """Measure on the first batches of as many participants as make up 64 examples."""
+        """Measure on the first batches of the participants, up to 64 examples."""
         batches: list[Dataset] = []
         for client in participants:
             batches.append(self.batch(task, client, 0))
@@ -142,7 +153,7 @@ class LocalEngine:
         passes = task.local_steps * len(perturbations(task, self.table, 0))
         examples = sum(self._batch_size(task, client) for client in participants)
         state_bytes = sum(a.nbytes for a in (state.weights, *state.slots.values()))
-        caught_up = self._history.catch_up(participants, state_bytes, rows)
+        caught_up = self._downloads.catch_up(participants, state_bytes, rows)
         return Exchange(
             replies=tuple(replies) if secure is None else (),
             forward_passes=passes * len(participants),
@@ -159,7 +170,7 @@ class LocalEngine:
         return draw(task, self._clients[client], client, step)
 
     def _sum(self, task: Task, replies: Sequence[Reply]) -> Summed:
-        """Sum securely, as clients of a deployment do; each run has new ones."""
+        """Sum securely, as clients of a deployment do; each run has new clients."""
         if self._secure is None or self._secure.key != task.key or self._secure.last >= task.round:
             self._secure = _Secure(task.key)
         return self._secure.sum(task, replies)
@@ -168,7 +179,7 @@ class LocalEngine:
         return min(task.batch_size or self._sizes[client], self._sizes[client])
 
     def _answer_apart(self, task: Task, participants: Sequence[int], weights: Weights) -> list[Reply]:
-        """Each participant by itself, as many side by side as there are workers."""
+        """Evaluate each participant by itself, ``workers`` of them side by side."""
         workers = min(self._workers, len(participants))
         free: SimpleQueue[Evaluator] = SimpleQueue()
         for lane in self._lanes[:workers] if workers > 1 else (self._runtime,):
@@ -196,7 +207,7 @@ class LocalEngine:
             return list(pool.map(answer, participants))
 
     def _answer_together(self, task: Task, participants: Sequence[int], weights: Weights) -> list[Reply]:
-        asked = perturbations(task, self.table, 0)
+        perturbed = perturbations(task, self.table, 0)
         return [
             reply(
                 task,
@@ -204,21 +215,21 @@ class LocalEngine:
                 weight_of(self._sizes[client], task.quantum),
                 [encode(task, finite_differences(task, part))],
             )
-            for group in self._groups(task, participants, len(asked))
-            for client, part in self._losses(task, group, weights, asked)
+            for group in self._groups(task, participants, len(perturbed))
+            for client, part in self._losses(task, group, weights, perturbed)
         ]
 
     def _losses(
-        self, task: Task, group: Sequence[int], weights: Weights, asked: Perturbations
+        self, task: Task, group: Sequence[int], weights: Weights, perturbed: Perturbations
     ) -> Iterator[tuple[int, Losses]]:
-        """Each client's losses, of passes that their batches take together."""
+        """Yield each client's losses; their batches go through each pass together."""
         batches = [self.batch(task, client, 0) for client in group]
-        losses = self._runtime.losses(weights, asked, concatenate(batches))
+        losses = self._runtime.losses(weights, perturbed, concatenate(batches))
         parts = np.split(losses, np.cumsum([len(b) for b in batches])[:-1], axis=1)
         return zip(group, parts, strict=True)
 
     def _groups(self, task: Task, participants: Sequence[int], passes: int) -> Iterator[list[int]]:
-        """Participants in their order, as many at a time as memory is granted to."""
+        """Yield participants in their order, in groups that fit the memory limit."""
         group: list[int] = []
         room = _TOGETHER
         for client in participants:
@@ -233,7 +244,7 @@ class LocalEngine:
 
 
 class _Secure:
-    """The clients' halves of a run's secure sums, made when they first take part."""
+    """The clients' side of a run's secure sums; a client is made when it first takes part."""
 
     def __init__(self, key: int) -> None:
         self.key, self.last = key, -1
@@ -245,32 +256,30 @@ class _Secure:
         from baffle.secure.simulate import sum_together
 
         self.last = task.round
-        cohort = [answered.client for answered in replies]
-        for client in set(cohort) - self._clients.keys():  # the method's minimum was checked by its plan
+        cohort = [answer.client for answer in replies]
+        for client in set(cohort) - self._clients.keys():  # Method.plan has checked the minimum
             self._clients[client] = SecureClient(Identity.make(), client, self.key, minimum=2, degree=task.secure)
         return sum_together(task, {client: self._clients[client] for client in cohort}, replies)
 
 
-class _History:
-    """Bytes of rows that each client lacks, from the journal's rows alone (so it survives a resume)."""
+class _Downloads:
+    """Bytes that clients need to catch up. Computed from the journal's rows alone, so a resumed run counts the same."""
 
     def __init__(self, clients: int) -> None:
-        self._ends = [0]  # cumulative bytes of rows
-        self._has: list[int | None] = [None] * clients  # rounds that a client has replayed
+        self._history = History()
+        self._has: list[int | None] = [None] * clients  # rows that a client has replayed
 
     def catch_up(self, participants: Sequence[int], state_bytes: int, rows: Sequence[bytes]) -> int:
-        if len(rows) < len(self._ends) - 1:  # another run
-            self._ends, self._has = [0], [None] * len(self._has)
-        for index in range(len(self._ends) - 1, len(rows)):
-            self._ends.append(self._ends[-1] + len(rows[index]))
-            row = decode_row(rows[index])
-            if row.restores is not None:  # clients keep no earlier states: everyone needs this one
-                self._has = [None] * len(self._has)
-                continue
+        """Bytes of the rows that the participants lack, or of the whole state where that is shorter."""
+        if len(rows) < self._history.rows:  # another run
+            self._history, self._has = History(), [None] * len(self._has)
+        first = self._history.rows
+        for index, row in enumerate(self._history.read(rows), first):
             for client in row.participants:
                 self._has[client] = index
-        total = 0
-        for client in participants:
-            has = self._has[client]
-            total += state_bytes if has is None else min(state_bytes, self._ends[len(rows)] - self._ends[has])
-        return total
+        return sum(self._bytes(self._has[client], state_bytes) for client in participants)
+
+    def _bytes(self, has: int | None, state_bytes: int) -> int:
+        if has is None or not self._history.leads_from(has):
+            return state_bytes
+        return min(state_bytes, self._history.bytes_after(has))

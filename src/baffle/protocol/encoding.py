@@ -1,4 +1,4 @@
-"""Encoding of tasks, replies and rows: MessagePack maps with the fields in the order of ``types``."""
+"""Encode tasks, replies and rows as MessagePack maps, with the fields in the order of ``baffle.core.types``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import msgspec
 from baffle.core.types import Reply, Row, Task
 from baffle.errors import ReplyError
 
-Message = TypeVar("Message")
+Decoded = TypeVar("Decoded")
 
 _encoder = msgspec.msgpack.Encoder()
 _rows = msgspec.msgpack.Decoder(Row)
@@ -18,7 +18,7 @@ _replies = msgspec.msgpack.Decoder(Reply)
 
 
 def encode_message(message: Task | Reply | Row) -> bytes:
-    """Bytes of a message.
+    """Encode a task, a reply or a row.
 
     Examples:
         >>> r = Reply(round=1, client=0, weight=3, scalars=b"", clipped=0, nonfinite=0)
@@ -29,21 +29,21 @@ def encode_message(message: Task | Reply | Row) -> bytes:
 
 
 def decode_row(data: bytes) -> Row:
-    """The row in ``data``; msgspec.DecodeError if it is none."""
+    """Decode a row. Raises msgspec.DecodeError if it is malformed."""
     return _rows.decode(data)
 
 
 def decode_task(data: bytes) -> Task:
-    """The task in ``data``; ReplyError if it is none."""
+    """Decode a task. Raises ReplyError if it is malformed."""
     return _decode(_tasks, data, "task")
 
 
 def decode_reply(data: bytes) -> Reply:
-    """The reply in ``data``; ReplyError if it is none."""
+    """Decode a reply. Raises ReplyError if it is malformed."""
     return _decode(_replies, data, "reply")
 
 
-def _decode(decoder: msgspec.msgpack.Decoder[Message], data: bytes, what: str) -> Message:
+def _decode(decoder: msgspec.msgpack.Decoder[Decoded], data: bytes, what: str) -> Decoded:
     try:
         return decoder.decode(data)
     except (msgspec.DecodeError, RecursionError) as error:

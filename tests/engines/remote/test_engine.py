@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,23 +19,24 @@ import baffle as bf
 from baffle.client.calibrate import LADDER
 from baffle.core.guard import Guard
 from baffle.core.types import LIMIT
-from baffle.engines.remote.engine import Downlink
-from baffle.engines.remote.transport import Arrival, Letter
+from baffle.engines.remote.downlink import Downlink
+from baffle.engines.remote.memory import Twist
+from baffle.engines.remote.transport import Arrival, Request
 from baffle.errors import FederationError
 from baffle.protocol.encoding import decode_row
 from baffle.protocol.messages import (
     SETUP,
     STATE,
     WEIGHTS,
-    Answer,
-    Ask,
-    Behind,
-    Enrol,
-    Failed,
-    Found,
-    Present,
-    Response,
-    decode_question,
+    AnyResponse,
+    BehindResponse,
+    CalibrateResponse,
+    EnrolRequest,
+    EnrolResponse,
+    FailedResponse,
+    TrainRequest,
+    TrainResponse,
+    decode_request,
     decode_response,
     encode,
 )
@@ -50,17 +50,12 @@ from remote_helpers import (
     SETUP_OF_DIGITS,
     TEST,
     TRAIN,
-    Clock,
     Federation,
     Node,
-    Twist,
     federation,
     local,
-    patched_clock,
     who_answered,
 )
-
-clock_for = contextmanager(patched_clock)
 
 
 @pytest.fixture(autouse=True)
@@ -70,28 +65,22 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def clock() -> Iterator[Clock]:
-    with clock_for() as clock:
-        yield clock
+def fed() -> Federation:
+    return federation()
 
 
-@pytest.fixture
-def fed(clock: Clock) -> Federation:
-    return federation(clock=clock)
-
-
-def lost(letter: Letter, arrival: Arrival) -> list[Arrival]:
-    """A node that takes questions and never answers."""
+def lost(request: Request, arrival: Arrival) -> list[Arrival]:
+    """A node that takes requests and never answers."""
     return []
 
 
-def saying(make: Callable[[Answer], bytes]) -> Twist:
+def saying(make: Callable[[TrainResponse], bytes]) -> Twist:
     """A node whose answers to tasks are others."""
 
-    def twist(letter: Letter, arrival: Arrival) -> list[Arrival]:
+    def twist(request: Request, arrival: Arrival) -> list[Arrival]:
         assert arrival.response is not None
         said = decode_response(arrival.response)
-        if not isinstance(said, Answer):
+        if not isinstance(said, TrainResponse):
             return [arrival]
         data = make(said)
         return [replace(arrival, response=data, size=len(data))]
@@ -126,18 +115,18 @@ def test_the_weights_are_those_of_one_process(fed: Federation, name: str, downli
 def test_every_client_proves_the_servers_state_in_every_round(fed: Federation) -> None:
     fed.train(rounds=8)
     for node in fed.nodes:
-        told = [c for c in fed.office.carried if c.node is node and isinstance(c.response, Answer)]
+        told = [c for c in fed.network.deliveries if c.node is node and isinstance(c.response, TrainResponse)]
         assert len(told) == 9
         for carried in told:
-            assert isinstance(carried.question, Ask)
-            assert isinstance(carried.response, Answer)
-            assert carried.response.state_sha256 == carried.question.task.state_sha256
+            assert isinstance(carried.message, TrainRequest)
+            assert isinstance(carried.response, TrainResponse)
+            assert carried.response.state_sha256 == carried.message.task.state_sha256
 
 
 def test_weights_go_down_each_round_if_asked_for(fed: Federation) -> None:
     fed.train(engine=fed.engine(downlink="weights"))
     for node in fed.nodes:
-        assert all(parcels == {WEIGHTS} and not ask.rows for ask, parcels in fed.office.asked(node))
+        assert all(attachments == {WEIGHTS} and not ask.rows for ask, attachments in fed.network.train_requests(node))
 
 
 def test_a_state_goes_down_once_and_then_a_row_a_round(fed: Federation, tmp_path: Path) -> None:
@@ -145,8 +134,8 @@ def test_a_state_goes_down_once_and_then_a_row_a_round(fed: Federation, tmp_path
     rows = bf.Journal.open(tmp_path / "run").rows
     assert not decode_row(rows[0]).applied  # the state stays: a row is a row all the same
     for node in fed.nodes:
-        asked = fed.office.asked(node)
-        assert [sorted(parcels) for _, parcels in asked] == [[STATE]] + [[]] * 9
+        asked = fed.network.train_requests(node)
+        assert [sorted(attachments) for _, attachments in asked] == [[STATE]] + [[]] * 9
         assert [list(ask.rows) for ask, _ in asked] == [[], *([row] for row in rows[:-1])]
 
 
@@ -155,17 +144,17 @@ def test_rounds_that_change_nothing_do_not_bring_the_state_again(fed: Federation
     fed.train(tmp_path / "run", method=coarse, rounds=5)
     assert sum(not decode_row(row).applied for row in bf.Journal.open(tmp_path / "run").rows) > 2
     for node in fed.nodes:
-        assert sum(STATE in parcels for _, parcels in fed.office.asked(node)) == 1
+        assert sum(STATE in attachments for _, attachments in fed.network.train_requests(node)) == 1
 
 
 def test_bytes_are_those_that_were_sent(fed: Federation, tmp_path: Path) -> None:
     run = fed.train(tmp_path / "run")
-    down = sum(c.size for c in fed.office.carried)
-    up = sum(len(encode(c.response)) for c in fed.office.carried)
+    down = sum(c.size for c in fed.network.deliveries)
+    up = sum(len(encode(c.response)) for c in fed.network.deliveries)
     assert sum(r.bytes_down or 0 for r in run.records) == down
     assert sum(r.bytes_up or 0 for r in run.records) == up
     visits = [v for log in read_rounds(tmp_path / "run") for v in log.visits]
-    enrolled = [c for c in fed.office.carried if isinstance(c.question, Enrol)]
+    enrolled = [c for c in fed.network.deliveries if isinstance(c.message, EnrolRequest)]
     assert sum(v.bytes_down for v in visits) == down - sum(c.size for c in enrolled)
     assert {v.outcome for v in visits} == {"ok"}
 
@@ -185,13 +174,13 @@ def test_clients_find_sigma(fed: Federation, tmp_path: Path, downlink: Downlink)
 def test_a_client_that_finds_sigma_late_is_not_taken_for_one_that_cannot_answer(fed: Federation) -> None:
     slow = fed.nodes[1]
 
-    def twist(letter: Letter, arrival: Arrival) -> list[Arrival]:
-        question = decode_question(letter.question)
-        if not isinstance(question, Ask) or not question.calibrate:
+    def twist(request: Request, arrival: Arrival) -> list[Arrival]:
+        message = decode_request(request.message)
+        if not isinstance(message, TrainRequest) or not message.calibrate:
             slow.seconds = 0.3 * DEADLINE
             return [arrival]
         slow.seconds = 1.02 * DEADLINE
-        return [replace(arrival, response=encode(Failed("too slow")))]
+        return [replace(arrival, response=encode(FailedResponse("too slow")))]
 
     slow.twist = twist
     fed.nodes[0].seconds = fed.nodes[2].seconds = 0.3 * DEADLINE
@@ -219,7 +208,7 @@ def test_an_engine_serves_one_run_after_another(fed: Federation) -> None:
 # Drop-outs
 
 
-Fate = str  # of a question to one client
+Fate = str  # of a request to one client
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -235,20 +224,19 @@ def test_whoever_drops_out_the_run_ends_with_the_weights_of_its_rows(
     downlink: Downlink,
 ) -> None:
     out = tmp_path_factory.mktemp("runs") / "run"
-    with clock_for() as clock:
-        fed = federation(clock=clock)
-        engine = fed.engine(downlink=downlink, roster=Roster(out))
-        for node, fate in zip(fed.nodes, fates, strict=True):
-            node.twist = _fate(node, list(fate))
-        absences = list(away)
+    fed = federation()
+    engine = fed.engine(downlink=downlink, roster=Roster(out))
+    for node, fate in zip(fed.nodes, fates, strict=True):
+        node.twist = _fate(node, list(fate))
+    absences = list(away)
 
-        def look() -> None:
-            gone = absences.pop(0) if absences else set[int]()
-            for i, node in enumerate(fed.nodes):
-                node.online = i not in gone
+    def look() -> None:
+        gone = absences.pop(0) if absences else set[int]()
+        for i, node in enumerate(fed.nodes):
+            node.online = i not in gone
 
-        fed.office.look = look
-        run = fed.train(out, rounds=5, engine=engine)
+    fed.network.on_look = look
+    run = fed.train(out, rounds=5, engine=engine)
     answered = who_answered(out)
     assert all(len(clients) >= 2 for clients in answered)
     assert bf.Journal.open(out).state().weights.tobytes() == run.weights.tobytes()
@@ -260,7 +248,7 @@ def test_whoever_drops_out_the_run_ends_with_the_weights_of_its_rows(
 
 
 def _fate(node: Node, fates: list[Fate]) -> Twist:
-    def twist(letter: Letter, arrival: Arrival) -> list[Arrival]:
+    def twist(request: Request, arrival: Arrival) -> list[Arrival]:
         fate = fates.pop(0) if fates else "on"
         node.seconds = 1.3 * DEADLINE if fate == "slow" else 0.1
         if fate == "restart":
@@ -282,13 +270,13 @@ def test_who_is_behind_gets_the_rows_that_it_lacks_or_the_state_where_that_is_sh
 
     run = fed.train(tmp_path / "run", rounds=gone + 5, progress=progress)
     rows = bf.Journal.open(tmp_path / "run").rows
-    back, parcels = next(a for a in fed.office.asked(away) if a[0].task.round > 3)
+    back, attachments = next(a for a in fed.network.train_requests(away) if a[0].task.round > 3)
     assert back.task.round == 3 + gone
     if whole:
         assert sum(map(len, rows[2 : 3 + gone])) > 2 * run.weights.nbytes
-        assert (list(back.rows), sorted(parcels)) == ([], [STATE])
+        assert (list(back.rows), sorted(attachments)) == ([], [STATE])
     else:
-        assert (list(back.rows), sorted(parcels)) == (rows[2 : 3 + gone], [])
+        assert (list(back.rows), sorted(attachments)) == (rows[2 : 3 + gone], [])
     assert {v.outcome for log in read_rounds(tmp_path / "run")[3 : 3 + gone] for v in log.visits[2:]} == {"offline"}
     assert (
         run.weights_sha256
@@ -306,9 +294,9 @@ def test_a_client_that_lost_its_memory_gets_setup_and_state_and_later_rows_again
             lame.restart()
 
     run = fed.train(rounds=11, progress=progress)
-    parcels = [(ask.task.round, set(parcels)) for ask, parcels in fed.office.asked(lame)]
+    attachments = [(ask.task.round, set(attachments)) for ask, attachments in fed.network.train_requests(lame)]
     both = {SETUP, STATE}
-    assert parcels == [
+    assert attachments == [
         (0, {STATE}),
         (1, set()),
         *[entry for r in (2, 4, 6, 8) for entry in ((r, set()), (r, both), (r + 1, set()))],
@@ -322,13 +310,13 @@ def test_a_client_that_keeps_nothing_is_soon_given_all_at_once(fed: Federation) 
     stock = fed.nodes[1]
     twist = stock.twist
 
-    def forgetful(letter: Letter, arrival: Arrival) -> list[Arrival]:
+    def forgetful(request: Request, arrival: Arrival) -> list[Arrival]:
         stock.restart()
-        return list(twist(letter, arrival))
+        return list(twist(request, arrival))
 
     stock.twist = forgetful
     run = fed.train(rounds=8)
-    assert [ask.task.round for ask, _ in fed.office.asked(stock)] == [0, 0, 1, 1, 2, 2, 3, 4, 5, 6, 7, 8]
+    assert [ask.task.round for ask, _ in fed.network.train_requests(stock)] == [0, 0, 1, 1, 2, 2, 3, 4, 5, 6, 7, 8]
     assert run.weights_sha256 == local(fed.data, rounds=8).weights_sha256
 
 
@@ -344,9 +332,9 @@ def test_a_row_that_returns_brings_everyone_the_state(fed: Federation, tmp_path:
     returns = [r.round for r in run.records if r.restores is not None]
     assert returns
     for node in fed.nodes:
-        whole = [ask.task.round for ask, parcels in fed.office.asked(node) if STATE in parcels]
+        whole = [ask.task.round for ask, attachments in fed.network.train_requests(node) if STATE in attachments]
         assert set(whole) >= {0, *(r + 1 for r in returns if r + 1 <= 24)}
-        assert len(fed.office.asked(node)) == 25  # nobody was asked twice
+        assert len(fed.network.train_requests(node)) == 25  # nobody was asked twice
 
 
 # Lies
@@ -354,10 +342,10 @@ def test_a_row_that_returns_brings_everyone_the_state(fed: Federation, tmp_path:
 
 def changed(**fields: object) -> Twist:
     """A reply with other values in it."""
-    return saying(lambda said: encode(Answer(msgspec.structs.replace(said.reply, **fields), said.state_sha256)))
+    return saying(lambda said: encode(TrainResponse(msgspec.structs.replace(said.reply, **fields), said.state_sha256)))
 
 
-def spoken(response: Response) -> Twist:
+def spoken(response: AnyResponse) -> Twist:
     return saying(lambda said: encode(response))
 
 
@@ -369,7 +357,7 @@ def _scalars(*values: int) -> bytes:
     return np.array(values, "<i4").tobytes()
 
 
-BAD = Present(name="a", examples=2**63, plan={}, state_sha256=b"", round=2**63)
+BAD = EnrolResponse(name="a", examples=2**63, plan={}, state_sha256=b"", round=2**63)
 LIES = {
     "K": (changed(scalars=_scalars(1, 2, 3)), "12 bytes of scalars: expected 16"),
     "round": (changed(round=77), "reply to round 77"),
@@ -382,18 +370,18 @@ LIES = {
     "one too much": (changed(scalars=_scalars(LIMIT * 255 + 1, 0, 0, 0)), "expected at most 16383 x its weight"),
     "negative count": (changed(clipped=-1), "clipped = -1"),
     "huge count": (changed(nonfinite=2**60), "nonfinite = 1152921504606846976"),
-    "hash": (saying(lambda said: encode(Answer(said.reply, bytes(32)))), "evaluated at state 000000"),
-    "no hash": (saying(lambda said: encode(Answer(said.reply))), "evaluated at state : expected"),
+    "hash": (saying(lambda said: encode(TrainResponse(said.reply, bytes(32)))), "evaluated at state 000000"),
+    "no hash": (saying(lambda said: encode(TrainResponse(said.reply))), "evaluated at state : expected"),
     "garbage": (raw(b"\xc1\xff\x00"), "malformed response"),
     "nothing": (raw(b""), "malformed response"),
     "text": (raw(b"\x82\xa4type\xa6failed\xa6reason\xa2\xff\xfe"), "malformed response"),
     "deep": (raw(b"\x82\xa4type\xa6failed\xa1x" + b"\x91" * 60_000), "malformed response"),
     "integer of 128 bits": (raw(b"\x82\xa4type\xa6behind\xa5round\xcf" + b"\xff" * 16), "malformed response"),
     "large": (raw(bytes(100_000_000)), "100000000 bytes: expected at most"),
-    "found": (spoken(Found(LADDER, (0.1,) * len(LADDER), 1, 1)), "Found: expected an answer"),
-    "present": (spoken(BAD), "Present: expected an answer"),
-    "behind": (spoken(Behind(2**63, b"\xff" * 32, False)), "behind after 4 questions"),
-    "behind at a known round": (spoken(Behind(1, b"", True)), "behind after 4 questions"),
+    "found": (spoken(CalibrateResponse(LADDER, (0.1,) * len(LADDER), 1, 1)), "CalibrateResponse: expected an answer"),
+    "present": (spoken(BAD), "EnrolResponse: expected an answer"),
+    "behind": (spoken(BehindResponse(2**63, b"\xff" * 32, False)), "behind after 4 requests"),
+    "behind at a known round": (spoken(BehindResponse(1, b"", True)), "behind after 4 requests"),
 }
 
 
@@ -427,7 +415,7 @@ def test_weights_that_are_sent_do_not_ask_for_a_hash_but_for_all_else(fed: Feder
 def test_what_a_client_cannot_do_is_told_and_its_words_are_cleaned(
     fed: Federation, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fed.nodes[1].twist = spoken(Failed("no \x1b[31mdata\nrefused: node b " + "x" * 5000))
+    fed.nodes[1].twist = spoken(FailedResponse("no \x1b[31mdata\nrefused: node b " + "x" * 5000))
     run = fed.train(tmp_path / "run", rounds=2)
     assert run.weights_sha256 == local(fed.data, rounds=2, answers=lambda round, client: client != 1).weights_sha256
     for log in read_rounds(tmp_path / "run"):
@@ -436,19 +424,19 @@ def test_what_a_client_cannot_do_is_told_and_its_words_are_cleaned(
     assert all(len(record.getMessage()) < 2100 and record.getMessage().isprintable() for record in caplog.records)
 
 
-def wrong_sender(letter: Letter, arrival: Arrival) -> list[Arrival]:
+def wrong_sender(request: Request, arrival: Arrival) -> list[Arrival]:
     return [replace(arrival, node=999, response=b"?"), arrival]
 
 
-def own_sender(letter: Letter, arrival: Arrival) -> list[Arrival]:
+def own_sender(request: Request, arrival: Arrival) -> list[Arrival]:
     return [replace(arrival, node=100), arrival]
 
 
-def twice(letter: Letter, arrival: Arrival) -> list[Arrival]:
+def twice(request: Request, arrival: Arrival) -> list[Arrival]:
     return [arrival, arrival]
 
 
-def unasked(letter: Letter, arrival: Arrival) -> list[Arrival]:
+def unasked(request: Request, arrival: Arrival) -> list[Arrival]:
     return [replace(arrival, id="of nobody"), arrival]
 
 
@@ -457,8 +445,8 @@ def unasked(letter: Letter, arrival: Arrival) -> list[Arrival]:
     [
         (wrong_sender, "an answer from node 999: expected one from node 101"),
         (own_sender, "an answer from node 100: expected one from node 101"),
-        (twice, "an answer to no question"),
-        (unasked, "an answer to no question"),
+        (twice, "an answer to no request"),
+        (unasked, "an answer to no request"),
     ],
 )
 def test_an_answer_beside_the_right_one_changes_nothing(
@@ -474,8 +462,8 @@ def test_an_answer_beside_the_right_one_changes_nothing(
 
 
 def test_a_forger_cannot_speak_for_another(fed: Federation, tmp_path: Path) -> None:
-    def forge(letter: Letter, arrival: Arrival) -> list[Arrival]:
-        fed.office.inject(replace(arrival, id=str(int(arrival.id) - 1)))  # as the one asked before it
+    def forge(request: Request, arrival: Arrival) -> list[Arrival]:
+        fed.network.inject(replace(arrival, id=str(int(arrival.id) - 1)))  # as the one asked before it
         return [arrival]
 
     fed.nodes[1].twist = forge
@@ -487,27 +475,27 @@ def test_a_forger_cannot_speak_for_another(fed: Federation, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "found",
     [
-        Found((), (), 0, 0),
-        Found((1.0,), (0.1,), 1, 1),
-        Found(LADDER, (math.nan,) * len(LADDER), 1, 1),
-        Found(LADDER, (-1.0,) * len(LADDER), 1, 1),
-        Found(LADDER, (0.1,), 1, 1),
-        Found((math.inf,) * len(LADDER), (0.1,) * len(LADDER), 1, 1),
+        CalibrateResponse((), (), 0, 0),
+        CalibrateResponse((1.0,), (0.1,), 1, 1),
+        CalibrateResponse(LADDER, (math.nan,) * len(LADDER), 1, 1),
+        CalibrateResponse(LADDER, (-1.0,) * len(LADDER), 1, 1),
+        CalibrateResponse(LADDER, (0.1,), 1, 1),
+        CalibrateResponse((math.inf,) * len(LADDER), (0.1,) * len(LADDER), 1, 1),
     ],
 )
-def test_a_liar_has_no_say_in_sigma(fed: Federation, found: Found) -> None:
+def test_a_liar_has_no_say_in_sigma(fed: Federation, found: CalibrateResponse) -> None:
     method = msgspec.structs.replace(METHOD, sigma="auto")
     honest = fed.nodes[0]
 
-    def twist(letter: Letter, arrival: Arrival) -> list[Arrival]:
-        question = decode_question(letter.question)
-        return [replace(arrival, response=encode(found))] if isinstance(question, Ask) else [arrival]
+    def twist(request: Request, arrival: Arrival) -> list[Arrival]:
+        message = decode_request(request.message)
+        return [replace(arrival, response=encode(found))] if isinstance(message, TrainRequest) else [arrival]
 
     honest.twist = twist
     lied = fed.train(method=method, rounds=2)
-    sane = federation(clock=fed.clock)
-    sane.nodes[0].twist = lambda letter, arrival: (
-        [arrival] if isinstance(decode_question(letter.question), Enrol) else [replace(arrival, response=b"")]
+    sane = federation()
+    sane.nodes[0].twist = lambda request, arrival: (
+        [arrival] if isinstance(decode_request(request.message), EnrolRequest) else [replace(arrival, response=b"")]
     )
     assert lied.weights_sha256 == sane.train(method=method, rounds=2).weights_sha256
 
@@ -518,15 +506,15 @@ def test_a_liar_has_no_say_in_sigma(fed: Federation, found: Found) -> None:
 def test_a_round_closes_at_its_deadline_and_does_not_wait_for_the_same_client_again(
     fed: Federation, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fed.nodes[1].twist = lambda letter, arrival: (
-        [arrival] if isinstance(decode_question(letter.question), Enrol) else []
+    fed.nodes[1].twist = lambda request, arrival: (
+        [arrival] if isinstance(decode_request(request.message), EnrolRequest) else []
     )
     run = fed.train(tmp_path / "run", rounds=3)
     logs = read_rounds(tmp_path / "run")
     assert DEADLINE <= logs[0].seconds < DEADLINE + 1
     assert all(log.seconds < 1 for log in logs[1:])
     assert [log.visits[1].outcome for log in logs] == ["late"] * 4
-    assert len(fed.office.asked(fed.nodes[1])) == 4  # it is asked all the same
+    assert len(fed.network.train_requests(fed.nodes[1])) == 4  # it is asked all the same
     assert run.weights_sha256 == local(fed.data, rounds=3, answers=lambda round, client: client != 1).weights_sha256
     assert "client 1 missed the deadline of round 0" in caplog.text
 
@@ -534,8 +522,8 @@ def test_a_round_closes_at_its_deadline_and_does_not_wait_for_the_same_client_ag
 def test_late_answers_are_counted_and_their_client_is_waited_for_again(fed: Federation, tmp_path: Path) -> None:
     slow, seconds = fed.nodes[1], iter([1.05 * DEADLINE, 0.8 * DEADLINE])
 
-    def twist(letter: Letter, arrival: Arrival) -> list[Arrival]:
-        asked = isinstance(decode_question(letter.question), Ask)
+    def twist(request: Request, arrival: Arrival) -> list[Arrival]:
+        asked = isinstance(decode_request(request.message), TrainRequest)
         slow.seconds = next(seconds, 0.1) if asked else 0.1
         return [arrival]
 
@@ -555,9 +543,9 @@ def test_late_answers_are_counted_and_their_client_is_waited_for_again(fed: Fede
 def test_without_a_quorum_all_are_asked_again_and_either_answer_counts_once(fed: Federation, tmp_path: Path) -> None:
     slow, seconds = fed.nodes[1], iter([1.5 * DEADLINE, 0.6 * DEADLINE])
 
-    def twist(letter: Letter, arrival: Arrival) -> list[Arrival]:
-        question = decode_question(letter.question)
-        slow.seconds = next(seconds) if isinstance(question, Ask) and question.task.round == 1 else 0.1
+    def twist(request: Request, arrival: Arrival) -> list[Arrival]:
+        message = decode_request(request.message)
+        slow.seconds = next(seconds) if isinstance(message, TrainRequest) and message.task.round == 1 else 0.1
         return [arrival]
 
     slow.twist = twist
@@ -582,7 +570,7 @@ def test_with_too_few_the_engine_gives_up_after_its_patience_and_the_run_goes_on
     with pytest.raises(FederationError, match="round 3: 1 of the 2 replies it needs within 100 s"):
         fed.train(tmp_path / "run", engine=engine, progress=progress)
     assert 100 <= fed.clock.now - began < 100 + 2 * DEADLINE
-    fed.nodes[0].twist = fed.nodes[1].twist = lambda letter, arrival: [arrival]
+    fed.nodes[0].twist = fed.nodes[1].twist = lambda request, arrival: [arrival]
     run = bf.resume(tmp_path / "run", fed.engine(roster=Roster(tmp_path / "run")))
     assert run.weights_sha256 == local(fed.data).weights_sha256
 
@@ -592,13 +580,13 @@ def test_too_few_clients_at_the_start_are_told(fed: Federation, tmp_path: Path) 
         fed.engine(clients=4, patience=50.0)
 
 
-def test_errors_of_the_transport_are_told_and_the_question_is_asked_again(
+def test_errors_of_the_transport_are_told_and_the_request_is_repeated(
     fed: Federation, caplog: pytest.LogCaptureFixture
 ) -> None:
     errors = iter([True, True])
 
-    def twist(letter: Letter, arrival: Arrival) -> list[Arrival]:
-        broken = isinstance(decode_question(letter.question), Ask) and next(errors, False)
+    def twist(request: Request, arrival: Arrival) -> list[Arrival]:
+        broken = isinstance(decode_request(request.message), TrainRequest) and next(errors, False)
         return [replace(arrival, node=None, response=None, error="error 5: gone")] if broken else [arrival]
 
     fed.nodes[1].twist = twist
@@ -607,10 +595,10 @@ def test_errors_of_the_transport_are_told_and_the_question_is_asked_again(
     assert sum("error 5: gone" in record.getMessage() for record in caplog.records) == 2
 
 
-def test_nobody_waits_for_a_client_whose_questions_all_come_back(fed: Federation, tmp_path: Path) -> None:
-    fed.nodes[1].twist = lambda letter, arrival: (
+def test_nobody_waits_for_a_client_whose_requests_all_come_back(fed: Federation, tmp_path: Path) -> None:
+    fed.nodes[1].twist = lambda request, arrival: (
         [arrival]
-        if isinstance(decode_question(letter.question), Enrol)
+        if isinstance(decode_request(request.message), EnrolRequest)
         else [replace(arrival, node=None, response=None, error="gone")]
     )
     fed.train(tmp_path / "run", rounds=1)
@@ -620,8 +608,8 @@ def test_nobody_waits_for_a_client_whose_questions_all_come_back(fed: Federation
 def test_a_client_that_comes_back_at_another_address_is_asked_in_the_same_round(fed: Federation) -> None:
     moving = fed.nodes[1]
 
-    def twist(letter: Letter, arrival: Arrival) -> list[Arrival]:
-        if isinstance(decode_question(letter.question), Ask) and moving.address == 101:
+    def twist(request: Request, arrival: Arrival) -> list[Arrival]:
+        if isinstance(decode_request(request.message), TrainRequest) and moving.address == 101:
             moving.restart()
             moving.address = 201
             return []
@@ -636,7 +624,7 @@ def test_a_client_that_comes_back_at_another_address_is_asked_in_the_same_round(
 
 def test_clients_are_numbered_by_name_and_late_ones_come_after_them(fed: Federation, tmp_path: Path) -> None:
     late = Node("A0", 300, TRAIN.take(np.arange(50)), online=False)
-    fed.office.members.insert(0, late)
+    fed.network.members.insert(0, late)
 
     def progress(record: Record) -> None:
         if record.round == 1:
@@ -669,10 +657,10 @@ def test_a_run_that_is_continued_has_the_weights_of_an_undisturbed_one(
     if memory == "lost":
         for node in fed.nodes:
             node.restart()
-    before = len(fed.office.carried)
+    before = len(fed.network.deliveries)
     run = bf.resume(tmp_path / "run", fed.engine(roster=Roster(tmp_path / "run")))
     assert run.weights_sha256 == local(fed.data, rounds=8).weights_sha256
-    assert not any(isinstance(c.question, Enrol) for c in fed.office.carried[before:])
+    assert not any(isinstance(c.message, EnrolRequest) for c in fed.network.deliveries[before:])
 
 
 def test_a_run_is_continued_by_clients_that_served_another_one_since(fed: Federation, tmp_path: Path) -> None:
@@ -684,10 +672,10 @@ def test_a_run_is_continued_by_clients_that_served_another_one_since(fed: Federa
 
 
 def test_no_client_can_spoil_what_a_resume_compares(fed: Federation, tmp_path: Path) -> None:
-    def twist(letter: Letter, arrival: Arrival) -> list[Arrival]:
+    def twist(request: Request, arrival: Arrival) -> list[Arrival]:
         assert arrival.response is not None
         said = decode_response(arrival.response)
-        if isinstance(said, Present):
+        if isinstance(said, EnrolResponse):
             plan: dict[str, str | int] = {"data": "x", "frozen": "y", "threads": 3}
             return [replace(arrival, response=encode(msgspec.structs.replace(said, plan=plan)))]
         return [arrival]
@@ -700,7 +688,7 @@ def test_no_client_can_spoil_what_a_resume_compares(fed: Federation, tmp_path: P
 
 ABSURD = [
     *(encode(msgspec.structs.replace(BAD, examples=n)) for n in (0, -1, 2**40 + 1, 2**63)),
-    encode(Behind(0, b"", False)),
+    encode(BehindResponse(0, b"", False)),
     b"\xc1",
     b"",
     bytes(100_000),
@@ -712,8 +700,8 @@ def test_a_stranger_that_talks_nonsense_is_asked_once(
     fed: Federation, said: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     stranger = Node("x", 400, TRAIN)
-    stranger.twist = lambda letter, arrival: [replace(arrival, response=said, size=len(said))]
-    fed.office.members.append(stranger)
+    stranger.twist = lambda request, arrival: [replace(arrival, response=said, size=len(said))]
+    fed.network.members.append(stranger)
     roster = Roster(None)
 
     def progress(record: Record) -> None:
@@ -722,7 +710,7 @@ def test_a_stranger_that_talks_nonsense_is_asked_once(
     run = fed.train(rounds=2, engine=fed.engine(roster=roster), progress=progress)
     assert run.weights_sha256 == local(fed.data, rounds=2).weights_sha256
     assert len(roster.members) == 3
-    assert sum(c.node is stranger for c in fed.office.carried) == 1
+    assert sum(c.node is stranger for c in fed.network.deliveries) == 1
     assert sum(f"refused: node {stranger.identity[:12]}" in r.getMessage() for r in caplog.records) == 1
 
 
@@ -730,13 +718,13 @@ def test_a_stranger_that_cannot_take_part_is_told_and_asked_again_when_it_comes_
     fed: Federation, caplog: pytest.LogCaptureFixture
 ) -> None:
     stranger = Node("x", 400, TRAIN)
-    stranger.twist = lambda letter, arrival: [replace(arrival, response=encode(Failed("other\ndata")))]
-    fed.office.members.append(stranger)
+    stranger.twist = lambda request, arrival: [replace(arrival, response=encode(FailedResponse("other\ndata")))]
+    fed.network.members.append(stranger)
 
     def progress(record: Record) -> None:
         fed.clock.now += 2
         if record.round == 2:
-            stranger.address, stranger.twist = 401, lambda letter, arrival: [arrival]
+            stranger.address, stranger.twist = 401, lambda request, arrival: [arrival]
 
     run = fed.train(rounds=6, engine=fed.engine(), progress=progress)
     assert sum("cannot take part: other data" in r.getMessage() for r in caplog.records) == 1
@@ -745,14 +733,14 @@ def test_a_stranger_that_cannot_take_part_is_told_and_asked_again_when_it_comes_
 
 def test_a_stranger_whose_answer_was_lost_is_asked_again_though_a_round_took_long(fed: Federation) -> None:
     stranger = Node("x", 400, TRAIN, online=False)
-    fed.office.members.append(stranger)
+    fed.network.members.append(stranger)
     began = fed.clock.now
     answers = iter([list[Arrival]()])
 
-    def shy(letter: Letter, arrival: Arrival) -> list[Arrival]:
+    def shy(request: Request, arrival: Arrival) -> list[Arrival]:
         return next(answers, [arrival])
 
-    def silent(letter: Letter, arrival: Arrival) -> list[Arrival]:
+    def silent(request: Request, arrival: Arrival) -> list[Arrival]:
         return [arrival] if fed.clock.now < began + 5 or fed.clock.now > began + 700 else []
 
     def progress(record: Record) -> None:
