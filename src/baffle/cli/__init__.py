@@ -1,4 +1,4 @@
-"""The commands. They parse, call the library and print; errors are one line and exit code 2."""
+"""The command line: commands parse, call the library and print. Errors are one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ app.command("calibrate")(calibrate_command)
 app.command("models")(models_command)
 app.command("data")(data_command)
 
-# typer has an exception of its own since 0.28; before, and with Flower, which wants an older one, it is click's
+# typer has its own exception since 0.28; older versions, which Flower requires, raise click's
 _BAD_USAGE: type[Exception] = getattr(typer, "TyperException", None) or import_module("click").ClickException
-_INTERRUPTED = 130  # what typer makes of Ctrl-C
+_INTERRUPTED = 130  # exit code after Ctrl-C, as typer's
 
 
 def main() -> None:

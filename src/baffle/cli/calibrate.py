@@ -57,20 +57,20 @@ def calibrate_command(
     plot: Annotated[Path | None, typer.Option(help="Write a picture: FILE.png.")] = None,
     json_output: Json = False,
 ) -> None:
-    """Correlation, slope and noise of finite differences, sigma by sigma, against float64; and the sigma to use.
+    """Measure correlation, slope and noise of finite differences for each sigma, against float64; and the sigma to use.
 
-    The reference is PyTorch in float64: differences with a step of 1e-6, and gradients by backpropagation. The error
-    in the column "guess" is what a client finds without any reference: with --sigma auto it chooses by that.
+    The reference is PyTorch in float64: differences with a step of 1e-6, and gradients by backpropagation. The
+    column "guess" is the error that a client estimates without a reference: --sigma auto chooses by it.
     """
     options = train_config(config, flags if config else {"batch_size": 64, "num_directions": 64} | flags)
-    options.method()  # what contradicts itself is refused
-    if options.runtime == "auto":  # the usual way is meant, where nothing is timed
+    options.method()  # refuses options that contradict each other
+    if options.runtime == "auto":  # nothing is timed here: take the default
         options = msgspec.structs.replace(options, runtime="torch")
     if plot is not None and plot.suffix.lower() != ".png":
         raise OptionError("plot", str(plot), "a file name that ends in .png")
     calibrations, agreements, autograd = _measure(options)
     best = calibrations[0] if not options.lattice else max(zip(calibrations, agreements, strict=True), key=_cosine)[0]
-    told = {
+    result = {
         "model": options.model,
         "dataset": options.dataset,
         "runtime": options.runtime,
@@ -90,9 +90,9 @@ def calibrate_command(
     }
     if plot is not None:
         _plot(plot, options, calibrations, agreements)
-        told["plot"] = str(plot)
+        result["plot"] = str(plot)
     if json_output:
-        print_json(told)
+        print_json(result)
         return
     _print(options, calibrations, agreements, autograd)
     if plot is not None:
@@ -108,7 +108,7 @@ def _cosine(pair: tuple[Calibration, tuple[Agreement, ...]]) -> float:
 
 
 def _measure(options: TrainConfig) -> tuple[list[Calibration], list[tuple[Agreement, ...]], float]:
-    """The ladder of sigmas, or on the lattice one step a number of codes; how they agree with the reference."""
+    """Calibrations (on the lattice one per number of codes), and how they agree with the reference."""
     from torch.nn.functional import cross_entropy
 
     from baffle.runtimes.pytorch.float64 import derivatives
@@ -123,8 +123,8 @@ def _measure(options: TrainConfig) -> tuple[list[Calibration], list[tuple[Agreem
     for codes in track(_codes(options), "measuring", console=errors, disable=not errors.is_terminal):
         task = _task(options, codes)
         calibration = calibrate(task, runtime, weights, batch, options.num_directions)
-        asked = perturbations(msgspec.structs.replace(task, sigma=calibration.sigma), runtime.table, 0)
-        differences, gradients = derivatives(model, cross_entropy, weights, asked, batch)
+        chosen = perturbations(msgspec.structs.replace(task, sigma=calibration.sigma), runtime.table, 0)
+        differences, gradients = derivatives(model, cross_entropy, weights, chosen, batch)
         calibrations.append(calibration)
         agreements.append(compare(calibration, differences))
         norms = float(np.linalg.norm(differences) * np.linalg.norm(gradients))

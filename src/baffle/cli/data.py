@@ -34,28 +34,28 @@ def data_command(
     clients: Annotated[int | None, typer.Option(help="Number of clients.", min=1)] = None,
     partition: Annotated[str | None, typer.Option(help="iid, dirichlet, shards, or column.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Dirichlet parameter.")] = None,
-    shards: Annotated[int | None, typer.Option(help="Shards of sorted labels a client.")] = None,
-    holdout: Annotated[int | None, typer.Option(help="Examples a class to hold out.")] = None,
+    shards: Annotated[int | None, typer.Option(help="Shards of sorted labels per client.")] = None,
+    holdout: Annotated[int | None, typer.Option(help="Examples per class to hold out.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the partition.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a picture of the clients' classes: FILE.png.")] = None,
     json_output: Json = False,
 ) -> None:
-    """What data sets are found and whether their files are as published; or one of them, client by client."""
-    given = {"clients": clients, "partition": partition, "alpha": alpha, "shards": shards, "holdout": holdout}
-    given["seed"] = seed
+    """List data sets, and whether their files are as published; or show one of them, client by client."""
+    chosen = {"clients": clients, "partition": partition, "alpha": alpha, "shards": shards, "holdout": holdout}
+    chosen["seed"] = seed
     if dataset is None:
-        for name, value in {**given, "plot": plot and str(plot)}.items():
+        for name, value in {**chosen, "plot": plot and str(plot)}.items():
             if value is not None:
                 raise OptionError("dataset", None, f"the name of a data set, with {name} = {value}")
         _list(data, json_output)
         return
-    options = train_config(None, {**given, "dataset": dataset, "data": None if data is None else str(data)})
+    options = train_config(None, {**chosen, "dataset": dataset, "data": None if data is None else str(data)})
     _show(options, plot, json_output)
 
 
 def _list(data: Path | None, json_output: bool) -> None:
-    """Every data set: found or not, and what is wrong with its files."""
-    found = []
+    """List every data set: whether it is there, and what is wrong with its files."""
+    listed = []
     for name in DATASETS:
         problem, where, files = None, None, []
         if name in OFFICIAL:
@@ -65,14 +65,16 @@ def _list(data: Path | None, json_output: bool) -> None:
                 problem = next((f.problem for f in files if f.problem), None)
             except DataError as error:
                 problem = str(error)
-        found.append({"dataset": name, "folder": where, "files": len(files), "problem": problem})
+        listed.append({"dataset": name, "folder": where, "files": len(files), "problem": problem})
     if json_output:
-        print_json({"datasets": found})
+        print_json({"datasets": listed})
         return
-    told = f"in {data}" if data else f"in {os.environ[ENVIRONMENT]}" if os.environ.get(ENVIRONMENT) else "nowhere named"
-    table = Table("data set", "", title=f"data sets ({told})")
+    place = (
+        f"in {data}" if data else f"in {os.environ[ENVIRONMENT]}" if os.environ.get(ENVIRONMENT) else "nowhere named"
+    )
+    table = Table("data set", "", title=f"data sets ({place})")
     table.columns[1].overflow = "fold"
-    for row in found:
+    for row in listed:
         if row["dataset"] == "digits":
             text = "carried by scikit-learn"
         elif row["dataset"] == "arrays":
@@ -84,7 +86,7 @@ def _list(data: Path | None, json_output: bool) -> None:
 
 
 def _show(options: TrainConfig, plot: Path | None, json_output: bool) -> None:
-    """One data set, and the classes of each client's examples."""
+    """Show one data set, and the classes of each client's examples."""
     if plot is not None and plot.suffix.lower() != ".png":
         raise OptionError("plot", str(plot), "a file name that ends in .png")
     train, held, test = splits(options)
@@ -108,8 +110,8 @@ def _show(options: TrainConfig, plot: Path | None, json_output: bool) -> None:
             }
         )
         return
-    kept = "" if held is None else f", {len(held):,} held out"
-    title = f"{options.dataset}: {len(train):,} training examples of {shape}{kept}, {len(test):,} for the test"
+    rest = "" if held is None else f", {len(held):,} held out"
+    title = f"{options.dataset}: {len(train):,} training examples of {shape}{rest}, {len(test):,} for the test"
     narrow = classes <= _WIDEST
     heads = map(str, range(classes)) if narrow else ["classes", "most of one class"]
     table = Table(title=title, box=SIMPLE_HEAD, padding=0)

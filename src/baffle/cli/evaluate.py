@@ -13,7 +13,7 @@ from baffle.training.result import evaluate
 
 
 def evaluate_command(run: RunPath, json_output: Json = False) -> None:
-    """Loss and accuracy of a run's weights on its test data: the average, and the raw weights."""
+    """Evaluate a run on its test data: loss and accuracy of the averaged and of the raw weights."""
     journal = Journal.open(run)
     require_rounds(journal, whole=True)
     setup = assemble(evaluated_as(command_of(journal), EvaluationPlan.of(journal.config.plan)))

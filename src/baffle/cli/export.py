@@ -50,7 +50,7 @@ def export_command(
     flags: dict[str, object],
     json_output: Json = False,
 ) -> None:
-    """Write a client bundle: graph, tensors, preprocessing, weights and hashes, for clients without PyTorch.
+    """Write a client bundle (graph, tensors, preprocessing, weights and hashes) for clients without PyTorch.
 
     Such a client runs 'python -m baffle.client.edge BUNDLE DATA.npz'. A run's bundle has its averaged weights.
     """
@@ -71,7 +71,7 @@ def export_command(
         raise BundleError(f"{out}: cannot be written: {error.strerror}") from error
     bundle.save(out)
     manifest = bundle.manifest
-    told = {
+    result = {
         "bundle": str(out),
         "sha256": bundle.sha256,
         "bytes": out.stat().st_size,
@@ -81,7 +81,7 @@ def export_command(
         "inputs": len(manifest.table),
     }
     if json_output:
-        print_json(told | {"tensors": {s.name: list(s.shape) for s in manifest.table}})
+        print_json(result | {"tensors": {s.name: list(s.shape) for s in manifest.table}})
         return
     table = Table(
         "tensor", "shape", "kept", "enters as", title=f"{out}: {manifest.precision}, {out.stat().st_size:,} bytes"
@@ -94,23 +94,23 @@ def export_command(
     console.print(f"sha256 {bundle.sha256}", soft_wrap=True, highlight=False)
 
 
-def _of_run(folder: str, given: dict[str, object]) -> Bundle:
-    """The bundle of a run's model with its averaged weights, pruned and frozen further if that is asked for."""
-    for name in sorted(_RUNS_OWN & given.keys()):
-        raise OptionError(name, given[name], "none with the folder of a run, which has its own")
+def _of_run(folder: str, flags: dict[str, object]) -> Bundle:
+    """The bundle of a run's model with its averaged weights, pruned and frozen further if ``flags`` say so."""
+    for name in sorted(_RUNS_OWN & flags.keys()):
+        raise OptionError(name, flags[name], "none with the folder of a run, which has its own")
     journal = Journal.open(folder)
     options = command_of(journal)
-    if "data" in given:
-        options = msgspec.structs.replace(options, data=str(given["data"]))
+    if "data" in flags:
+        options = msgspec.structs.replace(options, data=str(flags["data"]))
     model, masks = model_of_run(journal, options)
     train, _, _ = splits(options)
-    asked = train_config(None, {"model": options.model, **{k: given[k] for k in given.keys() - {"model", "data"}}})
-    if asked.prune_by == "channels" and masks:
+    chosen = train_config(None, {"model": options.model, **{k: flags[k] for k in flags.keys() - {"model", "data"}}})
+    if chosen.prune_by == "channels" and masks:
         raise OptionError("prune_by", "channels", "magnitude or inputs: the run's weights are pruned one by one")
-    if "trainable" in given and options.trainable != "all":
+    if "trainable" in flags and options.trainable != "all":
         model.requires_grad_(True)
-    model, more = narrowed(asked, model, options.split(train)[0])
+    model, more = narrowed(chosen, model, options.split(train)[0])
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     masks = {name: mask & (masks or {}).get(name, mask) for name, mask in {**(masks or {}), **(more or {})}.items()}
     masks = {name: mask for name, mask in masks.items() if name in trained}
-    return bundle_of(asked, model, train, masks)
+    return bundle_of(chosen, model, train, masks)

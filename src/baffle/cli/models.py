@@ -21,12 +21,12 @@ _CLASSES = 10
 
 
 def models_command(
-    batch_size: Annotated[int, typer.Option(help="Examples a pass.", min=1)] = 32,
-    threads: Annotated[int | None, typer.Option(help="Passes side by side; by default one a core.", min=1)] = None,
-    seconds: Annotated[float, typer.Option(help="How long to measure each; 0: do not.", min=0, max=600)] = 0.5,
+    batch_size: Annotated[int, typer.Option(help="Examples per pass.", min=1)] = 32,
+    threads: Annotated[int | None, typer.Option(help="Passes at a time; by default one per core.", min=1)] = None,
+    seconds: Annotated[float, typer.Option(help="Seconds to measure each model; 0: do not.", min=0, max=600)] = 0.5,
     json_output: Json = False,
 ) -> None:
-    """The models, their parameters, and the perturbed forward passes a second that this machine does.
+    """List the models: parameters, and perturbed forward passes per second on this machine.
 
     For ten classes of grey images of 28 x 28 pixels and of colour images of 32 x 32.
     """
@@ -44,22 +44,22 @@ def models_command(
         batch = Dataset(noise, np.zeros(batch_size, np.int64))
         return round(passes_per_second(TorchRuntime(model, cross_entropy, threads), batch, seconds), 1)
 
-    found = []
+    rows = []
     for name, architecture in MODELS.items():
         row: dict[str, str | int | float | None] = {"model": name, "about": architecture.about}
         for kind, shape in _SHAPES.items():
             model = build(name, shape, _CLASSES)
             row[f"{kind}_parameters"] = sum(p.numel() for p in model.parameters())
             row[f"{kind}_passes_per_second"] = speed(model, shape)
-        found.append(row)
+        rows.append(row)
     if json_output:
-        print_json({"batch_size": batch_size, "models": found})
+        print_json({"batch_size": batch_size, "models": rows})
         return
     table = Table("model", title=f"models ({_CLASSES} classes, passes over {batch_size} examples)")
     for kind, shape in _SHAPES.items():
         for what in ("parameters", "passes/s"):
             table.add_column(f"{kind} {shape[1]} x {shape[2]}\n{what}", justify="right")
-    for row in found:
+    for row in rows:
         numbers = [row[f"{kind}_{what}"] for kind in _SHAPES for what in ("parameters", "passes_per_second")]
         cells = ["" if n is None else f"{n:,}" if isinstance(n, int) else f"{n:,.0f}" for n in numbers]
         table.add_row(str(row["model"]), *cells)

@@ -1,4 +1,4 @@
-"""What the user sees while a run trains and when it ends: progress, event files, how to continue, totals."""
+"""Output while a run trains and when it ends: progress, event files, how to continue, totals."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from baffle.runfolder.metrics import Record
 
 @contextmanager
 def write_events(run: Path, wanted: bool, progress: Callable[[Record], None]) -> Iterator[Callable[[Record], None]]:
-    """Each round to the event files, too, if they are wanted."""
+    """Also write each round to event files if ``wanted``."""
     with EventLog(run / "events" if wanted else None, run) as events:
 
-        def tell(record: Record) -> None:
+        def advance(record: Record) -> None:
             events.add(record)
             progress(record)
 
-        yield tell
+        yield advance
 
 
 @contextmanager
@@ -65,7 +65,7 @@ def _exits_on_sigterm() -> Iterator[None]:
 
 @contextmanager
 def show_progress(total: int, done: Sequence[Record], first: str = "") -> Iterator[Callable[[Record], None]]:
-    """A progress bar on a terminal's stderr; elsewhere a line every tenth of the way. Begins with ``first``."""
+    """A progress bar on stderr, or ten lines if that is not a terminal; ``first`` is printed before the first round."""
     passes, sent = (sum(getattr(r, name) or 0 for r in done) for name in ("forward_passes", "bytes_up"))
     shown = ""
     bar = Progress(
@@ -107,7 +107,7 @@ def show_progress(total: int, done: Sequence[Record], first: str = "") -> Iterat
 
 
 def print_summary(summary: Mapping[str, str | int | float | None], json_output: bool) -> None:
-    """The totals of a run that is done: a table, or one line of JSON."""
+    """Print the totals of a finished run: a table, or one line of JSON."""
     if json_output:
         print_json(summary)
         return

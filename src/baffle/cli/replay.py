@@ -20,15 +20,15 @@ def replay_command(
     run: RunPath,
     round: Annotated[int | None, typer.Option("--round", help="Round to rebuild; by default the last.", min=0)] = None,
     threads: Annotated[
-        int | None, typer.Option(help="Threads, by default one a core; no choice changes a bit.", min=1)
+        int | None, typer.Option(help="Threads, by default one per core; the result is bit-identical.", min=1)
     ] = None,
-    block: Annotated[int, typer.Option(help="Entries worked on at once; no choice changes a bit.", min=1)] = 2**16,
+    block: Annotated[int, typer.Option(help="Entries per block; the result is bit-identical.", min=1)] = 2**16,
     slow: Annotated[bool, typer.Option("--slow", help="Use the reference loop instead of the fast rebuild.")] = False,
     json_output: Json = False,
 ) -> None:
     """Rebuild a round's weights from the initial weights and the journal alone; print their sha256.
 
-    Every round on the way is checked against the hash in its row.
+    Each round up to it is checked against the hash in its row.
     """
     journal = Journal.open(run)
     require_rounds(journal, whole=round is None)

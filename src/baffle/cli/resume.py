@@ -18,11 +18,11 @@ from baffle.training.loop import resume
 def resume_command(
     run: RunPath,
     rounds: Annotated[int | None, typer.Option(help="A new total of rounds.", min=1)] = None,
-    repair: Annotated[bool, typer.Option("--repair", help="Drop rounds behind damage; they are kept aside.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Drop rounds after damage; damaged files are kept.")] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write event files to RUN/events.")] = False,
     json_output: Json = False,
 ) -> None:
-    """Continue a run where it stopped, to the same weights as if it had not."""
+    """Continue a run where it stopped, to the same weights as an undisturbed run."""
     journal = Journal.open(run)
     warn_of_lost(journal)
     options = command_of(journal)

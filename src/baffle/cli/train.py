@@ -41,7 +41,7 @@ def train_command(
     """Train a model by forward passes only.
 
     Simulates the clients in this process and writes a run folder that can be resumed and replayed. With
-    --backprop it trains the same by true gradients, for comparison; that run can only be reported and compared.
+    --backprop it trains with exact gradients instead, for comparison; such a run can only be reported and compared.
 
     Ctrl-C (exit code 130) and SIGTERM (143) end it; the rounds so far are saved and 'baffle resume' continues them.
     """

@@ -1,4 +1,4 @@
-"""Which charts tell of a run, and of several laid over one another."""
+"""The charts of a run, and of several overlaid."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from baffle.report.text import counted
 
 _AGAINST = {"round": "rounds", "passes": "forward passes", "bytes": "bytes sent", "seconds": "time"}
 _WINDOWS = 8
-_APART = 20.0  # quotient of what runs cost from which on their axis is logarithmic
-_MOST_COLUMNS = 60  # clients with a column each; of more, a histogram
+_APART = 20.0  # ratio of the runs' costs above which their axis is logarithmic
+_MOST_COLUMNS = 60  # clients with one column each; above, a histogram
 _RASTER = (80, 150)  # most rows and columns of the image of who took part
 
 
@@ -59,7 +59,7 @@ def progress_charts(logs: Sequence[RecordedRun]) -> list[Chart]:
 
 def signal_charts(logs: Sequence[RecordedRun], progress: Progress | None = None) -> list[Chart]:
     """Signal-to-noise of the estimates against rounds: as measured in windows, and in theory."""
-    lines, told, names = list[Line](), list[str](), _legend_names(logs)
+    lines, sentences, names = list[Line](), list[str](), _legend_names(logs)
     for index, log in enumerate(logs):
         powers = measure_power(log, progress=progress)
         if not powers or sum(p.noise for p in powers) <= 0:
@@ -74,7 +74,7 @@ def signal_charts(logs: Sequence[RecordedRun], progress: Progress | None = None)
         lines.append(Line(f"{name}theory", rounds, equal, style="dashed", colour=index))
         _, mean, least, most = pool(powers)
         whose = f"{log.name}: over" if len(logs) > 1 else "Over"
-        told.append(
+        sentences.append(
             f"{whose} all {counted(len(powers), 'rebuilt round')} {mean:.3g} (one standard error: {least:.3g} to "
             f"{most:.3g}), in theory {float(np.nanmean(equal)):.3g}."
         )
@@ -92,7 +92,7 @@ def signal_charts(logs: Sequence[RecordedRun], progress: Progress | None = None)
         Chart(
             "signal",
             "Signal-to-noise of the estimate",
-            caption + " ".join(told),
+            caption + " ".join(sentences),
             "round",
             (Panel("|gradient| / |noise|", tuple(lines), low=0),),
             _marks(logs[0], cumulative(logs[0], "round"), "round") if len(logs) == 1 else (),
@@ -215,13 +215,13 @@ def time_charts(log: RecordedRun) -> list[Chart]:
 
 
 def _legend_names(logs: Sequence[RecordedRun]) -> list[str]:
-    """The runs' names as a chart can show them, still unlike."""
+    """The runs' names as a chart can show them, still distinct."""
     names = [drawable(log.name) for log in logs]
     return [f"{i + 1}: {name}" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
 def _marks(log: RecordedRun, x: Floats, kind: str) -> tuple[tuple[float, str], ...]:
-    """Rollbacks on every axis; rounds without an update on that of rounds."""
+    """Marks: rollbacks on every axis, rounds without an update on the axis of rounds."""
     marks: list[tuple[float, str]] = []
     for record, position in zip(log.records, x.tolist(), strict=True):
         event = round_kind(record)

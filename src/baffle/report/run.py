@@ -1,4 +1,4 @@
-"""What a run folder tells: settings, a record a round, rows; and sums over them."""
+"""A run as read from its folder (settings, one record per round, rows), and sums over it."""
 
 from __future__ import annotations
 
@@ -26,9 +26,15 @@ _COSTS = {"passes": "forward_passes", "bytes": "bytes_up", "seconds": "seconds"}
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """What a folder tells of a run: configuration, a record a round, and the rows (none with true gradients).
+    """A run as read from its folder.
 
-    ``damage`` says in words what could not be read.
+    Attributes:
+        name: Name to show.
+        path: The folder.
+        config: Settings of the run.
+        records: One record per round.
+        rows: One row per round; none for a backpropagation baseline.
+        damage: What could not be read, in words; None if the folder is intact.
     """
 
     name: str
@@ -40,7 +46,7 @@ class RecordedRun:
 
     @property
     def backprop(self) -> str | None:
-        """Which baseline with true gradients the run is; None if it trained by forward passes only."""
+        """Which backpropagation baseline the run is; None if it trained by forward passes only."""
         return self.config.backprop
 
     @property
@@ -50,14 +56,14 @@ class RecordedRun:
 
     @property
     def data(self) -> str:
-        """What data the averaged weights were evaluated on."""
+        """Name of the data that the averaged weights were evaluated on."""
         if self.config.command is None:
             return "evaluation data"
         return "validation data" if self.config.command.get("holdout") else "test data"
 
 
 def read_run(path: str | Path) -> RecordedRun:
-    """Read a run folder, or that of a baseline, which has no rows. Raises JournalError if it is none."""
+    """Read a run folder, or that of a baseline, which has no rows. Raises JournalError if it is not one."""
     path = Path(path)
     name = path.resolve().name or str(path)
     log = RecordedRun(name, path, read_config(path), ())
@@ -66,12 +72,12 @@ def read_run(path: str | Path) -> RecordedRun:
         return replace(log, records=records, damage=damage)
     journal = Journal.open(path)
     rows = tuple(decode_row(row) for row in journal.rows)
-    damage = journal.damage or (f"{journal.lost} rows that the metrics tell of are lost" if journal.lost else None)
+    damage = journal.damage or (f"{journal.lost} rows that the metrics mention are lost" if journal.lost else None)
     return RecordedRun(name, path, journal.config, tuple(journal.records), rows, damage)
 
 
 def unique_names(paths: Sequence[Path]) -> list[str]:
-    """The folders' names, with as many parents as it takes to tell them apart, or a number.
+    """The folders' names, with as many parents as needed to distinguish them, or a number.
 
     Examples:
         >>> unique_names([Path("/runs/a"), Path("/old/a"), Path("/runs/b"), Path("/runs/b")])
@@ -92,10 +98,10 @@ def unique_names(paths: Sequence[Path]) -> list[str]:
 
 
 def totals(log: RecordedRun) -> dict[str, Value]:
-    """What the run reached and cost; None where unknown. Names and values are those of ``Run.summary``.
+    """Results and costs of a run, with the names and values of ``Run.summary``; None where unknown.
 
-    Loss and accuracy are the last that were measured on the way to the final weights; those of test data, in a run
-    that was judged by validation data, are known once it is done.
+    Loss and accuracy are the last ones measured before the final weights. If a run was evaluated on validation data,
+    those on test data are known after its end.
     """
     last, steps = _last_evaluated(log), [0]
     for record in log.records:
@@ -117,7 +123,7 @@ def totals(log: RecordedRun) -> dict[str, Value]:
 
 
 def round_kind(record: Record) -> str:
-    """What became of a round: "update", "rollback", "calibration", or "empty" (nothing usable came)."""
+    """The outcome of a round: "update", "rollback", "calibration", or "empty" (no usable scalar arrived)."""
     if record.restores is not None:
         return "rollback"
     if record.applied:
@@ -138,7 +144,7 @@ def floats(values: Iterable[float | None]) -> Floats:
 
 
 def _last_evaluated(log: RecordedRun) -> Record | None:
-    """The last record with an evaluation that led to the run's weights: what a rollback undid did not."""
+    """The last evaluated record that led to the run's weights: rounds that were rolled back did not."""
     index = len(log.records) - 1
     while index >= 0:
         record = log.records[index]
@@ -149,10 +155,10 @@ def _last_evaluated(log: RecordedRun) -> Record | None:
 
 
 def _summary(log: RecordedRun) -> dict[str, Value]:
-    """What the run wrote when it was done; nothing if it is not, or went on since."""
+    """The summary that the run wrote at its end; empty if it has not ended, or was continued since."""
     try:
-        found = msgspec.json.decode((log.path / "summary.json").read_bytes(), type=dict[str, Value])
+        summary = msgspec.json.decode((log.path / "summary.json").read_bytes(), type=dict[str, Value])
     except (OSError, msgspec.DecodeError):
         return {}
     last = log.records[-1].weights_sha256 if log.records else None
-    return found if found.get("weights_sha256") == last else {}
+    return summary if summary.get("weights_sha256") == last else {}

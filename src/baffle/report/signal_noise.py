@@ -1,4 +1,4 @@
-"""How much of a rebuilt estimate is gradient, and how much the noise of K random directions.
+"""How much of a rebuilt estimate is gradient, and how much is noise of the K random directions.
 
 Let g = sum_v p_v g_v be what is estimated, p_v the weight
 of a source v (a client with directions of its own, a local step), s_vk its K scalars. As E[d dT] = I, the mean of
@@ -27,9 +27,9 @@ from baffle.report.run import RecordedRun
 from baffle.runfolder.config import RunConfig
 
 Progress: TypeAlias = Callable[[int, int], None]
-"""Called with the number of rebuilds that are done, and of all."""
+"""Called with the number of finished rebuilds, and of all."""
 
-_REBUILD_BUDGET = 4e9  # entries of directions that a report draws again: some seconds
+_REBUILD_BUDGET = 4e9  # entries of directions to draw again for a report: takes some seconds
 _FEWEST_REBUILDS, _MOST_REBUILDS = 10, 200
 
 

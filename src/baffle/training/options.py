@@ -56,7 +56,9 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     )
     data: Annotated[str | None, _about(_DATA, "Folder of the official files, or FILE.npz.")] = None
     augment: Annotated[bool, _about(_DATA, "Augment batches: shift by up to 4 pixels, flip.")] = False
-    holdout: Annotated[int | None, _about(_DATA, "Examples a class to hold out and evaluate on meanwhile.")] = None
+    holdout: Annotated[int | None, _about(_DATA, "Examples per class to hold out, to evaluate on while training.")] = (
+        None
+    )
     model: Annotated[str, _about(_DATA, "One of 'baffle models', or package.module:builder.")] = "lenet-small"
     activation: Annotated[str | None, _about(_DATA, "hardswish, relu, selu or gelu.", "hardswish")] = None
     norm: Annotated[str | None, _about(_DATA, "group or none; by default the model's own.")] = None
@@ -72,14 +74,12 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     precision: Annotated[str, _about(_DATA, "fp32, bf16, fp16, int8 or int8-weights, where the runtime has it.")] = (
         "fp32"
     )
-    branches: Annotated[bool, _about(_DATA, "Rank-1 perturbations beside the weights, in float (ort, openvino).")] = (
-        False
-    )
+    branches: Annotated[bool, _about(_DATA, "Rank-1 perturbations as side branches, in float (ort, openvino).")] = False
     clients: Annotated[int | None, _about(_DATA, "Number of clients.", DEFAULT_CLIENTS)] = None
     partition: Annotated[str, _about(_DATA, "iid, dirichlet, shards, or column.")] = "iid"
     alpha: Annotated[float | None, _about(_DATA, "Dirichlet parameter; smaller is less alike.", DEFAULT_ALPHA)] = None
-    shards: Annotated[int | None, _about(_DATA, "Shards of sorted labels a client.", DEFAULT_SHARDS)] = None
-    participation: Annotated[float, _about(_DATA, "Share of clients in a round.")] = 1.0
+    shards: Annotated[int | None, _about(_DATA, "Shards of sorted labels per client.", DEFAULT_SHARDS)] = None
+    participation: Annotated[float, _about(_DATA, "Share of clients that take part in a round.")] = 1.0
     batch_size: Annotated[int, _about(_DATA, "Examples of a client's mini-batch.")] = 32
     num_directions: Annotated[int, _about(_METHOD, "K: directions, and numbers a client returns.")] = 100
     family: Annotated[Family, _about(_METHOD, "rank1, rademacher or gaussian directions.")] = "rank1"
@@ -92,7 +92,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         float | Literal["auto"], _about(_METHOD, "Step of the finite difference; auto: clients measure it.")
     ] = "auto"
     lattice: Annotated[
-        int, _about(_METHOD, "Perturb matrices on the int8 lattice by so many codes, 1 to 8; 0: by sigma.")
+        int, _about(_METHOD, "Perturb matrices by up to this many int8 levels, 1 to 8; 0: by sigma.")
     ] = 0
     optimizer: Annotated[str, _about(_METHOD, "sgd, adam or adamw, on the server.")] = "adam"
     lr: Annotated[float, _about(_METHOD, "Learning rate.")] = 0.01
@@ -101,9 +101,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     weight_decay: Annotated[float, _about(_METHOD, "Weight decay.")] = 0.0
     clip_scalars: Annotated[float | None, _about(_METHOD, "Clients clip each scalar to this.")] = None
     clip_update: Annotated[float | None, _about(_METHOD, "The server clips the estimate's max-norm to this.")] = None
-    secure_sum: Annotated[bool, _about(_METHOD, "Sum the clients' integers so that the server sees the sum alone.")] = (
-        False
-    )
+    secure_sum: Annotated[bool, _about(_METHOD, "Secure aggregation: the server sees only the clients' sum.")] = False
     ema: Annotated[float, _about(_METHOD, "Decay of the averaged weights that are evaluated.")] = 0.98
     guard: Annotated[str, _about(_METHOD, "If training diverges: rollback (with a smaller lr), stop, or off.")] = (
         "rollback"
@@ -113,17 +111,16 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     local_lr: Annotated[float | None, _about(_METHOD, "Their learning rate; plain sgd: lr / local_steps.")] = None
     backprop: Annotated[
         Literal["fedsgd", "fedavg"] | None,
-        _about(_RUN, "Baseline with true gradients, without guard: fedsgd, or fedavg (with local steps)."),
+        _about(_RUN, "Backpropagation baseline, without guard: fedsgd, or fedavg (with local steps)."),
     ] = None
     seed: Annotated[int, _about(_RUN, "Seed of everything random.")] = 0
-    threads: Annotated[int | None, _about(_RUN, "Passes side by side, each on one thread; by default one a core.")] = (
-        None
-    )
+    threads: Annotated[int | None, _about(_RUN, "Passes at a time, one thread each; by default one per core.")] = None
     strategy: Annotated[
-        str, _about(_RUN, "How torch evaluates: copies, stacked, streaming; auto: by a short measurement.")
+        str, _about(_RUN, "How torch evaluates: copies, stacked, streaming; auto: chosen by a short measurement.")
     ] = "auto"
     memory: Annotated[
-        str | None, _about(_RUN, "What evaluating may take besides the model, as 64MB; by default what is fast.")
+        str | None,
+        _about(_RUN, "Memory for evaluation besides the model's, as 64MB; by default what is fastest."),
     ] = None
     evaluate_every: Annotated[int, _about(_RUN, "Rounds between evaluations.")] = 10
     snapshot_every: Annotated[int, _about(_RUN, "Rounds between snapshots.")] = 100
