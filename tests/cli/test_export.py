@@ -193,4 +193,4 @@ def test_a_run_of_the_library_or_the_baseline_cannot_be_exported(tmp_path: Path)
     train_digits(tmp_path / "library", 1)
     refused_with(invoke(tmp_path, "export", "library"), "run = 'library': expected a run of 'baffle train'; ...")
     assert invoke(tmp_path, *TRAIN_TINY, "--backprop", "fedsgd").code == 0
-    refused_with(invoke(tmp_path, "export", "run"), "run: a baseline of true gradients (fedsgd) has no journal")
+    refused_with(invoke(tmp_path, "export", "run"), "run: a backpropagation baseline (fedsgd) has no journal")

@@ -58,7 +58,7 @@ class Page(HTMLParser):
 
 
 def write_baseline(path: Path, like: Path) -> Path:
-    """The folder of a baseline with true gradients: no rows."""
+    """The folder of a backpropagation baseline: no rows."""
     log = read_run(like)
     path.mkdir()
     config = msgspec.structs.replace(log.config, backprop="fedsgd")

@@ -97,15 +97,15 @@ class Chart:
         return " ".join([f"{self.title}.", *(self._panel_in_words(panel) for panel in self.panels)])
 
     def _panel_in_words(self, panel: Panel) -> str:
-        told = [f"{panel.label} against {self.xlabel}"]
+        parts = [f"{panel.label} against {self.xlabel}"]
         for line in panel.lines:
             x, y = _finite(line.x, line.y)
             if len(x):
-                told.append(f"{line.label} from {y[0]:.4g} at {x[0]:.4g} to {y[-1]:.4g} at {x[-1]:.4g}")
+                parts.append(f"{line.label} from {y[0]:.4g} at {x[0]:.4g} to {y[-1]:.4g} at {x[-1]:.4g}")
         if panel.columns is not None:
             heights = panel.columns[1]
-            told.append(f"{len(heights)} columns from {heights.min():g} to {heights.max():g}")
-        return "; ".join(told) + "."
+            parts.append(f"{len(heights)} columns from {heights.min():g} to {heights.max():g}")
+        return "; ".join(parts) + "."
 
 
 def draw(chart: Chart) -> bytes:

@@ -49,7 +49,7 @@ def progress_charts(logs: Sequence[RecordedRun]) -> list[Chart]:
         if apart:
             caption += " The axis is logarithmic."
         if baselines:
-            caption += " Runs with true gradients do a backward pass for each of theirs, which is not counted."
+            caption += " Runs with exact gradients do a backward pass after each forward pass, which is not counted."
         if panels:
             title = f"Loss and accuracy against {_AGAINST[kind]}" if len(panels) > 1 else f"Against {_AGAINST[kind]}"
             marks = _marks(logs[0], cumulative(logs[0], kind) / size, kind) if len(logs) == 1 else ()

@@ -66,7 +66,7 @@ def measure_power(log: RecordedRun, samples: int | None = None, progress: Progre
         entries = max(len(row.scalars) // 4 for row in rows) * n * (10 if gaussian else 1)
         samples = max(_FEWEST_REBUILDS, min(_MOST_REBUILDS, int(_REBUILD_BUDGET / max(entries, 1))))
     chosen = np.unique(np.linspace(0, len(rows) - 1, min(samples, len(rows))).round().astype(int))
-    found: list[Power] = []
+    measured: list[Power] = []
     for done, row in enumerate((rows[i] for i in chosen), 1):
         scaled = row.integers * (2.0**row.exponent / max(row.weight_sum, 1) / row.local_steps)
         scatter = float((scaled**2).mean(axis=2).sum())  # sum over the sources of p_v^2 |g_v|^2
@@ -75,21 +75,21 @@ def measure_power(log: RecordedRun, samples: int | None = None, progress: Progre
         noise = (n + 1 if gaussian else n - 1) / row.num_directions * scatter
         per_direction = scatter / row.num_directions
         variance = 2 * n * per_direction**2 + 4 * max(power - noise, 0.0) * per_direction
-        found.append(Power(row.round, power, noise, scatter / _concentration(log.config, row), variance))
+        measured.append(Power(row.round, power, noise, scatter / _concentration(log.config, row), variance))
         if progress is not None:
             progress(done, len(chosen))
-    return found
+    return measured
 
 
 def pool(powers: Iterable[Power]) -> tuple[float, float, float, float]:
     """Mean round and √(signal/noise) of several rounds, and that one standard error below and above."""
-    found = list(powers)
-    noise, signal = sum(p.noise for p in found), sum(p.signal for p in found)
-    error = math.sqrt(sum(p.variance for p in found))
+    measured = list(powers)
+    noise, signal = sum(p.noise for p in measured), sum(p.signal for p in measured)
+    error = math.sqrt(sum(p.variance for p in measured))
     if noise <= 0:
         return math.nan, math.nan, math.nan, math.nan
     middle, low, high = (math.sqrt(max(0.0, value) / noise) for value in (signal, signal - error, signal + error))
-    return sum(p.round for p in found) / len(found), middle, low, high
+    return sum(p.round for p in measured) / len(measured), middle, low, high
 
 
 def _concentration(config: RunConfig, row: Row) -> float:

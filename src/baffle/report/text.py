@@ -75,7 +75,7 @@ def describe(log: RecordedRun) -> str:
     what = f"{model} of {table_size(log.config.table):,} parameters"
     where = f" on {command['dataset']}" if command.get("dataset") else ""
     how = (
-        f"by {log.backprop} with true gradients (backpropagation)"
+        f"by {log.backprop} with exact gradients (backpropagation)"
         if log.backprop
         else f"by forward passes only: each client returns K = {method.num_directions} numbers a round, along "
         f"{method.sharing} {method.family} directions"
@@ -111,7 +111,7 @@ def notes(log: RecordedRun) -> list[str]:
         ),
         (
             log.backprop is not None,
-            "This run has true gradients: each forward pass has a backward pass besides, which is not counted.",
+            "This run has exact gradients: each forward pass is followed by a backward pass, which is not counted.",
         ),
         (
             bool(log.records) and not log.backprop and not any(r.applied for r in log.records),

@@ -118,7 +118,7 @@ class Journal:
         path = Path(path)
         config = read_config(path)
         if config.backprop:
-            raise JournalError(f"{path}: a baseline of true gradients ({config.backprop}) has no journal")
+            raise JournalError(f"{path}: a backpropagation baseline ({config.backprop}) has no journal")
         try:
             initial = decode_weights(config.table, (path / "initial.safetensors").read_bytes())
         except (OSError, ValueError) as error:
