@@ -57,7 +57,7 @@ def calibrate_command(
     plot: Annotated[Path | None, typer.Option(help="Write a picture: FILE.png.")] = None,
     json_output: Json = False,
 ) -> None:
-    """Measure correlation, slope and noise of finite differences for each sigma, against float64; and the sigma to use.
+    """Compare finite differences with float64 for each sigma: correlation, slope, noise; and recommend a sigma.
 
     The reference is PyTorch in float64: differences with a step of 1e-6, and gradients by backpropagation. The
     column "guess" is the error that a client estimates without a reference: --sigma auto chooses by it.
