@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from baffle.errors import OptionError
 from baffle.models import build
@@ -53,3 +53,33 @@ def test_a_layer_with_two_names_gets_one_gain() -> None:
 def test_where_nothing_would_be_trained_the_names_are_listed(which: str) -> None:
     with pytest.raises(OptionError, match=r"all, head, scales, or a pattern of parameter names \(1\.weight, 1\.bias"):
         train_only(build("mlp", (1, 8, 8), 10), which)
+
+
+class Shared(nn.Module):
+    """One layer under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(64, 64)
+        self.second = self.first
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.second(torch.relu(self.first(x.flatten(1)))))
+        return y
+
+
+@pytest.mark.parametrize("name", ["mlp", "lenet-small", "wrn-10-2", "transformer", "shared"])
+def test_gains_of_one_change_nothing(name: str) -> None:
+    torch.manual_seed(0)
+    model = Shared() if name == "shared" else build(name, (1, 8, 8), 10)
+    x = torch.randn(3, 1, 8, 8)
+    with torch.no_grad():
+        before = model(x)
+        train_only(model, "scales")
+        assert torch.allclose(model(x), before, atol=1e-5)
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert names
+    assert all(n.endswith(("gain", "bias")) for n in names)
+    if name == "shared":
+        assert names == ["first.gain", "first.bias", "head.gain", "head.bias"]

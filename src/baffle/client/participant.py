@@ -48,6 +48,7 @@ from baffle.protocol.messages import (
 )
 from baffle.protocol.states import unpack_state, unpack_weights
 from baffle.runtimes import Runtime
+from baffle.runtimes.evaluation_plan import EvaluationPlan
 from baffle.secure.messages import PublicKeys
 
 if TYPE_CHECKING:
@@ -232,7 +233,7 @@ class Participant:
             raise ReplyError("a setup of another hash than the request says")
         setup = decode_setup(attachments[SETUP])
         runtime, data = self._build(setup)
-        if runtime.table != setup.table or runtime.plan.get("frozen", "") != setup.frozen:
+        if runtime.table != setup.table or EvaluationPlan.of(runtime.plan).frozen != setup.frozen:
             raise ReplyError(
                 "this client's model has other tensors, or other values in those that are not trained, than the "
                 "server's: expected the same model"

@@ -7,9 +7,7 @@ is in ``app_config.py``.
 from __future__ import annotations
 
 import logging
-import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from flwr.serverapp import Grid
 
 from baffle.deploy.app_config import AppConfig, app_config, options_of
 from baffle.deploy.flower.grid import quick
+from baffle.deploy.logs import log_to_stderr
 from baffle.engines.remote.engine import RemoteEngine
 from baffle.engines.remote.flower import GridTransport
 from baffle.errors import OptionError
@@ -28,6 +27,7 @@ from baffle.runfolder.clients import Roster, read_members
 from baffle.runfolder.config import read_config
 from baffle.runfolder.journal import Journal
 from baffle.runfolder.metrics import Record
+from baffle.runtimes.evaluation_plan import EvaluationPlan
 from baffle.training.build import Server, assemble_server
 from baffle.training.loop import resume, train
 from baffle.training.options import TrainConfig
@@ -43,7 +43,7 @@ def serve(grid: Grid, context: Context) -> Run:
         OptionError: Options do not fit each other, or the run folder has a run with another method.
         FederationError: Too few clients for longer than the patience.
     """
-    _speak()
+    log_to_stderr("baffle")
     config = app_config(context.run_config)
     options = options_of(config)
     out = Path(config.out) if config.out else None
@@ -111,15 +111,6 @@ def _remove_unstarted(out: Path) -> None:
         shutil.rmtree(out)
 
 
-def _speak() -> None:
-    """Log to stderr, which Flower carries to ``flwr log``."""
-    if not _log.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(asctime)s baffle %(message)s", "%H:%M:%S"))
-        _log.addHandler(handler)
-        _log.setLevel(os.environ.get("BAFFLE_LOG", "INFO").upper())
-
-
 _TOLD = ("model", "activation", "norm", "trainable", "runtime", "precision", "seed", "augment")
 
 
@@ -134,7 +125,7 @@ def setup_of(options: TrainConfig, server: Server) -> Setup:
     runtime, scaling = server.runtime, server.train.scaling
     return Setup(
         table=runtime.table,
-        frozen=str(runtime.plan.get("frozen", "")),
+        frozen=EvaluationPlan.of(runtime.plan).frozen,
         shape=tuple(server.train.x.shape[1:]),
         classes=server.classes,
         vocabulary=server.vocabulary,

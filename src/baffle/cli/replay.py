@@ -1,4 +1,4 @@
-"""``baffle replay`` and ``baffle evaluate``: what a run folder tells."""
+"""``baffle replay``: weights rebuilt from the journal alone."""
 
 from __future__ import annotations
 
@@ -7,32 +7,28 @@ from contextlib import contextmanager
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
-from baffle.cli.common import Json, RunPath, command_of, errors, print_json, require_rounds
+from baffle.cli.common import Json, RunPath, errors, print_json, require_rounds
 from baffle.core.rebuild import Execution
 from baffle.core.state import weights_sha256
 from baffle.errors import CorruptRunError, OptionError
 from baffle.runfolder.journal import Journal
-from baffle.training.build import as_planned, assemble
-from baffle.training.result import evaluate
 
 
 def replay_command(
     run: RunPath,
     round: Annotated[int | None, typer.Option("--round", help="Round to rebuild; by default the last.", min=0)] = None,
     threads: Annotated[
-        int | None, typer.Option(help="Threads, by default one a core; no choice changes a bit.", min=1)
+        int | None, typer.Option(help="Threads, by default one per core; the result is bit-identical.", min=1)
     ] = None,
-    block: Annotated[int, typer.Option(help="Entries worked on at once; no choice changes a bit.", min=1)] = 2**16,
+    block: Annotated[int, typer.Option(help="Entries per block; the result is bit-identical.", min=1)] = 2**16,
     slow: Annotated[bool, typer.Option("--slow", help="Use the reference loop instead of the fast rebuild.")] = False,
     json_output: Json = False,
 ) -> None:
     """Rebuild a round's weights from the initial weights and the journal alone; print their sha256.
 
-    Every round on the way is checked against the hash in its row.
+    Each round up to it is checked against the hash in its row.
     """
     journal = Journal.open(run)
     require_rounds(journal, whole=round is None)
@@ -51,30 +47,6 @@ def replay_command(
         print_json({"run": str(run), "round": wanted, "weights_sha256": digest})
     else:
         print(digest)
-
-
-def evaluate_command(run: RunPath, json_output: Json = False) -> None:
-    """Loss and accuracy of a run's weights on its test data: the average, and the raw weights."""
-    journal = Journal.open(run)
-    require_rounds(journal, whole=True)
-    setup = assemble(as_planned(command_of(journal), journal.config.plan))
-    state = journal.state()
-    average, raw = (evaluate(setup.engine, w, setup.test) for w in (state.ema_weights, state.weights))
-    result = {
-        "run": str(run),
-        "round": state.round - 1,
-        "loss": average[0],
-        "accuracy": average[1],
-        "raw_loss": raw[0],
-        "raw_accuracy": raw[1],
-    }
-    if json_output:
-        print_json(result)
-        return
-    table = Table("", "loss", "accuracy", title=f"{run}, round {state.round - 1}")
-    table.add_row("averaged weights", f"{average[0]:.4f}", f"{average[1]:.4f}")
-    table.add_row("raw weights", f"{raw[0]:.4f}", f"{raw[1]:.4f}")
-    Console().print(table)
 
 
 @contextmanager
