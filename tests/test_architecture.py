@@ -20,95 +20,16 @@ FOLDERS, LAYERS = 15, 9
 """Folders of the package, and layers that they form, at most: as many as one remembers."""
 
 EXCEPTIONS: Mapping[str, str] = {
-    "__init__.py": "the public names; every test uses them",
+    "__init__.py": "the public names: test_public_names.py, and every other test uses them",
     "__main__.py": "one call; tests/cli runs it",
-    "cli/calibrate.py": "in test_inference.py",
-    "cli/common.py": "what the commands share; each command's tests use it",
-    "cli/data.py": "in test_commands.py",
-    "cli/export.py": "in test_inference.py",
-    "cli/node.py": "in tests/deploy, which starts real nodes",
-    "cli/report.py": "in test_commands.py",
-    "cli/runs.py": "in test_cli.py and test_commands.py",
-    "cli/status.py": "in tests/report/test_status.py",
-    "cli/train.py": "in test_cli.py and test_commands.py",
-    "client/examples.py": "in test_edge.py",
-    "core/aggregate.py": "in tests/client/test_respond.py",
-    "core/checks.py": "raised through the options of every public name",
-    "core/cores.py": "a count of processor cores",
-    "core/gaussian.py": "in test_directions.py, and by golden vectors",
-    "core/scalars.py": "in tests/client/test_respond.py",
-    "core/types.py": "structs and their encoding: tests/protocol has golden vectors",
-    "data/augment.py": "in test_data.py",
-    "data/dataset.py": "in test_data.py",
-    "data/partitions.py": "in test_data.py",
-    "data/sources.py": "in test_data.py",
+    "cli/__init__.py": "the entry point: each command's tests go through it",
     "deploy/federation.py": "the processes that every test of tests/deploy starts",
-    "deploy/server_app.py": "in test_deploy.py, as processes; refused options in test_client_model.py",
+    "deploy/server_app.py": "in deploy/test_deploy.py, as processes; refused options in deploy/test_client_model.py",
     "engines/__init__.py": "a protocol and a struct; its implementations are tested",
-    "engines/pipe.py": "in tests/client/test_edge.py",
-    "engines/remote/downlink.py": "in test_engine.py",
-    "engines/remote/flower.py": "in tests/deploy/test_client_model.py",
     "engines/remote/transport.py": "a protocol and structs; its implementations are tested",
-    "errors.py": "messages are asserted where they are raised",
-    "exporter/__init__.py": "in test_export.py",
-    "exporter/branches.py": "in test_export.py",
-    "exporter/quantized.py": "in test_export.py",
-    "exporter/trace.py": "in test_export.py",
-    "files.py": "in tests/runfolder/test_journal.py, by kills and full disks",
-    "models/lenet.py": "in test_models.py, against tests/reference.py",
-    "models/mlp.py": "in test_models.py, against tests/reference.py",
-    "models/parts.py": "in test_models.py",
-    "models/trainable.py": "in test_models.py",
-    "models/transformer.py": "in test_models.py, against tests/reference.py",
-    "models/wrn.py": "in test_models.py, against tests/reference.py",
-    "protocol/encoding.py": "in test_vectors.py",
-    "protocol/pipes.py": "in tests/client/test_edge.py and test_vectors.py",
-    "protocol/states.py": "in test_messages.py",
-    "pruning/structured.py": "in test_pruning.py",
-    "pruning/unstructured.py": "in test_pruning.py",
-    "report/charts.py": "in test_report.py",
-    "report/figures.py": "in test_report.py",
-    "report/pages.py": "in test_report.py",
-    "report/run.py": "in test_report.py",
-    "report/sigma.py": "in tests/cli/test_inference.py, with the plot of baffle calibrate",
-    "report/signal_noise.py": "in test_report.py",
-    "report/text.py": "in test_report.py",
-    "runfolder/clients.py": "in tests/protocol/test_messages.py",
-    "runfolder/config.py": "in test_journal.py",
-    "runfolder/metrics.py": "in test_journal.py",
-    "runfolder/rowlog.py": "in test_journal.py",
-    "runfolder/snapshots.py": "in test_journal.py",
+    "exporter/__init__.py": "in test_export.py, named after what users call",
+    "report/__init__.py": "loads pages.py when it is first used: in report/test_pages.py",
     "runtimes/__init__.py": "a protocol and structs; test_contract.py holds every runtime to it",
-    "runtimes/lanes.py": "in test_contract.py and pytorch/test_limits.py",
-    "runtimes/onnx/load.py": "in tests/client/test_edge.py",
-    "runtimes/onnx/openvino.py": "in tests/runtimes/test_contract.py",
-    "runtimes/onnx/ort.py": "in tests/runtimes/test_contract.py",
-    "runtimes/onnx/runtime.py": "in tests/runtimes/test_contract.py",
-    "runtimes/onnx/worker.py": "in tests/runtimes/test_contract.py",
-    "runtimes/pytorch/allocator.py": "in test_limits.py",
-    "runtimes/pytorch/budget.py": "in test_limits.py",
-    "runtimes/pytorch/float64.py": "a reference that tests and calibration use",
-    "runtimes/pytorch/frozen_prefix.py": "in test_stacked.py",
-    "runtimes/pytorch/intercept.py": "in test_stacked.py",
-    "runtimes/pytorch/module_checks.py": "in tests/runtimes/test_contract.py",
-    "runtimes/pytorch/replica.py": "in test_stacked.py",
-    "runtimes/pytorch/runtime.py": "in tests/runtimes/test_contract.py",
-    "runtimes/pytorch/stack.py": "in test_stacked.py",
-    "runtimes/pytorch/threads.py": "in test_limits.py",
-    "runtimes/rounding.py": "in test_perturb.py",
-    "secure/client.py": "in test_secure.py",
-    "secure/graph.py": "in test_secure.py",
-    "secure/masks.py": "in test_secure.py",
-    "secure/messages.py": "in test_secure.py",
-    "secure/server.py": "in test_secure.py",
-    "secure/shares.py": "in test_secure.py",
-    "secure/simulate.py": "in test_secure.py",
-    "training/build.py": "in tests/cli/test_cli.py and tests/deploy/test_client_model.py",
-    "training/fit.py": "in tests/runtimes/test_choose.py, and in every snippet of README and docs",
-    "training/loop.py": "in tests/engines/test_local.py and tests/core/test_guard.py",
-    "training/options.py": "in tests/cli/test_cli.py",
-    "training/result.py": "in tests/engines/test_local.py",
-    "training/rollback.py": "in tests/core/test_guard.py",
 }
 """Modules of the package without a test file of their own name in the same place, and why."""
 
@@ -165,13 +86,13 @@ def test_the_internals_of_flower_are_used_in_one_folder() -> None:
 def imports_of_the_package(package: Path = PACKAGE) -> dict[str, set[str]]:
     """Each module of the package, and the modules of the package that it imports, inside functions too.
 
-    The package's own ``__init__`` and ``__main__``, which import the rest by its names, are left out.
+    Imports for type checking alone do not count: they never run. The package's own ``__init__`` and ``__main__``, which import the rest by its names, are left out.
     """
     files = {module_name(file, package): file for file in package.rglob("*.py")}
     graph: dict[str, set[str]] = {}
     for module, file in files.items():
         graph[module] = set()
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in nodes_that_run(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module in files:
                 named = {f"{node.module}.{alias.name}" for alias in node.names}
                 graph[module] |= {name if name in files else node.module for name in named}
@@ -179,6 +100,15 @@ def imports_of_the_package(package: Path = PACKAGE) -> dict[str, set[str]]:
                 graph[module] |= {alias.name for alias in node.names} & files.keys()
     apart = {package.name, f"{package.name}.__main__"}
     return {module: imported - apart - {module} for module, imported in graph.items() if module not in apart}
+
+
+def nodes_that_run(tree: ast.AST) -> Iterator[ast.AST]:
+    """Every node of a tree but what stands below ``if TYPE_CHECKING``."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            continue
+        yield node
+        yield from nodes_that_run(node)
 
 
 def module_name(file: Path, package: Path) -> str:
