@@ -14,24 +14,36 @@ import numpy as np
 import numpy.typing as npt
 
 from baffle.core.checks import require_count, require_positive
+from baffle.core.credit import is_plain, units_of
 from baffle.core.directions import Directions
 from baffle.core.philox import Purpose, generator
-from baffle.core.rebuild import FAST, Execution, scaled
+from baffle.core.rebuild import FAST, Execution, gradient
 from baffle.core.scalars import Encoded, encode, weight_of
-from baffle.core.types import Losses, Reply, Table, Task, Weights, pack_int32
-from baffle.data import Dataset, sample
-from baffle.runtimes import Evaluator, Runtime
+from baffle.core.types import MOST_BITS, Losses, Reply, Table, Task, Weights, pack
+from baffle.data import Dataset, concatenate, sample
+from baffle.errors import PlanError
+from baffle.runtimes import CreditEvaluator, Evaluator, Runtime
 from baffle.runtimes.perturb import Perturbations
 
 
-def perturbations(task: Task, table: Table, client: int, step: int = 0) -> Perturbations:
-    """The passes that a task asks of a client at one local step."""
+def perturbations(task: Task, table: Table, client: int, step: int = 0, first: int = 0) -> Perturbations:
+    """The passes that a task asks of a client at one local step, from direction number ``first`` on."""
     directions = Directions.of(task, table, client, step)
     if task.difference == "forward":
-        return Perturbations(directions, task.num_directions, (task.sigma,), baseline=True, lattice=task.lattice)
-    return Perturbations(
-        directions, task.num_directions, (task.sigma, -task.sigma), baseline=False, lattice=task.lattice
-    )
+        return Perturbations(directions, task.num_directions, (task.sigma,), True, first, task.lattice)
+    return Perturbations(directions, task.num_directions, (task.sigma, -task.sigma), False, first, task.lattice)
+
+
+def passes_of(task: Task, table: Table) -> int:
+    """Forward passes over each example of a mini-batch that a reply takes.
+
+    Rows that are credited one by one are perturbed in one pass through all layers, each on its clean input, beside
+    the clean pass.
+    """
+    kinds = {unit.kind for unit in units_of(table)}
+    clean = int(task.difference == "forward" or kinds != {"loss"})
+    steps = 1 if task.difference == "forward" else 2
+    return task.local_steps * (clean + steps * task.num_directions * len(kinds - {"exact"}))
 
 
 def finite_differences(task: Task, losses: Losses) -> npt.NDArray[np.float64]:
@@ -49,13 +61,62 @@ def finite_differences(task: Task, losses: Losses) -> npt.NDArray[np.float64]:
         return np.asarray(gaps.sum(axis=1) / (losses.shape[1] * width))
 
 
+def measure(
+    task: Task,
+    table: Table,
+    evaluator: Evaluator,
+    weights: Weights,
+    batches: Sequence[Dataset],
+    client: int = 0,
+    step: int = 0,
+) -> list[npt.NDArray[np.float64]]:
+    """The numbers of a reply, before they are encoded, of clients that evaluate the same directions together.
+
+    Example i of a mini-batch is in slice i mod S; the examples of a slice, of all clients, go through the same
+    perturbed models.
+
+    Args:
+        task: what is asked.
+        table: the trainable tensors.
+        evaluator: evaluates, on the model that ``table`` describes.
+        weights: float32[n].
+        batches: each client's mini-batch.
+        client: whose directions; any, where they are shared.
+        step: the local step.
+
+    Returns:
+        For each batch float64[numbers].
+    """
+    cut = [[b.take(np.arange(s, len(b), task.slices)) for b in batches] for s in range(task.slices)]
+    if not is_plain(table):
+        order = [part for parts in cut for part in parts]
+        groups = np.repeat(np.tile(np.arange(len(batches)), task.slices), [len(part) for part in order])
+        bounds = np.cumsum([0, *(sum(map(len, parts)) for parts in cut)]).tolist()
+        asked = perturbations(task, table, client, step)
+        if not isinstance(evaluator, CreditEvaluator):
+            raise PlanError(
+                f"{type(evaluator).__name__} gives losses alone: expected a runtime for this model's credit"
+            )
+        numbers = evaluator.credits(weights, asked, concatenate(order), groups, bounds)
+        return list(numbers)
+    columns: list[list[npt.NDArray[np.float64]]] = []
+    for s, parts in enumerate(cut):
+        asked = perturbations(task, table, client, step, s * task.num_directions)
+        losses = evaluator.losses(weights, asked, concatenate(parts))
+        ends = np.cumsum([len(part) for part in parts])[:-1]
+        columns.append([finite_differences(task, part) for part in np.split(losses, ends, axis=1)])
+    return [np.concatenate(own) for own in zip(*columns, strict=True)]
+
+
 def reply(task: Task, client: int, weight: int, steps: Sequence[Encoded]) -> Reply:
-    """Put the encoded scalars of all local steps into a message."""
+    """Put the encoded numbers of all local steps into a message."""
+    magnitudes = np.mean([s.magnitudes for s in steps], axis=0)
     return Reply(
         round=task.round,
         client=client,
         weight=weight,
-        scalars=pack_int32(np.stack([s.integers for s in steps]) * weight),
+        scalars=pack(np.stack([s.integers for s in steps]), task.bits),
+        magnitudes=tuple(weight * round(m) for m in magnitudes.tolist()),
         clipped=sum(s.clipped for s in steps),
         nonfinite=sum(s.nonfinite for s in steps),
     )
@@ -64,12 +125,11 @@ def reply(task: Task, client: int, weight: int, steps: Sequence[Encoded]) -> Rep
 def local_update(
     task: Task, table: Table, weights: Weights, encoded: Encoded, step: int, execution: Execution
 ) -> Weights:
-    """One local step of plain SGD on the scalars as encoded, so that the sums describe every client's path."""
+    """One local step of plain SGD on the numbers as encoded, so that the sums describe every client's path."""
     directions = Directions.of(task, table, 0, step)  # local steps need shared directions
-    factor = directions.unit * 2.0**task.exponent / task.num_directions
-    gradient = scaled(table, [(directions, encoded.integers)], factor, execution)
+    estimate = gradient([(directions, encoded.integers)], task, 1.0, execution)
     with np.errstate(over="ignore", invalid="ignore"):  # losses that are not finite follow, and are counted
-        return weights - np.float32(task.local_lr) * gradient
+        return weights - np.float32(task.local_lr) * estimate
 
 
 def draw(task: Task, data: Dataset, client: int, step: int) -> Dataset:
@@ -97,8 +157,8 @@ def respond(
         execution = replace(execution, threads=1)
     steps: list[Encoded] = []
     for step in range(task.local_steps):
-        losses = evaluator.losses(weights, perturbations(task, runtime.table, client, step), batch(step))
-        steps.append(encode(task, finite_differences(task, losses)))
+        [numbers] = measure(task, runtime.table, evaluator, weights, [batch(step)], client, step)
+        steps.append(encode(task, numbers))
         if step + 1 < task.local_steps:
             weights = local_update(task, runtime.table, weights, steps[-1], step, execution)
     return reply(task, client, weight_of(examples, task.quantum), steps)
@@ -107,6 +167,8 @@ def respond(
 def check_task(task: Task) -> None:
     """Refuse what no server asks for, and what would take for ever. Raises OptionError."""
     require_count("num_directions", task.num_directions, 1, 2**20)
+    require_count("slices", task.slices, 1, 2**16)
+    require_count("bits", task.bits, 1, MOST_BITS)
     require_count("local_steps", task.local_steps, 1, 2**20)
     require_positive("sigma", task.sigma)
     if task.batch_size is not None:

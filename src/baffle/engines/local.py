@@ -17,18 +17,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from baffle.client.calibrate import EXAMPLES, Calibration, calibrate
-from baffle.client.respond import draw, finite_differences, perturbations, reply, respond
+from baffle.client.respond import draw, measure, passes_of, perturbations, reply, respond
 from baffle.core.checks import require_count
 from baffle.core.rebuild import FAST, Execution
 from baffle.core.scalars import encode, weight_of
 from baffle.core.state import State
-from baffle.core.types import Losses, Reply, Table, Task, Weights
+from baffle.core.types import Reply, Table, Task, Weights
 from baffle.data import Dataset, concatenate
 from baffle.engines import Exchange
 from baffle.errors import DataError, OptionError
 from baffle.protocol.encoding import decode_row, encode_message
 from baffle.runtimes import Evaluation, Evaluator, Runtime
-from baffle.runtimes.perturb import Perturbations
 
 if TYPE_CHECKING:
     from baffle.secure.client import SecureClient
@@ -139,7 +138,7 @@ class LocalEngine:
         else:
             replies = self._answer_apart(task, participants, state.weights)
         secure = self._sum(task, replies) if task.secure else None
-        passes = task.local_steps * len(perturbations(task, self.table, 0))
+        passes = passes_of(task, self.table)
         examples = sum(self._batch_size(task, client) for client in participants)
         state_bytes = sum(a.nbytes for a in (state.weights, *state.slots.values()))
         caught_up = self._history.catch_up(participants, state_bytes, rows)
@@ -196,26 +195,15 @@ class LocalEngine:
             return list(pool.map(answer, participants))
 
     def _answer_together(self, task: Task, participants: Sequence[int], weights: Weights) -> list[Reply]:
-        asked = perturbations(task, self.table, 0)
-        return [
-            reply(
-                task,
-                client,
-                weight_of(self._sizes[client], task.quantum),
-                [encode(task, finite_differences(task, part))],
-            )
-            for group in self._groups(task, participants, len(asked))
-            for client, part in self._losses(task, group, weights, asked)
-        ]
-
-    def _losses(
-        self, task: Task, group: Sequence[int], weights: Weights, asked: Perturbations
-    ) -> Iterator[tuple[int, Losses]]:
-        """Each client's losses, of passes that their batches take together."""
-        batches = [self.batch(task, client, 0) for client in group]
-        losses = self._runtime.losses(weights, asked, concatenate(batches))
-        parts = np.split(losses, np.cumsum([len(b) for b in batches])[:-1], axis=1)
-        return zip(group, parts, strict=True)
+        replies: list[Reply] = []
+        for group in self._groups(task, participants, len(perturbations(task, self.table, 0))):
+            batches = [self.batch(task, client, 0) for client in group]
+            numbers = measure(task, self.table, self._runtime, weights, batches)
+            replies += [
+                reply(task, client, weight_of(self._sizes[client], task.quantum), [encode(task, own)])
+                for client, own in zip(group, numbers, strict=True)
+            ]
+        return replies
 
     def _groups(self, task: Task, participants: Sequence[int], passes: int) -> Iterator[list[int]]:
         """Participants in their order, as many at a time as memory is granted to."""

@@ -17,7 +17,7 @@ from typing import IO, BinaryIO, cast
 import numpy as np
 
 from baffle.client.calibrate import Calibration, agree, check_found
-from baffle.client.respond import perturbations
+from baffle.client.respond import passes_of
 from baffle.core.state import State
 from baffle.core.types import Reply, Table, Task, Weights
 from baffle.data import Dataset
@@ -135,7 +135,7 @@ class PipeEngine:
                 raise ReplyError(f"client {client} sent {type(answer).__name__}: expected its own reply")
             replies.append(answer.reply)
             up, down = up + received, down + sent
-        passes = task.local_steps * len(perturbations(task, self.table, 0))
+        passes = passes_of(task, self.table)
         examples = sum(min(task.batch_size or self.sizes[c], self.sizes[c]) for c in participants)
         return Exchange(tuple(replies), passes * len(participants), passes * examples, up, down)
 
@@ -147,7 +147,7 @@ class PipeEngine:
         All are listened to before one's failure is raised, so that no answer is left for the next question.
         """
         data = weights.astype("<f4", copy=False).tobytes()
-        longest = BESIDES if calibrate else BESIDES + 4 * task.local_steps * task.num_directions
+        longest = BESIDES if calibrate else BESIDES + 4 * task.local_steps * task.numbers
         sent: dict[int, int] = {}
         found: dict[int, tuple[Message, int, int]] = {}
         failures: list[ReplyError | ModelError] = []

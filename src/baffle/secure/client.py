@@ -16,7 +16,7 @@ from baffle.core.aggregate import FEWEST_NEIGHBOURS
 from baffle.core.types import MAX_WEIGHT_SUM, Integers
 from baffle.errors import SecureSumError
 from baffle.secure.graph import MOST_NEIGHBOURS, neighbourhoods, threshold
-from baffle.secure.masks import Card, Identity, mask_key, pair_mask, self_mask, verify
+from baffle.secure.masks import Card, Identity, mask_key, pack_words, pair_mask, self_mask, verify
 from baffle.secure.messages import (
     Advert,
     Introduced,
@@ -118,7 +118,9 @@ class SecureClient:
             signature=self._identity.signing.sign(signed_advert(self._key, round, self._client, public, rest)),
         )
 
-    def mask(self, round: int, introduced: Sequence[Introduced], values: Integers, counts: Sequence[int]) -> Masked:
+    def mask(
+        self, round: int, introduced: Sequence[Introduced], values: Integers, counts: Sequence[int], word: int = 32
+    ) -> Masked:
         """The vector of weighted scalars and counts under all masks. A round is answered once."""
         keys = self._keys.get(round)
         if keys is None or keys.masked or round <= self._last:
@@ -137,7 +139,7 @@ class SecureClient:
         return Masked(
             round=round,
             client=self._client,
-            vector=vector.astype("<u4").tobytes(),
+            vector=pack_words(vector[: values.size], word) + vector[values.size :].astype("<u4").tobytes(),
             complaints=tuple(client for client, held in keys.held.items() if not held),
         )
 

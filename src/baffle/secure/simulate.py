@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from baffle.core.types import Aggregate, Reply, Task, unpack_int32
+from baffle.core.aggregate import counts_of, summed
+from baffle.core.types import Aggregate, Reply, Task, unpack
 from baffle.secure.client import SecureClient
 from baffle.secure.server import SecureRound
 
@@ -40,8 +41,10 @@ def sum_together(
     """Sum replies by the protocol. Raises SecureSumError if too many clients are lost."""
     cards = {client: secure.card for client, secure in clients.items()}
     cohort = sorted(clients)
-    size = task.local_steps * task.num_directions
-    here = SecureRound(task.key, task.round, cohort, cards, size, degree=task.secure)
+    size = task.local_steps * task.numbers
+    here = SecureRound(
+        task.key, task.round, cohort, cards, size, 3 + len(task.sizes), degree=task.secure, word=task.word
+    )
     up = down = 0
     for client in cohort:
         if client not in lost.before_advert:
@@ -54,8 +57,8 @@ def sum_together(
         down += len(msgspec.msgpack.encode(introduced))
         if client not in lost.before_vector:
             reply = given[client]
-            counts = (reply.weight, reply.clipped, reply.nonfinite)
-            masked = clients[client].mask(task.round, introduced, unpack_int32(reply.scalars), counts)
+            values = unpack(reply.scalars, task.bits, size) * reply.weight
+            masked = clients[client].mask(task.round, introduced, values, counts_of(reply), task.word)
             up += len(msgspec.msgpack.encode(masked))
             here.add(masked)
     survivors = here.survive()
@@ -67,6 +70,5 @@ def sum_together(
                 unmasked = clients[client].unmask(told)
                 up += len(msgspec.msgpack.encode(unmasked))
                 here.unmask(unmasked)
-    total, (weight, clipped, nonfinite) = here.total()
-    vectors = total.reshape(1, task.local_steps, task.num_directions)
-    return Summed(Aggregate(vectors, survivors.clients, weight, clipped, nonfinite), up, down)
+    total, counts = here.total()
+    return Summed(summed(task, total, counts, survivors.clients), up, down)

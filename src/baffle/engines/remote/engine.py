@@ -23,12 +23,12 @@ import msgspec
 import numpy as np
 
 from baffle.client.calibrate import Calibration, agree, check_found
-from baffle.client.respond import perturbations
-from baffle.core.aggregate import check_reply, nothing
+from baffle.client.respond import passes_of
+from baffle.core.aggregate import check_reply, nothing, summed
 from baffle.core.checks import require_between, require_count, require_positive
 from baffle.core.scalars import weight_of
 from baffle.core.state import State
-from baffle.core.types import LIMIT, Aggregate, Cohort, Table, Task, Weights
+from baffle.core.types import Aggregate, Cohort, Table, Task, Weights
 from baffle.data import Dataset
 from baffle.engines import Exchange
 from baffle.engines.remote.downlink import History
@@ -212,7 +212,7 @@ class RemoteEngine:
         visits = self._roster.last.visits if self._roster.last is not None else ()
         up, down = self._before
         self._before = 0, 0
-        passes, sizes = task.local_steps * len(perturbations(task, self.table, 0)), self.sizes
+        passes, sizes = passes_of(task, self.table), self.sizes
         return Exchange(
             replies,
             passes * len(answered),
@@ -370,8 +370,10 @@ class RemoteEngine:
                 f"{need} of 'baffle node'"
             )
         try:
-            size = task.local_steps * task.num_directions
-            this.secure = SecureRound(task.key, task.round, tuple(cards), cards, size, degree=task.secure)
+            size, counts = task.local_steps * task.numbers, 3 + len(task.sizes)
+            this.secure = SecureRound(
+                task.key, task.round, tuple(cards), cards, size, counts, degree=task.secure, word=task.word
+            )
             for advert in self._adverts.pop((task.round, tuple(cards)), []):
                 with contextlib.suppress(SecureSumError):  # it is asked for another
                     this.secure.advertise(advert)
@@ -385,16 +387,15 @@ class RemoteEngine:
             if this.secure.lost:
                 self._enter(this, "lost", this.secure.missing & this.secure.signatures.keys())
                 self._ask_all(this, state, rows, need)
-            vectors, (weight, clipped, nonfinite) = this.secure.total()
+            vectors, sums = this.secure.total()
             survivors = this.secure.survive().clients
             expected = sum(this.cohort[client] for client in survivors)
-            if weight != expected or int(np.abs(vectors).max(initial=0)) > LIMIT * expected:
-                raise SecureSumError(f"round {task.round}: weights of {weight}, expected {expected}: one sent another")
+            if sums[0] != expected or int(np.abs(vectors).max(initial=0)) > task.limit * expected:
+                raise SecureSumError(f"round {task.round}: weights of {sums[0]}, expected {expected}: one sent another")
         except SecureSumError as error:
             _log.warning("no sum: %s", error)
             return nothing(task)
-        vectors = vectors.reshape(1, task.local_steps, task.num_directions)
-        return Aggregate(vectors, survivors, weight, clipped, nonfinite)
+        return summed(task, vectors, sums, survivors)
 
     def _enter(self, this: _Round, stage: Stage, asked: Collection[int]) -> None:
         """Go on to another stage of a round."""
@@ -572,7 +573,7 @@ class RemoteEngine:
             _log.warning("%s: %s", self._name(letter), printable(arrival.error or "no answer", 200))
             return
         try:
-            longest = LONGEST + (0 if this is None else 4 * this.task.local_steps * this.task.num_directions)
+            longest = LONGEST + (0 if this is None else 4 * this.task.local_steps * this.task.numbers)
             if len(arrival.response) > longest:
                 raise ReplyError(f"{len(arrival.response)} bytes: expected at most {longest}")
             response = decode_response(arrival.response)
