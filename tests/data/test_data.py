@@ -250,7 +250,7 @@ def test_shards_must_be_positive(shards: int) -> None:
 
 
 def test_shards_need_one_label_an_example() -> None:
-    with pytest.raises(DataError, match="expected one integer label an example"):
+    with pytest.raises(DataError, match="expected one integer label per example"):
         partition(Dataset(np.zeros((4, 2)), np.zeros(4)), 2, shards=1)
 
 

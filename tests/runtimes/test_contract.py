@@ -597,7 +597,7 @@ def test_openvino_takes_matrices_as_bf16(family: Family) -> None:
     """Of weights 1, whose neighbours are 1 - 2**-8 and 1 + 2**-7: less than half way there is nothing."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10, bias=False))
     runtime = OpenVinoRuntime(export(model, F.cross_entropy, batch()), 1, "bf16")
-    memory, weights = runtime.lanes[0].worker.buffers["1.weight"], np.ones(640, np.float32)
+    memory, weights = runtime.lanes[0].replica.buffers["1.weight"], np.ones(640, np.float32)
     directions = Directions(runtime.table, family, (3, 1))
     largest = np.abs(directions.entries(0, slice(0, 1))).max() * directions.unit
     base, small = runtime.losses(weights, Perturbations(directions, 1, (0.99 * 2**-9 / largest,), 1), batch())
@@ -868,7 +868,7 @@ def test_losses_of_torch_and_of_the_users_own(loss: Callable[..., Tensor]) -> No
 
 def test_a_loss_that_is_not_per_example_is_explained() -> None:
     runtime = TorchRuntime(linear(), lambda output, target: F.cross_entropy(output, target))
-    with pytest.raises(ModelError, match=r"shape \(\) for 40 examples: expected one number an example"):
+    with pytest.raises(ModelError, match=r"shape \(\) for 40 examples: expected one number per example"):
         runtime.evaluate(runtime.initial_weights(), batch())
 
 

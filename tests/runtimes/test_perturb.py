@@ -17,7 +17,7 @@ from baffle.core.quantize import encode, lattice_steps, on_lattice, row_scales
 from baffle.core.types import Family, Table, Weights, make_table, table_size
 from baffle.errors import PlanError
 from baffle.runtimes import perturb
-from baffle.runtimes.perturb import Array, Block, Float32, Kind, Pass, Perturbations, Point, Slot, unperturbed
+from baffle.runtimes.perturb import AnyArray, Block, Float32, Kind, Layout, Pass, Perturbations, Point, unperturbed
 from baffle.runtimes.rounding import mask_of, to_bfloat16, to_float16
 
 FAMILIES: list[Family] = ["rank1", "rademacher", "gaussian"]
@@ -38,11 +38,11 @@ LIMITS = st.tuples(st.sampled_from([0, 2**16]), st.sampled_from([1, 20, 2**18]))
 
 @dataclass(frozen=True)
 class Problem:
-    """What is asked, of which weights, into which slots."""
+    """What is asked, of which weights, into which layouts."""
 
     asked: Perturbations
     weights: Weights
-    slots: tuple[Slot, ...]
+    layouts: tuple[Layout, ...]
 
     @property
     def table(self) -> Table:
@@ -59,7 +59,7 @@ def problems(draw: st.DrawFn) -> Problem:
     family = draw(st.sampled_from(FAMILIES))
     lattice = 0 if family == "gaussian" else draw(st.sampled_from([0, 0, 1, 8]))
     weights = (rng.standard_normal(table_size(table)) * 10.0 ** rng.integers(-6, 3)).astype(np.float32)
-    slots = []
+    layouts = []
     for spec in table:
         kinds: list[Kind] = ["fp32", "bf16", "fp16"]
         kinds += ["int8"] if spec.matrix else []
@@ -74,7 +74,7 @@ def problems(draw: st.DrawFn) -> Problem:
         axes = None
         if len(spec.shape) >= 2 and draw(st.booleans()):
             axes = (0, *draw(st.permutations(range(1, len(spec.shape)))))
-        slots.append(Slot(kind, axes, row_scales(spec, weights) if coded else None))
+        layouts.append(Layout(kind, axes, row_scales(spec, weights) if coded else None))
     sigma, central = draw(st.floats(1e-6, 10)), draw(st.booleans())
     asked = Perturbations(
         Directions(table, family, (draw(SEED), 1), draw(st.integers(0, 3))),
@@ -85,7 +85,7 @@ def problems(draw: st.DrawFn) -> Problem:
         lattice,
     )
     weights.setflags(write=False)
-    return Problem(asked, weights, tuple(slots))
+    return Problem(asked, weights, tuple(layouts))
 
 
 def move_of(problem: Problem, tensor: int, k: int, step: float) -> Float32:
@@ -99,69 +99,69 @@ def move_of(problem: Problem, tensor: int, k: int, step: float) -> Float32:
     return np.asarray(steps * entries, np.float32)
 
 
-def in_order(problem: Problem, tensor: int, values: Array) -> Array:
-    """Flat values as the slot wants them, in the tensor's own number of dimensions."""
+def in_order(problem: Problem, tensor: int, values: AnyArray) -> AnyArray:
+    """Flat values as the layout wants them, in the tensor's own number of dimensions."""
     shaped = values.reshape(problem.table[tensor].shape)
-    axes = problem.slots[tensor].axes
+    axes = problem.layouts[tensor].axes
     return shaped if axes is None else shaped.transpose(axes)
 
 
-def rounded(slot: Slot, values: Float32) -> Array:
-    """Values [out, ...] in the precision of a slot, by torch and numpy."""
-    if slot.scales is not None:
+def rounded(layout: Layout, values: Float32) -> AnyArray:
+    """Values [out, ...] in the precision of a layout, by torch and numpy."""
+    if layout.scales is not None:
         codes = np.empty((len(values), values.size // len(values)), np.int8)
-        encode(values.reshape(codes.shape), slot.scales, codes)
+        encode(values.reshape(codes.shape), layout.scales, codes)
         return codes
-    if slot.kind == "bf16":
+    if layout.kind == "bf16":
         return torch.from_numpy(values.copy()).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
-    if slot.kind == "fp16":
+    if layout.kind == "fp16":
         with np.errstate(over="ignore"):
             return values.astype(np.float16).view(np.uint16)
     return values
 
 
 def expected(problem: Problem, tensor: int, k: int | None, step: float) -> tuple[bytes, bytes]:
-    """What a pass is to write into a slot, and the product of its branch."""
-    asked, spec, slot = problem.asked, problem.table[tensor], problem.slots[tensor]
+    """What a pass is to write into a layout, and the product of its branch."""
+    asked, spec, layout = problem.asked, problem.table[tensor], problem.layouts[tensor]
     weights = on_lattice(problem.table, problem.weights) if asked.lattice else problem.weights
     base, move = weights[spec.slice], np.zeros(spec.size, np.float32)
     if k is not None:
         move = move_of(problem, tensor, k, step)
-    branch = move if slot.kind == "branch" and asked.directions.is_rank1(tensor) else np.zeros_like(move)
-    made = base if slot.kind == "branch" or k is None else base + move
+    branch = move if layout.kind == "branch" and asked.directions.is_rank1(tensor) else np.zeros_like(move)
+    made = base if layout.kind == "branch" or k is None else base + move
     return (
-        settled(slot, rounded(slot, in_order(problem, tensor, made))),
-        settled(Slot(), in_order(problem, tensor, branch)),
+        settled(layout, rounded(layout, in_order(problem, tensor, made))),
+        settled(Layout(), in_order(problem, tensor, branch)),
     )
 
 
-def settled(slot: Slot, held: Array) -> bytes:
-    """The bytes of what a slot holds, with one NaN for all of them."""
+def settled(layout: Layout, held: AnyArray) -> bytes:
+    """The bytes of what a layout holds, with one NaN for all of them."""
     held = np.ascontiguousarray(held).copy()
-    if slot.scales is None and slot.kind == "bf16":
+    if layout.scales is None and layout.kind == "bf16":
         held[np.isnan(widened(held))] = 0x7FC0
-    elif slot.scales is None:
-        values = held.view(np.float16) if slot.kind == "fp16" else held
+    elif layout.scales is None:
+        values = held.view(np.float16) if layout.kind == "fp16" else held
         values[np.isnan(values)] = np.nan
     return held.tobytes()
 
 
-def widened(bits: Array) -> Float32:
+def widened(bits: AnyArray) -> Float32:
     """The float32 of bits of bfloat16."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def wrote(problem: Problem, evaluated: Pass, tensor: int) -> list[tuple[bytes, bytes]]:
     """What a pass writes into memory that held something else, and the product of its branch; one a direction."""
-    spec, slot = problem.table[tensor], problem.slots[tensor]
+    spec, layout = problem.table[tensor], problem.layouts[tensor]
     lead = (evaluated.k.stop - evaluated.k.start,) if isinstance(evaluated.k, slice) else ()
-    dtype = np.int8 if slot.scales is not None else DTYPES.get(slot.kind, np.float32)
+    dtype = np.int8 if layout.scales is not None else DTYPES.get(layout.kind, np.float32)
     memory = np.full((*lead, *in_order(problem, tensor, np.zeros(spec.size)).shape), 77, dtype)
     out, rest = spec.matrix or (1, 1)
     left, right = np.full((*lead, out), 7, np.float32), np.full((*lead, rest), 7, np.float32)
     evaluated.write(tensor, memory)
     products = np.zeros((*lead, spec.size), np.float32)
-    if slot.kind == "branch":
+    if layout.kind == "branch":
         evaluated.branch(tensor, left, right)
         made = left[..., :, None] * right[..., None, :]
         if spec.matrix is None:
@@ -169,7 +169,7 @@ def wrote(problem: Problem, evaluated: Pass, tensor: int) -> list[tuple[bytes, b
         else:
             products = made + np.float32(0)
     rows = zip(memory, products, strict=True) if lead else [(memory, products)]
-    return [(settled(slot, m), settled(Slot(), p)) for m, p in rows]
+    return [(settled(layout, m), settled(Layout(), p)) for m, p in rows]
 
 
 @contextmanager
@@ -196,7 +196,7 @@ def test_passes_write_what_the_obvious_form_gives(
 ) -> None:
     before = problem.weights.tobytes()
     with limited(*limits):
-        point = Point(problem.asked, problem.weights, problem.slots)
+        point = Point(problem.asked, problem.weights, problem.layouts)
         passes = [p for part in problem.asked.split(parts) for p in point.passes(part, budget)]
         for evaluated, (k, step) in zip(passes, numbered(problem.asked), strict=True):
             for i in range(len(problem.table)):
@@ -211,7 +211,7 @@ def test_blocks_write_many_directions_at_once(
 ) -> None:
     first, done = problem.asked.first, 0
     with limited(*limits):
-        point = Point(problem.asked, problem.weights, problem.slots)
+        point = Point(problem.asked, problem.weights, problem.layouts)
         for block in point.blocks(problem.asked, budget, most):
             assert 1 <= block.size <= most
             start = data.draw(st.integers(0, block.size - 1))
@@ -229,7 +229,7 @@ def test_blocks_write_many_directions_at_once(
 @given(problems(), BUDGETS, st.integers(1, 9))
 def test_flat_weights_are_those_of_every_portion(problem: Problem, budget: int | None, parts: int) -> None:
     """Perturbations.weights: one vector after another in one scratch buffer."""
-    flat = replace(problem, slots=tuple(Slot() for _ in problem.table))
+    flat = replace(problem, layouts=tuple(Layout() for _ in problem.table))
     scratch = np.full_like(problem.weights, 77)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(perturb, "BUDGET", budget or perturb.BUDGET)
@@ -237,7 +237,7 @@ def test_flat_weights_are_those_of_every_portion(problem: Problem, budget: int |
         for part in problem.asked.split(parts):
             for w in part.weights(problem.weights, scratch):
                 assert w is scratch
-                found.append(settled(Slot(), w))
+                found.append(settled(Layout(), w))
     assert found == [
         b"".join(expected(flat, i, k, step)[0] for i in range(len(flat.table))) for k, step in numbered(problem.asked)
     ]
@@ -262,8 +262,8 @@ HAND = make_table({"w": (2, 2), "b": (2,)})
 DIRECTIONS = Directions(HAND, "rank1", (7, 1))  # of w (-1, -1, 1, 1)
 
 
-def held(slots: list[Slot], weights: list[float], step: float, tensor: int, dtype: type[np.generic]) -> list[float]:
-    point = Point(Perturbations(DIRECTIONS, 1, (step,), 0), np.array(weights, np.float32), slots)
+def held(layouts: list[Layout], weights: list[float], step: float, tensor: int, dtype: type[np.generic]) -> list[float]:
+    point = Point(Perturbations(DIRECTIONS, 1, (step,), 0), np.array(weights, np.float32), layouts)
     memory = np.zeros(HAND[tensor].shape, dtype)
     for evaluated in point.passes(Perturbations(DIRECTIONS, 1, (step,), 0)):
         evaluated.write(tensor, memory)
@@ -272,22 +272,22 @@ def held(slots: list[Slot], weights: list[float], step: float, tensor: int, dtyp
 
 def test_an_entry_is_rounded_once_in_the_sum() -> None:
     """bfloat16 has steps of 1/128 from 1 on and of 1/256 below: a half of one goes to the even one."""
-    slots = [Slot("bf16"), Slot("fp16")]
+    layouts = [Layout("bf16"), Layout("fp16")]
     weights = [1.0, 1.0, 1.0, 1.0078125, 0.0, 0.0]
-    assert held(slots, weights, 2**-8, 0, np.uint16) == [1 - 2**-8, 1 - 2**-8, 1.0, 1.015625]
-    assert held(slots, weights, 2**-9, 0, np.uint16) == [1.0, 1.0, 1.0, 1.0078125]
+    assert held(layouts, weights, 2**-8, 0, np.uint16) == [1 - 2**-8, 1 - 2**-8, 1.0, 1.015625]
+    assert held(layouts, weights, 2**-9, 0, np.uint16) == [1.0, 1.0, 1.0, 1.0078125]
 
 
 def test_codes_move_by_what_a_step_is_of_their_scale() -> None:
-    slots = [Slot("int8", scales=np.array([0.5, 2], np.float32)), Slot()]
-    assert held(slots, [1, -1, 4, 252, 0, 0], 2.0, 0, np.int8) == [-2, -6, 3, 127]
+    layouts = [Layout("int8", scales=np.array([0.5, 2], np.float32)), Layout()]
+    assert held(layouts, [1, -1, 4, 252, 0, 0], 2.0, 0, np.int8) == [-2, -6, 3, 127]
 
 
 def test_the_order_of_memory_is_that_of_the_axes() -> None:
     """Channels last: the second dimension goes behind the others."""
     table = make_table({"w": (1, 2, 1, 3)})
     asked = Perturbations(Directions(table, "rademacher", (1, 1)), 1, (0.25,), 1)
-    point = Point(asked, np.arange(6, dtype=np.float32), [Slot(axes=(0, 2, 3, 1))])
+    point = Point(asked, np.arange(6, dtype=np.float32), [Layout(axes=(0, 2, 3, 1))])
     memory = np.empty((1, 1, 3, 2), np.float32)
     plain, perturbed = point.passes(asked)
     plain.write(0, memory)
@@ -301,7 +301,7 @@ def test_a_branch_of_a_pruned_tensor_is_refused() -> None:
     table = make_table({"v": (2,), "w": (2, 2)}, {"w": np.eye(2, dtype=bool)})
     asked = Perturbations(Directions(table, "rank1", (7, 1)), 1, (0.1,), 1)
     with pytest.raises(PlanError, match="w: pruned, with a rank-1 branch"):
-        Point(asked, np.zeros(6, np.float32), [Slot(), Slot("branch")])
+        Point(asked, np.zeros(6, np.float32), [Layout(), Layout("branch")])
     factors = np.empty(2, np.float32), np.empty(2, np.float32)
     with pytest.raises(PlanError, match="w: pruned"):
         next(asked.weights(np.zeros(6, np.float32), np.empty(6, np.float32), {1: factors}))
@@ -309,7 +309,7 @@ def test_a_branch_of_a_pruned_tensor_is_refused() -> None:
 
 def test_one_slot_a_tensor() -> None:
     with pytest.raises(ValueError, match="shorter"):
-        Point(unperturbed(HAND), np.zeros(6, np.float32), [Slot()])
+        Point(unperturbed(HAND), np.zeros(6, np.float32), [Layout()])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -323,7 +323,7 @@ def test_a_table_without_tensors_has_passes_of_nothing(family: Family) -> None:
 )
 def test_blocks_fit_their_budget(family: Family, a_direction: int) -> None:
     asked = Perturbations(Directions(make_table({"w": (100, 50), "b": (64,)}), family, (7, 1)), 7, (0.1,), 1)
-    point = Point(asked, np.zeros(5064, np.float32), [Slot(), Slot()])
+    point = Point(asked, np.zeros(5064, np.float32), [Layout(), Layout()])
 
     def sizes(budget: int, most: int | None = None) -> list[int]:
         return [block.size for block in point.blocks(asked, budget, most)]
@@ -337,7 +337,7 @@ def test_blocks_fit_their_budget(family: Family, a_direction: int) -> None:
 
 def test_workers_share_a_point_and_draw_their_own_blocks() -> None:
     asked = Perturbations(DIRECTIONS, 4, (0.5,), 0)
-    point = Point(asked, np.zeros(6, np.float32), [Slot(), Slot()])
+    point = Point(asked, np.zeros(6, np.float32), [Layout(), Layout()])
     a, b = Block(point, slice(0, 4)), Block(point, slice(2, 4))
     for k in (0, 1):
         found = [np.empty(4, np.float32) for _ in range(2)]
@@ -378,7 +378,7 @@ def test_a_baseline_is_a_count_of_passes() -> None:
 def test_bfloat16_is_that_of_torch_for_every_upper_half(lower: int | None) -> None:
     low = np.random.default_rng(0).integers(0, 2**16, 2**16, np.uint32) if lower is None else np.uint32(lower)
     values = (np.arange(2**16, dtype=np.uint32) << 16 | low).view(np.float32)
-    assert settled(Slot("bf16"), to_bfloat16(values)) == settled(Slot("bf16"), rounded(Slot("bf16"), values))
+    assert settled(Layout("bf16"), to_bfloat16(values)) == settled(Layout("bf16"), rounded(Layout("bf16"), values))
 
 
 def test_bfloat16_by_hand() -> None:
@@ -399,7 +399,7 @@ def test_no_nan_becomes_infinite_or_a_number(bits: int) -> None:
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (1,), (7, 5), (2**15 + 1,), (3, 2**15)])
 def test_bfloat16_of_any_size_and_layout(shape: tuple[int, ...]) -> None:
     values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    assert np.array_equal(to_bfloat16(values), rounded(Slot("bf16"), values))
+    assert np.array_equal(to_bfloat16(values), rounded(Layout("bf16"), values))
     assert np.array_equal(to_bfloat16(values.T), to_bfloat16(values).T)
 
 

@@ -1,4 +1,4 @@
-"""Data sets as numpy arrays: where they come from, how they are split among clients, how batches are drawn."""
+"""Data sets as numpy arrays: loading them, splitting them among clients, drawing mini-batches."""
 
 from baffle.data.augment import augment
 from baffle.data.dataset import Dataset, Scaling, concatenate, from_torch, sample

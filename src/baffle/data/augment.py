@@ -1,7 +1,7 @@
 """Augmentation of images as in the paper (BAFFLE, arXiv 2301.12195): reflect-pad by 4, crop, flip.
 
-It belongs to drawing a batch: all passes over one batch see the same images, or their losses could not be
-subtracted.
+A mini-batch is augmented once, when it is drawn: all passes must see the same images, since their losses are
+subtracted from each other.
 """
 
 from __future__ import annotations
@@ -13,7 +13,14 @@ _PAD = 4
 
 
 def augment(images: npt.NDArray[np.generic], rng: np.random.Generator) -> npt.NDArray[np.generic]:
-    """Shift each image [n, channels, h, w] by up to 4 pixels, mirrored at the borders, and flip half of them.
+    """Shift each image by up to 4 pixels, mirrored at the borders, and flip each with probability one half.
+
+    Args:
+        images: [n, channels, height, width], of any type.
+        rng: Draws the shifts and flips.
+
+    Returns:
+        The augmented images, a copy of the same shape and type.
 
     Examples:
         >>> images = np.arange(2 * 3 * 8 * 8).reshape(2, 3, 8, 8)

@@ -1,4 +1,4 @@
-"""A data set: inputs and targets as numpy arrays, pixels as they are stored until a batch needs numbers."""
+"""A data set: inputs and targets as numpy arrays. Pixels stay bytes until a batch is evaluated, to save memory."""
 
 from __future__ import annotations
 
@@ -10,15 +10,22 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from baffle.core.types import Array
 from baffle.data.augment import augment
 from baffle.errors import DataError
-
-Array = npt.NDArray[np.generic]
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """How bytes [n, channels, height, width] become numbers: (x / 255 - mean) / std, channel by channel."""
+    """How pixel bytes are scaled, channel by channel: (x / 255 - mean) / std.
+
+    Raises:
+        DataError: Unless there are as many finite means as standard deviations above 0.
+
+    Examples:
+        >>> Scaling(mean=(0.5,), std=(0.25,))(np.array([[[[0, 255]]]], np.uint8)).tolist()
+        [[[[-2.0, 2.0]]]]
+    """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -29,18 +36,26 @@ class Scaling:
             raise DataError(f"{self}: expected as many finite means as standard deviations > 0")
 
     def __call__(self, pixels: Array) -> npt.NDArray[np.float32]:
-        """Scale uint8 pixels to float32."""
+        """Scale uint8 pixels [n, channels, height, width] to float32."""
         mean, std = (np.asarray(v, np.float32)[:, None, None] for v in (self.mean, self.std))
         return (pixels.astype(np.float32) / np.float32(255) - mean) / std
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Dataset:
-    """Examples ``x`` [examples, ...] and targets ``y`` [examples, ...].
+    """Examples: inputs and their targets.
 
-    Floating inputs become float32, integer ones int64; bytes with a ``scaling`` stay bytes, and ``inputs`` scales
-    them. ``groups`` says whose each example is, for a partition by column. With ``augmented``, batches are
-    augmented as they are drawn. Raises DataError on NaN, infinity or lengths that differ.
+    Attributes:
+        x: Inputs [examples, ...]. Floating-point ones become float32, integers int64. With a ``scaling`` they are
+            uint8 pixels [examples, channels, height, width], which stay bytes until ``inputs`` scales them.
+        y: Targets [examples, ...]: labels, or numbers for a regression.
+        name: What error messages call the data set.
+        scaling: How pixels are scaled; None if inputs are used as they are.
+        groups: Which client each example belongs to, for a partition by column: integers or texts [examples].
+        augmented: Whether mini-batches are augmented when they are drawn.
+
+    Raises:
+        DataError: For NaN, infinity, or lengths that differ.
 
     Examples:
         >>> Dataset([[0.5], [1.5]], [0, 1]).y
@@ -68,8 +83,8 @@ class Dataset:
             object.__setattr__(self, "groups", np.asarray(self.groups))
             if self.groups.ndim != 1 or self.groups.dtype.kind not in "iubUS":
                 raise DataError(
-                    f"{self.name}.groups: {self.groups.dtype}, {self.groups.ndim} dimensions: expected an integer or a "
-                    "text an example"
+                    f"{self.name}.groups: {self.groups.dtype}, {self.groups.ndim} dimensions: expected one integer or "
+                    "text per example"
                 )
         for field, values in (("y", self.y), ("groups", self.groups)):
             if values is not None and len(values) != len(self.x):
@@ -87,19 +102,19 @@ class Dataset:
 
     @property
     def is_tokens(self) -> bool:
-        """Whether inputs are integers, as a language model takes them."""
+        """Whether inputs are integer tokens, as of a language model."""
         return self.scaling is None and bool(np.issubdtype(self.x.dtype, np.integer))
 
     def inputs(self) -> Array:
-        """What a model is given: float32, or int64 tokens."""
+        """Inputs as the model receives them: float32, or int64 tokens."""
         return self.x if self.scaling is None else self.scaling(self.x)
 
     def take(self, indices: npt.NDArray[np.integer], name: str | None = None) -> Dataset:
-        """The examples at ``indices``, copied."""
+        """Copy the examples at ``indices``."""
         return self._part(indices, name or self.name)
 
     def view(self, start: int, stop: int, name: str | None = None) -> Dataset:
-        """The examples from ``start`` to before ``stop``: the same memory, not a copy.
+        """The examples from ``start`` up to, but not including, ``stop``, in the same memory.
 
         Examples:
             >>> data = Dataset([[0.5], [1.5], [2.5]], [0, 1, 0])
@@ -109,7 +124,7 @@ class Dataset:
         return self._part(slice(start, stop), name or self.name)
 
     def _part(self, which: slice | npt.NDArray[np.integer], name: str) -> Dataset:
-        """Some of the examples, which were checked when this data set was made."""
+        """Some of the examples, without checking them again."""
         part = copy.copy(self)
         groups = None if self.groups is None else self.groups[which]
         for field, value in (("x", self.x[which]), ("y", self.y[which]), ("groups", groups), ("name", name)):
@@ -122,7 +137,7 @@ class Dataset:
             raise DataError(f"{self.name}: no examples: expected at least one")
 
     def check_labels(self, classes: int) -> None:
-        """Raise DataError unless every label is an integer in [0, classes)."""
+        """Raise DataError, naming the first bad label, unless every label is an integer in [0, classes)."""
         if not np.issubdtype(self.y.dtype, np.integer):
             raise DataError(f"{self.name}.y: dtype {self.y.dtype}: expected integer labels")
         labels = self.y.astype(np.int64)
@@ -132,16 +147,21 @@ class Dataset:
 
 
 def concatenate(parts: Sequence[Dataset]) -> Dataset:
-    """All examples of several data sets of one kind, in order."""
+    """Join data sets whose examples have the same shape and type, in order; ``groups`` are dropped."""
     return replace(
         parts[0], x=np.concatenate([p.x for p in parts]), y=np.concatenate([p.y for p in parts]), groups=None
     )
 
 
 def sample(data: Dataset, batch_size: int | None, rng: np.random.Generator) -> Dataset:
-    """A mini-batch without replacement; all examples, in order, if there are no more than ``batch_size``.
+    """Draw a mini-batch without replacement.
 
-    An augmented data set gives it augmented: once, so that every pass over it sees the same images.
+    If the data set is augmented, so is the mini-batch: once, so that every pass over it sees the same images.
+
+    Args:
+        data: The examples to draw from.
+        batch_size: Number of examples. With None, or if there are no more, all examples are taken, in order.
+        rng: Draws the examples and their augmentation.
     """
     batch = data
     if batch_size is not None and batch_size < len(data):
@@ -150,7 +170,7 @@ def sample(data: Dataset, batch_size: int | None, rng: np.random.Generator) -> D
 
 
 class Indexed(Protocol):
-    """What a map-style data set has. It need not raise IndexError at its end."""
+    """A map-style data set. It need not raise IndexError at its end."""
 
     def __len__(self) -> int: ...
 
@@ -158,9 +178,16 @@ class Indexed(Protocol):
 
 
 def from_torch(examples: Iterable[object] | Indexed, name: str = "data") -> Dataset:
-    """Gather the pairs (input, target) of a ``torch.utils.data.Dataset``, or of any other iterable of pairs.
+    """Read a ``torch.utils.data.Dataset``, or any other iterable of pairs (input, target), into memory.
 
-    Transforms of the data set are applied once, as it is read.
+    Transforms of the data set are applied once, while it is read.
+
+    Args:
+        examples: The pairs; all inputs have one shape, and so have all targets.
+        name: What error messages call the data set.
+
+    Raises:
+        DataError: For a DataLoader, for examples that are not pairs of numbers, and for shapes that differ.
 
     Examples:
         >>> import torch
@@ -193,7 +220,7 @@ def from_torch(examples: Iterable[object] | Indexed, name: str = "data") -> Data
 def _clean(field: str, values: object) -> Array:
     array = np.asarray(values)
     if array.ndim == 0:
-        raise DataError(f"{field}: a single number: expected an array with one entry an example")
+        raise DataError(f"{field}: a single number: expected an array with one entry per example")
     if np.issubdtype(array.dtype, np.floating):
         with np.errstate(over="ignore"):
             array = array.astype(np.float32, copy=False)

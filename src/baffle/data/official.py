@@ -1,7 +1,7 @@
-"""The official files of MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100, as their authors publish them.
+"""Readers of MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100, from the files that their authors publish.
 
 MNIST: LeCun, Cortes, Burges. Fashion-MNIST: Xiao, Rasul, Vollgraf, arXiv 1708.07747. CIFAR: Krizhevsky 2009.
-Nothing is downloaded. A file counts only if its contents have the published checksum; idx files may be gzipped.
+Nothing is downloaded. Files are accepted only with the published checksum; IDX files may be gzipped.
 """
 
 from __future__ import annotations
@@ -25,22 +25,24 @@ Pixels = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Official:
-    """An official data set: its files with the checksums of their contents, where to look, where to get them."""
+    """An official data set: its files, where to look for them, and where to get them."""
 
     train: Mapping[str, str]
-    """File name -> SHA-256, or SHA-1 where only that is published, of the unpacked contents."""
+    """Files of the training split: name -> SHA-256 of the unpacked contents (SHA-1 where only that is published)."""
     test: Mapping[str, str]
+    """Files of the test split."""
     folders: tuple[str, ...]
-    """Where below the given folder the files may lie."""
+    """Subfolders that may hold the files."""
     url: str
+    """Where the authors publish the files."""
     scaling: Scaling
     labels: int = 0
-    """Label bytes before an image in a CIFAR file; 0: idx files."""
+    """Number of label bytes before each image of a CIFAR file; 0 for IDX files."""
 
 
 _IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 ENVIRONMENT = "BAFFLE_DATA"
-"""Names the folder of the official files where no other is given."""
+"""The environment variable that names the default folder of the official files."""
 
 
 def _idx(*sha256: str) -> tuple[dict[str, str], dict[str, str]]:
@@ -98,17 +100,27 @@ OFFICIAL: dict[str, Official] = {
 
 @dataclass(frozen=True)
 class Found:
-    """A file of a data set: where it is (None: nowhere), and what is wrong with it (None: nothing)."""
+    """The state of one file of a data set."""
 
     name: str
     path: Path | None
+    """Where it is; None if it is missing."""
     problem: str | None
+    """What is wrong with it; None if it is as published."""
 
 
 def read(name: str, path: str | Path | None = None) -> tuple[Dataset, Dataset]:
-    """(train, test) from the official files under ``path``, or under BAFFLE_DATA.
+    """Read an official data set from its files.
 
-    Raises DataError that says where to get the files, or which one is not as published.
+    Args:
+        name: A name in ``OFFICIAL``.
+        path: A folder that holds the files, or a subfolder with them; by default that of BAFFLE_DATA.
+
+    Returns:
+        (train, test).
+
+    Raises:
+        DataError: If files are missing, with the address to get them from, or one is not as published.
     """
     folder = locate(name, path)
     official = OFFICIAL[name]
@@ -118,17 +130,17 @@ def read(name: str, path: str | Path | None = None) -> tuple[Dataset, Dataset]:
 
 
 def locate(name: str, path: str | Path | None = None) -> Path:
-    """The folder that holds the files of a data set, or DataError."""
+    """The folder that holds the files of a data set; arguments and errors as for ``read``."""
     require_choice("dataset", name, OFFICIAL)
     official = OFFICIAL[name]
     first = next(iter(official.train))
-    given = path or os.environ.get(ENVIRONMENT) or None
-    if given is not None:
-        # the data set's own folders first: MNIST and Fashion-MNIST call their files alike
-        for folder in (*(Path(given, below) for below in official.folders), Path(given)):
+    root = path or os.environ.get(ENVIRONMENT) or None
+    if root is not None:
+        # the data set's own folders first: files of MNIST and Fashion-MNIST have the same names
+        for folder in (*(Path(root, below) for below in official.folders), Path(root)):
             if _file(folder, first) is not None:
                 return folder
-    where = "no folder was named" if given is None else f"there is none in {given} nor in its {official.folders[0]}"
+    where = "no folder was named" if root is None else f"there is none in {root} nor in its {official.folders[0]}"
     raise DataError(
         f"dataset {name!r} needs {first}: {where}; get the files from {official.url} and name their folder with "
         f"--data or {ENVIRONMENT}"
@@ -136,18 +148,18 @@ def locate(name: str, path: str | Path | None = None) -> Path:
 
 
 def check(name: str, path: str | Path | None = None) -> list[Found]:
-    """Every file of a data set, and whether it is as published."""
+    """Check every file of a data set against its published checksum; raises DataError as ``read`` without files."""
     folder = locate(name, path)
     official = OFFICIAL[name]
-    found = []
+    files = []
     for file, digest in (official.train | official.test).items():  # type: ignore[operator]  # both are dicts
         try:
             _contents(folder, file, digest)
             problem = None
         except DataError as error:
             problem = str(error)
-        found.append(Found(file, _file(folder, file), problem))
-    return found
+        files.append(Found(file, _file(folder, file), problem))
+    return files
 
 
 def _split(official: Official, folder: Path, files: Mapping[str, str], split: str) -> Dataset:
@@ -161,7 +173,7 @@ def _split(official: Official, folder: Path, files: Mapping[str, str], split: st
 
 
 def _parse_idx(data: bytes) -> Pixels:
-    """Two zero bytes, the type (8: bytes), the number of dimensions, their sizes, the numbers."""
+    """Parse an IDX file: two zero bytes, the type (8: bytes), the number of dimensions, their sizes, the values."""
     shape = np.frombuffer(data, ">i4", data[3], 4)
     return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
 
@@ -169,12 +181,12 @@ def _parse_idx(data: bytes) -> Pixels:
 def _file(folder: Path, name: str) -> Path | None:
     try:
         return next((f for f in (folder / name, folder / f"{name}.gz") if f.is_file()), None)
-    except OSError:  # a name that is too long, a folder that may not be read
+    except OSError:  # for example a name that is too long, or a folder without permission to read
         return None
 
 
 def _contents(folder: Path, name: str, digest: str) -> bytes:
-    """The unpacked contents of a file with the published checksum."""
+    """The unpacked contents of a file; DataError unless they have the published checksum."""
     file = _file(folder, name)
     if file is None:
         raise DataError(f"{folder / name}: no such file, gzipped or not")
@@ -183,7 +195,7 @@ def _contents(folder: Path, name: str, digest: str) -> bytes:
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{file}: cannot be read: {error}") from error
     algorithm = "sha1" if len(digest) == 40 else "sha256"
-    found = hashlib.new(algorithm, data, usedforsecurity=False).hexdigest()
-    if found != digest:
-        raise DataError(f"{file}: {algorithm} of its contents is {found}: expected {digest}")
+    actual = hashlib.new(algorithm, data, usedforsecurity=False).hexdigest()
+    if actual != digest:
+        raise DataError(f"{file}: {algorithm} of its contents is {actual}: expected {digest}")
     return data

@@ -1,4 +1,4 @@
-"""Ways to split examples among clients, and to hold some out.
+"""Splits examples among clients, and holds some out for validation.
 
 Dirichlet by label: Hsu, Qi, Brown, arXiv 1909.06335. Shards of sorted labels: McMahan et al., arXiv 1602.05629.
 """
@@ -28,15 +28,27 @@ def partition(
     column: bool = False,
     seed: int = 0,
 ) -> tuple[Dataset, ...]:
-    """Split examples among clients: evenly at random, or in one of three ways that make them differ.
+    """Split examples among clients: evenly at random (IID), or in one of three non-IID ways.
 
-    * ``alpha``: by label with Dirichlet(alpha) proportions; smaller is less alike. Every client gets at least one
-      example: where the draw leaves one empty, it takes one from the largest.
-    * ``shards``: sorted by label, cut into equal shards, ``shards`` of them to each client at random.
-    * ``column``: by the data set's own ``groups``, in their order; ``clients`` may be left out.
+    The examples are copied once, ordered by client. Each client's data set is a view of the copy, so that memory
+    hardly depends on the number of clients.
 
-    The examples are copied once, ordered by client; each client's data set is a view of them, so that many clients
-    take hardly more memory than few.
+    Args:
+        train: The examples to split.
+        clients: Number of clients; it may be omitted with ``column``.
+        alpha: Split by label in Dirichlet(alpha) proportions; a smaller alpha makes clients more different. Every
+            client gets at least one example: if the draw leaves one without, it takes one from the largest.
+        shards: Sort by label, cut into equal shards, and deal each client that many of them at random.
+        column: Split by the data set's own ``groups``, in ascending order.
+        seed: Seed of the split.
+
+    Returns:
+        One data set per client.
+
+    Raises:
+        DataError: If there are fewer examples than clients (or shards), or no labels or groups to split by.
+        PlanError: If more than one way to split is selected.
+        OptionError: If an option is out of range.
 
     Examples:
         >>> from baffle.data.sources import load
@@ -71,7 +83,18 @@ def partition(
 
 
 def hold_out(train: Dataset, per_class: int, seed: int = 0) -> tuple[Dataset, Dataset]:
-    """Set ``per_class`` random examples of each class aside: (the rest, those).
+    """Hold out random examples of each class, for validation.
+
+    Args:
+        train: The examples, with integer labels.
+        per_class: How many examples of each class to hold out.
+        seed: Seed of the choice.
+
+    Returns:
+        (the remaining examples, the held-out ones, which are never augmented).
+
+    Raises:
+        DataError: If a class has no more than ``per_class`` examples.
 
     Examples:
         >>> from baffle.data.sources import load
@@ -93,7 +116,7 @@ def hold_out(train: Dataset, per_class: int, seed: int = 0) -> tuple[Dataset, Da
 
 def _labels(train: Dataset) -> npt.NDArray[np.generic]:
     if train.y.ndim != 1 or not np.issubdtype(train.y.dtype, np.integer):
-        raise DataError(f"y: dtype {train.y.dtype}, {train.y.ndim} dimensions: expected one integer label an example")
+        raise DataError(f"y: dtype {train.y.dtype}, {train.y.ndim} dimensions: expected one integer label per example")
     return train.y
 
 
@@ -132,6 +155,6 @@ def _column(train: Dataset, clients: int | None) -> list[Indices]:
 
 
 def _by_owner(owners: Indices, clients: int) -> list[Indices]:
-    """The examples of each client, in ascending order."""
+    """The indices of each client's examples, in ascending order."""
     ends = np.cumsum(np.bincount(owners, minlength=clients))
     return np.split(np.argsort(owners, kind="stable"), ends[:-1])

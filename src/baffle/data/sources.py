@@ -1,4 +1,4 @@
-"""Where data sets come from: scikit-learn's digits, the official image files, the user's own arrays."""
+"""Loads data sets by name: scikit-learn's digits, official image files, or arrays of your own."""
 
 from __future__ import annotations
 
@@ -17,16 +17,28 @@ DATASETS = ("digits", "arrays", *OFFICIAL)
 
 
 def load(name: str = "digits", path: str | Path | None = None, *, augmented: bool = False) -> tuple[Dataset, Dataset]:
-    """Load a data set as (train, test).
+    """Load a data set by name. Nothing is downloaded.
 
-    * ``digits``: 1,797 grey images of 8 x 8 pixels that scikit-learn carries, standardised, float32[n, 1, 8, 8];
-      every fifth example (from index 4) is the test split: 1,438 and 359.
-    * ``mnist``, ``fashion-mnist``, ``cifar10``, ``cifar100``: the official files under the folder ``path``, or
-      under the one that the environment variable BAFFLE_DATA names; uint8 pixels with their scaling.
-    * ``arrays``: the user's own, from an ``.npz`` file at ``path`` with x_train, y_train, x_test, y_test and,
-      for a partition by column, groups_train.
+    Args:
+        name: The data set:
 
-    ``augmented``: training batches are augmented (reflect-pad by 4, crop, flip).
+            * ``digits``: the 1,797 grey images of 8 x 8 pixels in scikit-learn, standardised, float32[n, 1, 8, 8];
+              every fifth example (from index 4) is in the test split: 1,438 and 359 examples.
+            * ``mnist``, ``fashion-mnist``, ``cifar10``, ``cifar100``: the official files; uint8 pixels with their
+              scaling.
+            * ``arrays``: your own, from an ``.npz`` file with x_train, y_train, x_test, y_test and, for a partition
+              by column, groups_train.
+        path: The folder of the official files (by default that of the environment variable BAFFLE_DATA), or the
+            ``.npz`` file.
+        augmented: Whether training mini-batches are augmented (reflect-pad by 4, crop, flip).
+
+    Returns:
+        (train, test).
+
+    Raises:
+        DataError: If files are missing, damaged, or not as expected.
+        OptionError: For an unknown name.
+        MissingExtraError: For ``digits`` without scikit-learn.
 
     Examples:
         >>> train, test = load("digits")
@@ -73,8 +85,8 @@ def _arrays(path: Path) -> tuple[Dataset, Dataset]:
     except DataError as error:
         raise DataError(f"{path}: {error}" if not str(error).startswith(str(path)) else str(error)) from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        told = (error.strerror or "").lower() if isinstance(error, OSError) else "not one"
-        reason = f"{told.replace('file or directory', 'file')}: expected an .npz file of numpy arrays"
+        problem = (error.strerror or "").lower() if isinstance(error, OSError) else "not one"
+        reason = f"{problem.replace('file or directory', 'file')}: expected an .npz file of numpy arrays"
         raise DataError(f"{path}: {reason}") from error
     if len(train) == 0 or len(test) == 0:
         raise DataError(f"{path}: {len(train)} training and {len(test)} test examples: expected at least one each")

@@ -1,4 +1,4 @@
-"""From a PyTorch model to a client bundle that needs no PyTorch."""
+"""Exports a PyTorch model as a client bundle, which is evaluated without PyTorch."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ except ImportError as error:
 __all__ = ["export"]
 
 _CHECKED = 8  # examples on which the exported graph is compared with the model
-_SIGMA = 0.01  # of the perturbed passes on them
-_TOLERANCE = 1e-4  # of losses, absolute and relative
+_SIGMA = 0.01  # perturbation size of the passes on them
+_TOLERANCE = 1e-4  # of their losses, absolute and relative
 
 
 def export(
@@ -53,15 +53,28 @@ def export(
 ) -> Bundle:
     """Export a model as a client bundle, and check that it computes what the model does.
 
-    ``data`` says what examples look like (and gives a few to compare on). With ``precision`` "int8" or
-    "int8-weights" every weight of a convolution or a linear layer becomes int8; if some parameters are frozen, only
-    their layers do, and the trained ones stay in float beside them. ``branches`` adds the rank-1 perturbation of
-    linear layers and convolutions in float to their outputs, so that the weights themselves are never perturbed; not
-    with fp16, whose outputs would round it away, and not of pruned layers, which it would fill.
+    The check compares losses on a few examples, under the initial and under perturbed weights, and example by example.
 
-    ``cross_entropy`` and ``mse_loss`` are taken outside the graph in float64; any other loss becomes part of it.
-    Raises ModelError if the model cannot be exported, or the graph does not agree with it (under perturbed weights
-    too, and for each example alone), PlanError for int8 with nothing to quantise and for fp16 with branches.
+    Args:
+        model: Any module that PyTorch can export to ONNX. Its parameters with ``requires_grad`` are trained.
+        loss: ``loss(output, target)``. ``cross_entropy`` and ``mse_loss`` are computed by the client in float64; any
+            other loss becomes part of the graph.
+        data: Says what examples look like, and provides a few to compare on.
+        precision: ``fp32`` or ``fp16``. With ``int8`` or ``int8-weights`` (which leaves activations in float) the
+            weights of convolutions and linear layers become int8. If some parameters are frozen, only layers with
+            frozen weights are quantised, and the trained ones stay in float.
+        branches: Whether the rank-1 perturbation of linear layers and convolutions is computed in float in a side
+            branch and added to their outputs, as LoRA does, so that the weights themselves are never perturbed. Not
+            with fp16, whose rounding would hide it, and not for pruned layers, whose zeros it would fill.
+        masks: Pruning masks by the names of the tensors, as ``prune`` returns them.
+
+    Returns:
+        The bundle, to be evaluated by ``OrtRuntime`` or ``OpenVinoRuntime``.
+
+    Raises:
+        ModelError: If the model cannot be exported, or the graph gives other losses than the model.
+        PlanError: For int8 with nothing to quantise, and for fp16 with branches.
+        OptionError: For an unknown precision, or without examples.
 
     Examples:
         >>> import torch.nn.functional as F
@@ -95,10 +108,10 @@ def export(
     files = {"model.onnx": graph.SerializeToString()}
     bundle = make_bundle(manifest, files, runtime.initial_weights())
     ort = OrtRuntime(bundle, threads=1)
-    found = _few_losses(ort, sample)
+    together = _few_losses(ort, sample)
     alone = np.concatenate([_few_losses(ort, sample.take(np.arange(i, i + 1))) for i in range(len(sample))], axis=1)
     tolerance = 0.05 if precision == "fp16" else _TOLERANCE
-    for what, losses in (("", found), (" for an example alone", alone)):
+    for what, losses in (("", together), (" for an example alone", alone)):
         if not np.allclose(losses, reference, rtol=tolerance, atol=tolerance):
             worst = np.unravel_index(np.abs(losses - reference).argmax(), losses.shape)
             raise ModelError(
@@ -127,12 +140,12 @@ def _quantized(bundle: Bundle, graph: onnx.ModelProto, model: nn.Module, *, weig
         files["ranges.onnx"] = result.ranges.SerializeToString()
     manifest = msgspec.structs.replace(bundle.manifest, feeds=tuple(feeds), activations=result.activations)
     made = make_bundle(manifest, files, bundle.initial)
-    OrtRuntime(made, threads=1)  # a graph that does not load is told now, not on the client
+    OrtRuntime(made, threads=1)  # report a graph that does not load now, not on the client
     return made
 
 
 def _few_losses(runtime: Runtime, sample: Dataset) -> Losses:
-    """Losses under the initial weights and some around them: float32[passes, examples]."""
+    """Losses under the initial weights and two perturbed copies: float32[passes, examples]."""
     around = Perturbations(Directions(runtime.table, "rank1", (0, 0)), 2, (_SIGMA,), baseline=True)
     return runtime.losses(runtime.initial_weights(), around, sample)
 

@@ -1,7 +1,8 @@
-"""Rank-1 perturbations added to a layer's output instead of its weights: x Wᵀ + (x b) aᵀ.
+"""Rank-1 perturbations in a side branch, added to a layer's output instead of its weights: x Wᵀ + (x b) aᵀ.
 
-The perturbed weight never exists, so W can be anything, int8 codes too, and nothing of the perturbation is rounded
-to it. (EGGROLL, Sarkar et al. 2025; DESIGN: section on directions.)
+This is the form of LoRA (Hu et al., arXiv 2106.09685) with rank 1, used for perturbations in EGGROLL (Sarkar et al.
+2025). The perturbed weight never exists, so W may be stored in any format, even as int8 codes, and the perturbation is
+not rounded to it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 
 class BranchLinear(nn.Module):
-    """A linear layer with a rank-1 branch ``left`` [out], ``right`` [in]."""
+    """A linear layer with a rank-1 side branch: ``left`` [out], ``right`` [in]."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -23,13 +24,13 @@ class BranchLinear(nn.Module):
         self.right = nn.Parameter(torch.ones(layer.in_features), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out]"""
+        """Outputs of the layer plus its branch: [..., in] -> [..., out]."""
         branch = (x * self.right).sum(-1, keepdim=True)
         return F.linear(x, self.weight, self.bias) + branch * self.left
 
 
 class BranchConv2d(nn.Module):
-    """A convolution with a rank-1 branch ``left`` [out], ``right`` [in * height * width]."""
+    """A convolution with a rank-1 side branch: ``left`` [out], ``right`` [in * height * width]."""
 
     def __init__(self, layer: nn.Conv2d) -> None:
         super().__init__()
@@ -39,7 +40,7 @@ class BranchConv2d(nn.Module):
         self.right = nn.Parameter(torch.ones(layer.weight[0].numel()), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[n, in, h, w] -> [n, out, h', w']"""
+        """Outputs of the convolution plus its branch: [n, in, h, w] -> [n, out, h', w']."""
         kernel = self.right.view(1, *self.weight.shape[1:])
         branch = F.conv2d(x, kernel, None, self.stride, self.padding, self.dilation)
         plain = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation)
@@ -47,12 +48,19 @@ class BranchConv2d(nn.Module):
 
 
 def add_branches(model: nn.Module, trained: set[str]) -> frozenset[str]:
-    """Replace layers by ones with a branch, in place; the names of the weights that got one.
+    """Replace layers by ones with a side branch, in place.
 
-    Those of linear layers and of convolutions with one group and zero padding, unless another layer shares them.
+    Linear layers and convolutions (with one group and zero padding) are replaced, unless they share their weight.
+
+    Args:
+        model: The model to change.
+        trained: Names of the weights that may get a branch.
+
+    Returns:
+        Names of the weights that have got one.
     """
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
-    found = set[str]()
+    branched = set[str]()
     for name, layer in list(model.named_modules()):
         weight = f"{name}.weight" if name else "weight"
         if not name or weight not in trained or owners[id(getattr(layer, "weight", None))] != 1:
@@ -66,5 +74,5 @@ def add_branches(model: nn.Module, trained: set[str]) -> frozenset[str]:
             continue
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, branch)
-        found.add(weight)
-    return frozenset(found)
+        branched.add(weight)
+    return frozenset(branched)

@@ -1,12 +1,13 @@
 """Int8 in a graph whose weights are inputs: codes and scales as inputs, QuantizeLinear pairs around activations.
 
-Weights: signed codes with a scale a row (output channel), as ``baffle.core.quantize`` makes them. Activations: unsigned
-codes with one scale and zero point a tensor, which are inputs too: the client measures them on its own data with
-the second graph made here, which gives the least and largest value of every such tensor.
+Weights are signed codes with one scale per row (output channel), as ``baffle.core.quantize`` makes them. Activations
+are unsigned codes with one scale and zero point per tensor. These are inputs too: the client measures them on its own
+data with the second graph made here, which gives the smallest and the largest value of every such tensor.
 
-The layout is the one that ONNX Runtime turns into int8 kernels (QLinearConv, MatMulIntegerToFloat) although no
-scale is constant: convolutions without their bias between quantised tensors, linear layers as a matrix product with
-a float result; biases are added in float. QDQ format: onnxruntime.ai/docs/performance/model-optimizations.
+The arrangement of nodes is the one that ONNX Runtime turns into int8 kernels (QLinearConv, MatMulIntegerToFloat)
+although no scale is constant: convolutions without their bias between quantised tensors, linear layers as a matrix
+product with a float result; biases are added in float. It is the QDQ format,
+onnxruntime.ai/docs/performance/model-optimizations.
 """
 
 from __future__ import annotations
@@ -26,20 +27,31 @@ _OPERATORS = ("Conv", "Gemm", "MatMul")
 
 @dataclass(frozen=True)
 class Quantized:
-    """The int8 graph, the one that measures ranges, and what became an input of codes or was quantised at all."""
+    """Results of ``quantize``."""
 
     model: onnx.ModelProto
+    """The int8 graph."""
     ranges: onnx.ModelProto
+    """The graph that measures the ranges of activations."""
     quantized: frozenset[str]
+    """Weights, trained or constant, that became int8 codes."""
     activations: tuple[str, ...]
+    """Quantised activations."""
 
 
 def quantize(
     model: onnx.ModelProto, trained: tuple[str, ...], *, trained_in_float: bool, weights_only: bool
 ) -> Quantized:
-    """Quantise convolutions and linear layers whose weight is an input in ``trained``, or a constant.
+    """Quantise convolutions and linear layers.
 
-    With ``trained_in_float`` those with a trained weight stay as they are.
+    Args:
+        model: A graph of ``trace``.
+        trained: Names of the trained weights, which are inputs; other weights are constants.
+        trained_in_float: Whether layers with a trained weight stay in float.
+        weights_only: Whether activations stay in float.
+
+    Returns:
+        The quantised graph, and a graph that measures the ranges of its activations.
     """
     chosen = () if trained_in_float else trained
     int8 = _Rewriter(model, trained, chosen, activations="none" if weights_only else "quantise")
@@ -50,7 +62,7 @@ def quantize(
 
 @dataclass
 class _Rewriter:
-    """One pass over the nodes of a graph."""
+    """Rewrites a graph in one traversal of its nodes."""
 
     source: onnx.ModelProto
     trained: tuple[str, ...]
@@ -79,14 +91,14 @@ class _Rewriter:
         self.result = self._assemble()
 
     def _read_as_numbers(self) -> set[str]:
-        """Tensors that anything reads but a convolution or linear layer as its weight: they must stay numbers."""
+        """Tensors that are read otherwise than as the weight of a convolution or linear layer, and must stay floats."""
         graph = self.source.graph
-        found = {o.name for o in graph.output}
+        read = {o.name for o in graph.output}
         for node in graph.node:
             if not (node.op_type == "Transpose" and node.output[0] in self.transposed):
                 weight = self._weight_of(node)
-                found |= {name for i, name in enumerate(node.input) if i != 1 or weight is None}
-        return found | {source for turned, source in self.transposed.items() if turned in found}
+                read |= {name for i, name in enumerate(node.input) if i != 1 or weight is None}
+        return read | {source for turned, source in self.transposed.items() if turned in read}
 
     def _weight_of(self, node: onnx.NodeProto) -> str | None:
         """The weight of a convolution or linear layer that can be quantised; None for any other node."""
@@ -99,7 +111,7 @@ class _Rewriter:
         if node.op_type == "Conv":
             return None if constant and attributes.get("group", 1) != 1 else source
         plain = attributes.get("alpha", 1.0) == attributes.get("beta", 1.0) == 1.0 and not attributes.get("transA")
-        # a trained weight has a scale a row, so its rows must be the outputs
+        # a trained weight has one scale per row, so its rows must be the outputs
         rows = constant or source != node.input[1] or bool(attributes.get("transB"))
         return source if plain and rows and rank == 2 else None
 
@@ -143,7 +155,7 @@ class _Rewriter:
             self._add("Add", [product, bias], out)
 
     def _weight(self, source: str, axis: int, transpose: bool) -> str:
-        """The weight in float, from codes; transposed as codes, so that nothing stands behind the dequantisation."""
+        """The weight in float, from codes; transposed as codes, since dequantisation must be the last step."""
         name = f"{source}.{'transposed' if transpose else 'whole'}"
         if name in self.done:
             return self.done[name]
@@ -171,7 +183,7 @@ class _Rewriter:
         self.coded.append(source)
 
     def _activation(self, name: str) -> str:
-        """An activation, quantised and back (or measured)."""
+        """An activation, quantised and dequantised (or measured)."""
         if self.activations == "none":
             return name
         if name not in self.measured:
@@ -224,7 +236,7 @@ def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
 def _encode_constant(
     weight: npt.NDArray[np.generic], axis: int
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
-    """Codes and scales of a frozen weight, with all of the codes' range."""
+    """Codes and scales of a frozen weight; each channel uses the full range of codes."""
     values = np.moveaxis(weight.astype(np.float32), axis, 0)
     scales = np.maximum(np.abs(values.reshape(len(values), -1)).max(axis=1), np.float32(2.0**-20)) / LARGEST_CODE
     codes = np.rint(values / scales.reshape(-1, *[1] * (values.ndim - 1))).astype(np.int8)

@@ -1,7 +1,7 @@
-"""A PyTorch model as an ONNX graph whose trainable weights are inputs.
+"""Traces a PyTorch model to an ONNX graph whose trainable weights are inputs.
 
-The graph is traced with the weights as arguments: a graph that was exported with its weights in it must not be
-changed afterwards, since exporters transpose, fold and merge them (nine equal LayerNorm weights become one).
+The model is traced with its weights as arguments. Exporting it with constant weights and turning these into inputs
+afterwards would not work: exporters transpose, fold and merge constants (nine equal LayerNorm weights become one).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ OPSET = 20
 class _WeightsIn(nn.Module):
     """The model as a function of data (inputs and, for a loss, targets) and weights.
 
-    It hides the model, so that nothing is a parameter.
+    It keeps the model out of ``modules()``, so that the exporter sees no parameters, which it would make constants.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class _WeightsIn(nn.Module):
 
 
 class _SpelledOut(TorchFunctionMode):
-    """Cross-entropy in elementary operations where the exporter would drop label smoothing, or fail."""
+    """A mode that computes cross-entropy in elementary operations where the exporter drops label smoothing or fails."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -76,7 +76,7 @@ class _SpelledOut(TorchFunctionMode):
 
 
 def _cross_entropy(x: Tensor, target: Tensor, weight: Tensor | None, ignored: int, smoothing: float) -> Tensor:
-    """``F.cross_entropy`` without reduction, targets being labels or probabilities: [n, classes, ...] -> [n, ...]."""
+    """``F.cross_entropy`` without reduction, for labels or probabilities as targets: [n, classes, ...] -> [n, ...]."""
     terms = -F.log_softmax(x, 1)
     if weight is not None:
         terms = terms * weight.view(-1, *[1] * (x.ndim - 2))
@@ -88,13 +88,18 @@ def _cross_entropy(x: Tensor, target: Tensor, weight: Tensor | None, ignored: in
 
 
 def host_loss(loss: Callable[..., Tensor], targets: npt.NDArray[np.generic]) -> Literal["cross-entropy", "mse"] | None:
-    """The name of a loss that the client takes from the outputs itself; None for any other."""
+    """The name of the loss if the client can compute it from the outputs; None for any other.
+
+    Examples:
+        >>> host_loss(F.cross_entropy, np.array([0, 2, 1]))
+        'cross-entropy'
+    """
     plain = nn.CrossEntropyLoss()
     if loss is F.cross_entropy or isinstance(loss, nn.CrossEntropyLoss):
         usual = not isinstance(loss, nn.CrossEntropyLoss) or (
             loss.weight is None and loss.label_smoothing == 0 and loss.ignore_index == plain.ignore_index
         )
-        labels = targets.ndim == 1 and targets.dtype.kind == "i"  # not a label a position, nor probabilities
+        labels = targets.ndim == 1 and targets.dtype.kind == "i"  # neither one label per position nor probabilities
         return "cross-entropy" if usual and labels else None
     return "mse" if loss is F.mse_loss or isinstance(loss, nn.MSELoss) else None
 
@@ -102,15 +107,30 @@ def host_loss(loss: Callable[..., Tensor], targets: npt.NDArray[np.generic]) -> 
 def trace(
     model: nn.Module, loss: Callable[..., Tensor], table: Table, sample: Dataset, *, branches: bool, half: bool
 ) -> tuple[Table, tuple[Feed, ...], onnx.ModelProto]:
-    """The graph, and how it takes each tensor. Raises ModelError if the model cannot be exported so.
+    """Trace a model to a graph whose trainable weights are inputs.
 
-    Inputs: x, y (with a loss in the graph), the tensors of the table by name and, with ``branches``, their factors.
+    The graph's inputs are x, y (with a loss in the graph), the tensors of the table by name and, with ``branches``,
+    the factors of their side branches.
+
+    Args:
+        model: The model; never changed.
+        loss: ``loss(output, target)``; part of the graph unless the client can compute it.
+        table: The trainable tensors.
+        sample: A few examples.
+        branches: Whether to add rank-1 side branches.
+        half: Whether the graph computes in float16.
+
+    Returns:
+        (the table, how each of its tensors enters the graph, the graph).
+
+    Raises:
+        ModelError: If the model cannot be exported so.
     """
     model = copy.deepcopy(model).cpu()
     for p in model.parameters():
         p.requires_grad_(False)
-    whole = {spec.name for spec in table if not spec.kept}  # a product cannot leave pruned entries out
-    branched = add_branches(model, whole) if branches else frozenset[str]()
+    unpruned = {spec.name for spec in table if not spec.kept}  # a product cannot leave pruned entries out
+    branched = add_branches(model, unpruned) if branches else frozenset[str]()
     if branches and not branched:
         raise ModelError(
             "branches: no trainable linear layer or convolution (of one group, not pruned): expected at least one"
@@ -124,7 +144,7 @@ def trace(
             shapes |= {f"{owner}left": (out,), f"{owner}right": (rest,)}
     random = torch.Generator().manual_seed(0)
     weights = [torch.randn(shape, generator=random).to(dtype) * 0.1 for shape in shapes.values()]
-    # with one example, a batch of one would be taken for a constant
+    # two examples: the exporter takes a dimension of size 1 for a constant
     x, y = to_tensors(sample.take(np.arange(2) % len(sample)), torch.device("cpu"))
     in_graph = None if host_loss(loss, sample.y) else per_example(loss)
     wrapper = _WeightsIn(model, list(shapes), in_graph, half)
@@ -145,10 +165,10 @@ def trace(
                 dynamic_shapes={"data": [{0: batch}] * len(inputs), "weights": [None] * len(weights)},
                 verbose=False,
             )
-    except Exception as error:  # the exporter raises kinds of its own, from deep within
-        cause = error.__cause__ or error  # of its own words the first are about itself
-        told = str(cause).strip().splitlines() or [type(cause).__name__]
-        raise ModelError(f"the model cannot be exported to ONNX with a batch of any size: {told[0]}") from error
+    except Exception as error:  # the exporter raises types of its own, from deep within
+        cause = error.__cause__ or error  # the exporter's own message starts with advice about the exporter
+        lines = str(cause).strip().splitlines() or [type(cause).__name__]
+        raise ModelError(f"the model cannot be exported to ONNX with a batch of any size: {lines[0]}") from error
     assert program is not None  # with dynamo=True and no file a program is returned
     graph = program.model_proto
     _strip(graph)
@@ -158,7 +178,7 @@ def trace(
 
 
 def _strip(graph: onnx.ModelProto) -> None:
-    """Remove what the exporter notes about where a graph comes from: source lines, and paths of this machine."""
+    """Remove the exporter's notes on where each node comes from: source lines, and paths on the exporting machine."""
     stack: list[Any] = [graph]
     while stack:
         message = stack.pop()
@@ -170,20 +190,20 @@ def _strip(graph: onnx.ModelProto) -> None:
 
 
 def _check_inputs(graph: onnx.ModelProto, expected: dict[str, tuple[int, ...]], trained: set[str]) -> None:
-    """Every tensor must be an input of its own with its own shape, and be read; the batch must have any size."""
+    """Check that every tensor is an input of its own shape and is read, and that the batch size is not fixed."""
     for i in graph.graph.input:
         if i.name in ("x", "y") and not i.type.tensor_type.shape.dim[0].dim_param:
             raise ModelError(
                 "the model cannot be exported to ONNX with a batch of any size: what it computes depends on how many "
                 "examples there are"
             )
-    found = {
+    actual = {
         i.name: tuple(d.dim_value for d in i.type.tensor_type.shape.dim)
         for i in graph.graph.input
         if i.name not in ("x", "y")
     }
-    if found != expected:
-        names = sorted({n for n, _ in found.items() ^ expected.items()})
+    if actual != expected:
+        names = sorted({n for n, _ in actual.items() ^ expected.items()})
         raise ModelError(f"exported weight inputs differ from the model's parameters: {', '.join(names)}")
     read = {name for node in graph.graph.node for name in node.input} | {o.name for o in graph.graph.output}
     unread = [name for name in expected if name not in read and name in trained]
@@ -192,7 +212,7 @@ def _check_inputs(graph: onnx.ModelProto, expected: dict[str, tuple[int, ...]], 
 
 
 def _input_name(name: str, branched: frozenset[str]) -> str:
-    """Factors are named after the tensor: ``conv.left`` -> ``conv.weight.left``."""
+    """The input's name; factors are named after their tensor: ``conv.left`` -> ``conv.weight.left``."""
     owner, _, last = name.rpartition(".")
     weight = f"{owner}.weight" if owner else "weight"
     return f"{weight}.{last}" if last in ("left", "right") and weight in branched else name
@@ -200,7 +220,7 @@ def _input_name(name: str, branched: frozenset[str]) -> str:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without the exporter's remarks, which it logs, warns of and prints."""
+    """A context that silences the exporter, which logs, warns and prints."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

@@ -1,6 +1,7 @@
-"""Models to start from: the paper's LeNet and WRN-10-2 (arXiv 2301.12195, section 4), a perceptron, a transformer.
+"""Model architectures: the paper's LeNet and WRN-10-2 (arXiv 2301.12195, section 4), a perceptron, a transformer.
 
-A builder takes the shape of one example and the number of classes. None has BatchNorm or dropout.
+A builder takes the shape of one example and the number of classes. None of the models has BatchNorm or dropout, under
+which the losses of an example would depend on its batch or on chance.
 """
 
 from __future__ import annotations
@@ -27,13 +28,16 @@ from baffle.models.wrn import wrn_10_2
 
 @dataclass(frozen=True)
 class Architecture:
-    """A builder ``(shape, classes, activation, norm)`` and the normalisation it has by default."""
+    """A model architecture of this package."""
 
     builder: Callable[..., nn.Module]
+    """``builder(shape, classes, activation, norm)``."""
     norm: str
+    """The default normalisation."""
     about: str
+    """A description in a few words."""
     tokens: bool = False
-    """Whether it also takes integer tokens, given ``vocabulary``."""
+    """Whether it also accepts integer tokens, given ``vocabulary``."""
 
 
 MODELS: dict[str, Architecture] = {
@@ -55,11 +59,25 @@ def build(
     norm: str | None = None,
     vocabulary: int | None = None,
 ) -> nn.Module:
-    """A model by name, or by ``package.module:builder`` of the user's own, initialised from ``seed``.
+    """Build a model by name, or by a builder of your own, initialised from a seed.
 
-    ``activation`` (hardswish by default) and ``norm`` (by default the architecture's own) vary the models of this
-    package; ``vocabulary`` is the number of tokens where examples are integers. PyTorch's global generator is left
-    as it was.
+    PyTorch's global random generator is left as it was.
+
+    Args:
+        name: One of ``MODELS``, or ``package.module:builder`` for a callable ``builder(shape, classes)`` of your own.
+        shape: Shape of one example, as (channels, height, width).
+        classes: Number of outputs.
+        seed: Seed of the initial weights.
+        activation: Activation of the models of this package: hardswish (the default), relu, selu or gelu.
+        norm: Normalisation of the models of this package: group or none; None for the architecture's default.
+        vocabulary: Number of distinct tokens, if examples are integer tokens.
+
+    Returns:
+        The model, with all parameters trainable.
+
+    Raises:
+        OptionError: For an unknown name or option, and for builders that cannot be imported or make no module.
+        ModelError: If the model cannot be built for examples of this shape.
 
     Examples:
         >>> sum(p.numel() for p in build("wrn-10-2", (3, 32, 32), 10).parameters())
@@ -87,7 +105,7 @@ def build(
             model = builder(shape, classes, **options)
         except ModelError:
             raise
-        except Exception as error:  # of the user's own builder
+        except Exception as error:  # from the user's own builder
             raise ModelError(f"model {name!r} cannot be built for examples of shape {shape}: {error}") from error
     if not isinstance(model, nn.Module):
         raise OptionError("model", name, f"a builder of a torch.nn.Module; it gave {type(model).__name__}")

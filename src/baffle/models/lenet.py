@@ -9,9 +9,19 @@ from baffle.models.parts import ACTIVATIONS, norm_of
 
 
 def lenet(shape: tuple[int, ...], classes: int, activation: str = "hardswish", norm: str = "none") -> nn.Sequential:
-    """Two 5 x 5 convolutions (16, 64), a max-pooling by 2 between them, global average pooling, a linear layer.
+    """The paper's LeNet: two 5 x 5 convolutions with 16 and 64 channels, and a max-pooling by 2 between them.
 
-    26,730 parameters for ten classes of grey images and 27,530 for colour, whatever their size.
+    They are followed by global average pooling and a linear layer. It has 26,730 parameters for ten classes of grey
+    images and 27,530 for colour images, whatever their size.
+
+    Args:
+        shape: (channels, height, width), at least 2 x 2 pixels.
+        classes: Number of outputs.
+        activation: A name in ``ACTIVATIONS``.
+        norm: ``group`` for a GroupNorm after each convolution, or ``none``.
+
+    Raises:
+        ModelError: For examples of another shape.
 
     Examples:
         >>> [sum(p.numel() for p in lenet((c, 28, 28), 10).parameters()) for c in (1, 3)]
@@ -29,9 +39,18 @@ def lenet(shape: tuple[int, ...], classes: int, activation: str = "hardswish", n
 def lenet_small(
     shape: tuple[int, ...], classes: int, activation: str = "hardswish", norm: str = "none"
 ) -> nn.Sequential:
-    """The same convolutions with a second pooling and no averaging: learns 8 x 8 digits faster.
+    """LeNet with a second max-pooling instead of average pooling, which learns 8 x 8 digits faster.
 
-    28,650 parameters on digits; they grow with the image.
+    It has 28,650 parameters for digits, and more for larger images.
+
+    Args:
+        shape: (channels, height, width), at least 4 x 4 pixels.
+        classes: Number of outputs.
+        activation: A name in ``ACTIVATIONS``.
+        norm: ``group`` for a GroupNorm after each convolution, or ``none``.
+
+    Raises:
+        ModelError: For examples of another shape.
 
     Examples:
         >>> sum(p.numel() for p in lenet_small((1, 8, 8), 10).parameters())

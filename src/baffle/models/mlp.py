@@ -1,4 +1,4 @@
-"""A perceptron with two hidden layers."""
+"""A multilayer perceptron with two hidden layers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from baffle.models.parts import ACTIVATIONS, norm_of
 
 
 def mlp(shape: tuple[int, ...], classes: int, activation: str = "hardswish", norm: str = "none") -> nn.Sequential:
-    """Hidden layers of 200 and 64: 26,514 parameters on digits; examples of any shape.
+    """A perceptron with hidden layers of 200 and 64 units: 26,514 parameters for digits.
+
+    Args:
+        shape: Shape of one example, of any number of dimensions.
+        classes: Number of outputs.
+        activation: A name in ``ACTIVATIONS``.
+        norm: ``group`` for a GroupNorm after each hidden layer, or ``none``.
 
     Examples:
         >>> sum(p.numel() for p in mlp((1, 8, 8), 10).parameters())

@@ -1,4 +1,4 @@
-"""What the models are made of: activations, and GroupNorm without parameters.
+"""Parts of the models: activations, and GroupNorm without parameters.
 
 BAFFLE (arXiv 2301.12195), section 4, advises Hardswish and GroupNorm. GroupNorm: Wu and He, arXiv 1803.08494.
 """
@@ -17,7 +17,7 @@ NORMS = ("group", "none")
 
 
 def groups(channels: int) -> int:
-    """Groups of a GroupNorm: 16 channels each, but at least two groups; a divisor of ``channels``.
+    """The number of groups of a GroupNorm: one per 16 channels, but at least two; it divides ``channels``.
 
     Examples:
         >>> [groups(c) for c in (16, 64, 128, 200)]
@@ -28,5 +28,5 @@ def groups(channels: int) -> int:
 
 
 def norm_of(norm: str, channels: int) -> nn.Module:
-    """GroupNorm without affine parameters, or nothing."""
+    """A GroupNorm without affine parameters for ``group``, or the identity."""
     return nn.GroupNorm(groups(channels), channels, affine=False) if norm == "group" else nn.Identity()

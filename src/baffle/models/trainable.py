@@ -1,8 +1,8 @@
-"""Which parameters are trained: all, the head, per-channel scales and biases, or those of a name.
+"""Which parameters are trained: all, the head, per-channel scales and biases, or those with matching names.
 
-What is not trained is frozen: it is neither perturbed nor sent, and an int8 export turns its layers into int8
-constants, beside which the trained ones stay in float. Scales and biases only: as in BitFit (arXiv 2106.10199) and
-scale-and-shift tuning (SSF, arXiv 2210.08823).
+All other parameters are frozen: they are neither perturbed nor sent, and an int8 export turns them into int8
+constants, while the trained ones stay in float. Training only scales and biases is as in BitFit (arXiv 2106.10199)
+and scale-and-shift tuning (SSF, arXiv 2210.08823).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from baffle.errors import OptionError
 
 
 class Gained(nn.Module):
-    """A linear layer or convolution with frozen weights and a trained gain an output channel.
+    """A linear layer or convolution with frozen weights and one trained gain per output channel.
 
-    The outputs of one with gains 1 are those of the layer.
+    Gains start at 1, so that the outputs are at first those of the layer.
     """
 
     def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
@@ -30,7 +30,7 @@ class Gained(nn.Module):
         self.layer = layer.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Outputs of the layer, channel by channel times the gain, plus the bias."""
+        """Outputs of the layer, times the gain of each channel, plus the bias."""
         y: Tensor = self.layer(x)
         shape = (1, -1, 1, 1) if isinstance(self.layer, nn.Conv2d) else (-1,)
         y = y * self.gain.view(shape)
@@ -38,11 +38,19 @@ class Gained(nn.Module):
 
 
 def train_only(model: nn.Module, which: str) -> None:
-    """Freeze, in place, what is not to be trained.
+    """Freeze all parameters but some, in place.
 
-    ``which``: "all"; "head", the last layer with parameters; "scales", a new gain for each output channel of each
-    linear layer and convolution, and the biases; or a pattern of parameter names with * and ?. Raises OptionError if
-    nothing is left.
+    Args:
+        model: The model to change.
+        which: The parameters to train:
+
+            * ``all``;
+            * ``head``: those of the last layer with parameters;
+            * ``scales``: a new gain for each output channel of each linear layer and convolution, and the biases;
+            * a pattern of parameter names with ``*`` and ``?``.
+
+    Raises:
+        OptionError: If no parameter is selected.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -62,15 +70,15 @@ def train_only(model: nn.Module, which: str) -> None:
         chosen = fnmatch.filter([n for n, _ in model.named_parameters()], which)
     if not chosen:
         names = [name for name, _ in model.named_parameters()]
-        told = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
-        raise OptionError("trainable", which, f"all, head, scales, or a pattern of parameter names ({told})")
-    kept = set(chosen)
+        some = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+        raise OptionError("trainable", which, f"all, head, scales, or a pattern of parameter names ({some})")
+    trained = set(chosen)
     for name, p in model.named_parameters():
-        p.requires_grad_(name in kept)
+        p.requires_grad_(name in trained)
 
 
 def _add_gains(model: nn.Module) -> None:
-    gained: dict[nn.Module, Gained] = {}  # a layer of several names stays one
+    gained: dict[nn.Module, Gained] = {}  # a layer with several names stays a single one
     for name, layer in list(model.named_modules(remove_duplicate=False)):
         if name and type(layer) in (nn.Linear, nn.Conv2d):
             assert isinstance(layer, (nn.Linear, nn.Conv2d))

@@ -15,7 +15,7 @@ from baffle.models.parts import ACTIVATIONS
 
 
 class Block(nn.Module):
-    """Self-attention, then a perceptron, each on normalised inputs and added to what it was given."""
+    """Self-attention, then a perceptron, each on normalised inputs and with a residual connection."""
 
     def __init__(self, width: int, heads: int, activation: str, norm: str) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """[n, tokens, width] -> the same; ``mask`` bool[n, 1, 1, tokens] is True where a token is attended to."""
+        """Tokens [n, tokens, width] -> the same shape; ``mask`` bool[n, 1, 1, tokens]: True where attended to."""
         n, tokens, width = x.shape
         q, k, v = self.qkv(self.norm(x)).view(n, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -61,7 +61,8 @@ class Transformer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """A batch of images, vectors or tokens -> [n, classes]."""
         text = not x.is_floating_point()
-        present = F.pad(x[:, 1:] != 0, (1, 0), value=True) if text else None  # the first is always there
+        # the first token always counts as present, so that an empty text has something to attend to
+        present = F.pad(x[:, 1:] != 0, (1, 0), value=True) if text else None
         x = self.embed(x)
         if x.ndim == 4:
             x = x.flatten(2).transpose(1, 2)
@@ -85,11 +86,21 @@ def transformer(
     depth: int = 2,
     heads: int = 4,
 ) -> Transformer:
-    """An encoder of two layers, 64 wide.
+    """A transformer encoder, by default of two layers with width 64.
 
-    Images (channels, height, width) become patches of 4 x 4 (2 x 2 below 16 pixels), vectors (tokens, features)
-    are mapped linearly, and integer tokens (tokens,) are embedded from a ``vocabulary``. ``norm`` "group" is one
-    group a token, which is layer normalisation.
+    Args:
+        shape: (channels, height, width) for images, which become patches of 4 x 4 pixels (2 x 2 if a side is below
+            16 pixels); (tokens, features) for vectors, which are mapped linearly; (tokens,) for integer tokens.
+        classes: Number of outputs.
+        activation: A name in ``ACTIVATIONS``.
+        norm: ``group`` for one group per token, which is layer normalisation, or ``none``.
+        vocabulary: Number of distinct tokens, for integer tokens.
+        width: Features of each token inside the encoder.
+        depth: Number of layers.
+        heads: Number of attention heads; it divides ``width``.
+
+    Raises:
+        ModelError: For examples of another shape.
 
     Examples:
         >>> sum(p.numel() for p in transformer((1, 28, 28), 10).parameters())

@@ -14,7 +14,7 @@ from baffle.models.parts import ACTIVATIONS, norm_of
 
 
 class Unit(nn.Module):
-    """Pre-activation residual unit: two 3 x 3 convolutions beside a 1 x 1 convolution."""
+    """A pre-activation residual unit: two 3 x 3 convolutions, and a 1 x 1 convolution as the shortcut."""
 
     def __init__(self, channels: int, out: int, stride: int, activation: str, norm: str) -> None:
         super().__init__()
@@ -39,7 +39,16 @@ class Unit(nn.Module):
 
 
 def wrn_10_2(shape: tuple[int, ...], classes: int, activation: str = "hardswish", norm: str = "group") -> nn.Sequential:
-    """WRN-10-2: 302,506 parameters for ten classes of grey images, 302,794 for colour.
+    """The paper's WRN-10-2: 302,506 parameters for ten classes of grey images, 302,794 for colour images.
+
+    Args:
+        shape: (channels, height, width), at least 4 x 4 pixels.
+        classes: Number of outputs.
+        activation: A name in ``ACTIVATIONS``.
+        norm: ``group`` for GroupNorm, or ``none``.
+
+    Raises:
+        ModelError: For examples of another shape.
 
     Examples:
         >>> [sum(p.numel() for p in wrn_10_2((c, 32, 32), 10).parameters()) for c in (1, 3)]

@@ -1,6 +1,6 @@
-"""Smaller models before training starts: single weights set to zero, or whole channels and neurons cut out.
+"""Pruning before training starts: unstructured (single weights set to zero) or structured (whole channels removed).
 
-Both happen once, on the server; clients then perturb and train only what is left.
+Both happen once, on the server; clients then perturb and train only the remaining weights.
 """
 
 from baffle.pruning.structured import shrink

@@ -1,7 +1,8 @@
-"""Whole channels and neurons cut out: a smaller model that is faster on any runtime.
+"""Structured pruning: removes whole channels and neurons, for a smaller model that is faster on any runtime.
 
-Which layers have to shrink together is found by torch-pruning: DepGraph, Fang et al., arXiv 2301.12900. Of each such
-group the channels of smallest norm over all its weights go, as there. Every cut is tried first: see ``_refused``.
+torch-pruning finds which layers have to shrink together (DepGraph, Fang et al., arXiv 2301.12900). Of each such group
+the channels with the smallest norm over all its weights are removed, as in that paper. Every cut is tried on a copy
+first: see ``_refused``.
 """
 
 from __future__ import annotations
@@ -27,29 +28,39 @@ except ImportError as error:
     raise MissingExtraError("PyTorch is not installed: pip install 'baffle[torch]'") from error
 
 _TRACED = 4  # examples that models are traced and compared on
-_TOLERANCE = 1e-4  # of outputs, relative to the largest
+_TOLERANCE = 1e-4  # between outputs, relative to the largest
 _CONVOLUTION = nn.modules.conv._ConvNd
 _NORMS = (nn.GroupNorm, nn.LayerNorm)
 
 
 def shrink(model: nn.Module, share: float, data: Dataset) -> nn.Module:
-    """A smaller copy of a model: each convolution and linear layer loses a share of its outputs.
+    """Make a smaller copy of a model: each convolution and linear layer loses a share of its outputs.
 
     A layer with c outputs loses floor(share x c) of them, those of smallest magnitude, together with the weights that
-    read them; layers whose outputs are added lose the same. Under a GroupNorm every group loses floor(share x its
-    channels) and keeps two at least; there are as many groups as before. The weights that are left are those of
-    ``model``, which stays as it is, and its own outputs are never cut. ``data`` gives a few examples to trace it on.
+    read them; layers whose outputs are added lose the same ones. Before a GroupNorm every group loses floor(share x
+    its channels) and keeps at least two; the number of groups stays. The remaining weights are those of ``model``, and
+    the model's own outputs are never cut.
 
-    A layer stays whole where the cut does not do what it should: leave the rest of the model to compute what it does
-    when these channels are taken for zero. That is tried for each layer with random weights, normalisations aside.
-    Of a transformer, perceptrons shrink; attention and the stream that blocks add to stay, since heads and positions
-    are tied to their width.
+    A layer is left whole if the rest of the model would not compute the same with its channels removed as with these
+    channels set to zero. That is tried for each layer with random weights, normalisations aside. In a transformer the
+    perceptrons shrink; attention and the residual stream do not, since heads and positions are tied to their width.
 
-    Tracing follows the graph that autograd records in forward passes of copies; nothing is differentiated. That
-    happens where a run is set up, before it starts, and never on clients.
+    Tracing uses the graph that autograd records in forward passes of copies; nothing is differentiated. It happens
+    where a run is set up, before it starts, and never on clients.
 
-    Raises OptionError for a share outside [0, 1), DataError without examples, ModelError, with a reason for each layer,
-    if nothing can be cut, and MissingExtraError without torch-pruning.
+    Args:
+        model: The model; never changed.
+        share: Fraction of each layer's outputs to remove, in [0, 1).
+        data: A few examples to trace the model on.
+
+    Returns:
+        The smaller copy.
+
+    Raises:
+        OptionError: For a share outside [0, 1).
+        DataError: Without examples.
+        ModelError: If nothing can be cut, with a reason for each layer.
+        MissingExtraError: Without torch-pruning.
 
     Examples:
         >>> import baffle as bf
@@ -77,7 +88,7 @@ def shrink(model: nn.Module, share: float, data: Dataset) -> nn.Module:
 
 
 def _shrunk(model: nn.Module, share: float, x: Tensor) -> nn.Module:
-    """Cut one group of layers after another, each if it can be."""
+    """Cut one group of layers after another, except those that cannot be cut."""
     small = model
     whole: dict[str, str] = {}
     for name, lost in _cuts(model, share, x).items():
@@ -94,7 +105,7 @@ def _shrunk(model: nn.Module, share: float, x: Tensor) -> nn.Module:
 
 
 class _Group:
-    """Layers that shrink together when some outputs of one of them go."""
+    """Layers that shrink together when some outputs of one of them are removed."""
 
     def __init__(self, model: nn.Module, root: str, lost: list[int], x: Tensor) -> None:
         self._graph = _trace(model, x)
@@ -105,7 +116,7 @@ class _Group:
 
     @property
     def root(self) -> list[int]:
-        """The outputs that the first layer loses: more than asked for if some of its own are tied."""
+        """The outputs that the first layer loses: more than requested if some of them are tied to others."""
         return list(self._group[0].idxs)
 
     @property
@@ -122,7 +133,7 @@ class _Group:
 
     @property
     def even(self) -> bool:
-        """Whether every group of every GroupNorm loses as many channels."""
+        """Whether all groups of each GroupNorm lose the same number of channels."""
         for item in self._group:
             norm = item.dep.target.module
             if isinstance(norm, nn.GroupNorm):
@@ -134,7 +145,7 @@ class _Group:
         return True
 
     def cut(self) -> None:
-        """Cut, in place."""
+        """Remove the channels, in place."""
         if not self._graph.check_pruning_group(self._group):
             raise ValueError("nothing would be left of a layer")
         with torch.no_grad():
@@ -150,7 +161,7 @@ def _library() -> Any:
 
 
 def _trace(model: nn.Module, x: Tensor) -> Any:
-    """The dependencies between layers. Everything is unfrozen for it: autograd follows nothing else."""
+    """The dependencies between layers. All parameters are unfrozen, since autograd records no others."""
     for p in model.parameters():
         p.requires_grad_(p.is_floating_point())
     graph = _library().DependencyGraph()
@@ -161,13 +172,13 @@ def _trace(model: nn.Module, x: Tensor) -> Any:
 
 
 def _cuts(model: nn.Module, share: float, x: Tensor) -> dict[str, list[int] | str]:
-    """Which outputs each group of layers loses, by its first layer's name, or why none."""
+    """The outputs that each group of layers loses, or the reason why none, by the name of its first layer."""
     importance = _library().importance.MagnitudeImportance(p=2, group_reduction="sum", normalizer=None)
     trial = copy.deepcopy(model)
     names = {module: name for name, module in trial.named_modules()}
     try:
         groups = list(_trace(trial, x).get_all_groups(root_module_types=(_CONVOLUTION, nn.Linear)))
-    except Exception as error:  # of the user's own code, or of torch-pruning
+    except Exception as error:  # from the user's own code, or from torch-pruning
         raise ModelError(f"the model cannot be traced on inputs {tuple(x.shape)} of {x.dtype}: {error}") from error
     cuts: dict[str, list[int] | str] = {}
     for group in groups:
@@ -182,7 +193,10 @@ def _cuts(model: nn.Module, share: float, x: Tensor) -> dict[str, list[int] | st
 
 
 def _smallest(scores: npt.NDArray[np.float64], share: float, layers: list[nn.Module]) -> list[int] | str:
-    """The channels to lose, by scores float64[channels], or why none; ``layers`` are those that they pass."""
+    """The channels to remove, given their scores float64[channels], or the reason why none.
+
+    ``layers`` are all layers that the channels pass through.
+    """
     norms = [layer.num_groups for layer in layers if isinstance(layer, nn.GroupNorm)]
     tied = [c.groups for c in layers if isinstance(c, _CONVOLUTION) and c.groups not in (1, c.out_channels)]
     parts = math.lcm(*norms, *tied)
@@ -193,19 +207,19 @@ def _smallest(scores: npt.NDArray[np.float64], share: float, layers: list[nn.Mod
     if count < 1:
         return f"{len(scores)} outputs{f' in {parts} groups' if parts > 1 else ''} are too few to lose {share} of them"
     scores = scores.reshape(parts, size)
-    if tied:  # a grouped convolution loses the same places of each group
+    if tied:  # a grouped convolution loses the same positions in each group
         scores = np.broadcast_to(scores.mean(0), scores.shape)
     lost = np.argsort(scores, axis=1, kind="stable")[:, :count] + size * np.arange(parts)[:, None]
-    found: list[int] = np.sort(lost, axis=None).tolist()
-    return found
+    channels: list[int] = np.sort(lost, axis=None).tolist()
+    return channels
 
 
 def _refused(model: nn.Module, root: str, lost: list[int], x: Tensor) -> str | None:
-    """Why a cut is not to be made; None if it is fine.
+    """The reason why a cut must not be made, or None.
 
-    It is fine if the smaller model computes what the larger one does when readers see zeros instead of the lost
-    channels: with random weights, so that nothing agrees by chance, and with normalisations passing their inputs on,
-    since their means change rightly.
+    A cut is correct if the smaller model computes what the larger one does when readers see zeros instead of the lost
+    channels. This is tried with random weights, so that nothing agrees by chance, and with normalisations replaced by
+    the identity, since their means rightly change.
     """
     large = copy.deepcopy(model)
     _randomise(large)
@@ -224,17 +238,17 @@ def _refused(model: nn.Module, root: str, lost: list[int], x: Tensor) -> str | N
         for name, inputs in readers.items():
             _blind(large.get_submodule(name), inputs)
         with torch.inference_mode():
-            expected, found = large(x), small(x)
-    except Exception as error:  # of the user's own code, or of torch-pruning
+            expected, actual = large(x), small(x)
+    except Exception as error:  # from the user's own code, or from torch-pruning
         return f"the cut fails ({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__})"
-    if not isinstance(expected, Tensor) or not isinstance(found, Tensor):
+    if not isinstance(expected, Tensor) or not isinstance(actual, Tensor):
         return f"the model gives {type(expected).__name__}, not a tensor"
-    if found.shape != expected.shape:
+    if actual.shape != expected.shape:
         return "its outputs are the model's"
     if [name for name, _ in small.named_parameters()] != [name for name, _ in large.named_parameters()]:
         return "weights that several layers share would come apart"
     tolerance = _TOLERANCE * float(expected.abs().max())
-    if not torch.allclose(found, expected, rtol=0, atol=tolerance):
+    if not torch.allclose(actual, expected, rtol=0, atol=tolerance):
         return "the rest would not compute the same without some of its outputs"
     return None
 
@@ -249,7 +263,7 @@ def _randomise(model: nn.Module) -> None:
 
 
 def _blind(layer: nn.Module, inputs: list[int]) -> None:
-    """Let a layer see zeros for some of its inputs: channels of [n, channels, ...], features of [..., features]."""
+    """Make a layer see zeros for some of its inputs: channels of [n, channels, ...], features of [..., features]."""
     dim = -1 if isinstance(layer, nn.Linear) else 1
 
     def zero(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

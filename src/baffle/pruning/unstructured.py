@@ -1,7 +1,7 @@
-"""Single weights set to zero, chosen by forward passes or none: what is left has masks to train by.
+"""Unstructured pruning: sets single weights to zero, and gives masks of the remaining ones, which are trained.
 
 By magnitude: the LAMP score of Lee et al., arXiv 2010.07611, which compares tensors of any size and scale.
-By inputs: Wanda, Sun et al., arXiv 2306.11695.
+By inputs: Wanda, Sun et al., arXiv 2306.11695, which needs forward passes only.
 """
 
 from __future__ import annotations
@@ -28,31 +28,41 @@ except ImportError as error:
     raise MissingExtraError("PyTorch is not installed: pip install 'baffle[torch]'") from error
 
 SCORES = ("magnitude", "inputs")
-_CHUNK = 64  # examples a forward pass
+_MICRO_BATCH = 64  # examples per forward pass
 _LEAST_ZEROS = 0.01  # share of exact zeros from which a tensor counts as pruned
 
 Float64 = npt.NDArray[np.float64]
 
 
 def prune(model: nn.Module, share: float, by: str = "magnitude", data: Dataset | None = None) -> Masks:
-    """Set a share of the weights to exactly 0, in place; the masks of the tensors that lost some.
+    """Set a share of the weights to exactly 0, in place, and return masks of the remaining ones.
 
-    Only trainable tensors of two or more dimensions are pruned, never biases. They lose floor(share x their entries)
-    in all, ties by position, and each keeps at least its largest. Hand the masks over: ``TorchRuntime(model, loss,
-    masks=masks)``, ``bf.export(..., masks=masks)``.
+    Only trainable tensors of two or more dimensions are pruned, never biases. Together they lose floor(share x their
+    entries), ties by position, and each keeps at least its largest entry. Training needs the masks:
+    ``TorchRuntime(model, loss, masks=masks)`` or ``bf.export(..., masks=masks)``.
 
-    ``by`` "magnitude" ranks the LAMP score, w² over the sum of all squares not below it in its tensor. It is blind
-    to a tensor's scale, so no layer vanishes because its weights start small (plain magnitude does that), and
-    large tensors lose more than small ones.
+    Args:
+        model: The model to prune.
+        share: Fraction of the weights to set to 0, in [0, 1).
+        by: The score that ranks weights; the lowest are pruned.
 
-    ``by`` "inputs" ranks |w| times the norm of what w is multiplied with, over all examples of ``data`` (a batch
-    will do). Weights are compared within a row, that is an output, and every row loses the same share up to an entry;
-    it keeps its largest while anything else is left. That is for Linear and Conv2d (each position of a patch has a
-    norm of its own); any other tensor is compared by magnitude, as one row. It takes forward passes of a copy in
-    eval mode, without autograd.
+            * ``magnitude``: the LAMP score, w² over the sum of all squares not below it in its tensor. It does not
+              depend on a tensor's scale, so no layer vanishes because its weights start small (as with plain
+              magnitude), and large tensors lose more than small ones.
+            * ``inputs``: |w| times the norm of the inputs that w is multiplied with, over all examples of ``data``
+              (Wanda). Weights are compared within a row, that is per output: every row loses the same share up to one
+              entry, and keeps its largest as long as other entries are left. This applies to Linear and Conv2d (each
+              position of a patch has a norm of its own); other tensors are compared by magnitude, as one row. The
+              norms are measured in forward passes of a copy in eval mode, without autograd.
+        data: Examples for ``inputs``; one batch is enough.
 
-    Raises OptionError for a share that leaves a tensor nothing, DataError without examples, and ModelError if there
-    is nothing to prune, or weights or inputs are not finite.
+    Returns:
+        Masks, bool arrays by the names of the tensors that were pruned: True where an entry was kept.
+
+    Raises:
+        OptionError: For a share that would leave a tensor without entries, an unknown ``by``, or missing ``data``.
+        DataError: Without examples.
+        ModelError: If there is nothing to prune, or weights or inputs are not finite.
 
     Examples:
         >>> model = nn.Linear(4, 1)
@@ -92,10 +102,19 @@ def prune(model: nn.Module, share: float, by: str = "magnitude", data: Dataset |
 
 
 def masks_of(model: nn.Module) -> Masks:
-    """The masks of a model that was pruned elsewhere: where its weights are not exactly 0.
+    """The masks of a model that was pruned elsewhere: True where its weights are not exactly 0.
 
-    A trainable tensor of two or more dimensions counts as pruned if at least one percent of it is 0, but not if all
-    of it is: that is how some layers start. Raises ModelError while ``torch.nn.utils.prune`` is at work.
+    A trainable tensor of two or more dimensions counts as pruned if at least one percent of its entries are 0, but
+    not if all are: some layers are initialised with zeros.
+
+    Args:
+        model: The pruned model; never changed.
+
+    Returns:
+        Masks, bool arrays by the names of the tensors that count as pruned.
+
+    Raises:
+        ModelError: If masks of ``torch.nn.utils.prune`` are still attached to the model.
 
     Examples:
         >>> model = nn.Linear(4, 1)
@@ -112,7 +131,7 @@ def masks_of(model: nn.Module) -> Masks:
 
 
 def require_plain(model: nn.Module) -> None:
-    """Raise ModelError while ``torch.nn.utils.prune`` is at work: it makes weights anew before each forward pass."""
+    """Raise ModelError if ``torch.nn.utils.prune`` is active: it recomputes weights before each forward pass."""
     for name, module in model.named_modules():
         buffers = dict(module.named_buffers(recurse=False))
         for parameter, _ in module.named_parameters(recurse=False):
@@ -125,7 +144,9 @@ def require_plain(model: nn.Module) -> None:
 
 
 def lamp(magnitudes: Float64) -> Float64:
-    """LAMP scores of a tensor, flat: w² over the sum of the squares not ranked below it; infinite for the largest.
+    """LAMP scores of a tensor, flat: w² over the sum of the squares not ranked below it.
+
+    The largest entry has an infinite score, so that it is always kept.
 
     Examples:
         >>> lamp(np.array([2.0, 1.0, 2.0, 4.0])).tolist()
@@ -142,8 +163,12 @@ def lamp(magnitudes: Float64) -> Float64:
 
 
 def ranks_in_rows(scores: Float64) -> Float64:
-    """Where entries of [rows, entries] stand in their rows, flat: in (0, 1), 1 for a row's largest, infinite for the
-    largest of all.
+    """Relative ranks of entries within their rows, flat: in (0, 1), and 1 for the largest of each row.
+
+    The largest entry of all has rank infinity, so that it is always kept.
+
+    Args:
+        scores: float64[rows, entries].
 
     Examples:
         >>> ranks_in_rows(np.array([[3.0, 1.0, 2.0, 0.0], [5.0, 6.0, 7.0, 8.0]])).reshape(2, 4).tolist()
@@ -160,9 +185,16 @@ def ranks_in_rows(scores: Float64) -> Float64:
 
 
 def input_norms(model: nn.Module, data: Dataset | None) -> dict[str, Float64]:
-    """Norms of the inputs of each Linear and Conv2d that runs, by the name of its weight.
+    """Norms of the inputs of each Linear and Conv2d that runs, over all examples.
 
-    float64[1, in] for a linear layer; [out, in * height * width] for a convolution, over all patches.
+    Returns:
+        By the name of the layer's weight: float64[1, in] for a linear layer; [out, in * height * width] for a
+        convolution, over all patches.
+
+    Raises:
+        OptionError: Without ``data``.
+        DataError: Without examples.
+        ModelError: If the model fails, or an input is not finite.
     """
     if data is None:
         raise OptionError("data", None, "examples to measure inputs on, for by='inputs'")
@@ -173,20 +205,20 @@ def input_norms(model: nn.Module, data: Dataset | None) -> dict[str, Float64]:
 
     def record(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         assert isinstance(layer, (nn.Linear, nn.Conv2d))
-        found = _squares(layer, args[0] if args else kwargs["input"]).cpu()
+        sums = _squares(layer, args[0] if args else kwargs["input"]).cpu()
         key = id(layer.weight)
-        squares[key] = squares[key] + found if key in squares else found
+        squares[key] = squares[key] + sums if key in squares else sums
 
     for module in probe.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             module.register_forward_pre_hook(record, with_kwargs=True)
     device = next(probe.parameters()).device
     with torch.inference_mode():
-        for start in range(0, len(data), _CHUNK):
-            x, _ = to_tensors(data.take(np.arange(start, min(start + _CHUNK, len(data)))), device)
+        for start in range(0, len(data), _MICRO_BATCH):
+            x, _ = to_tensors(data.take(np.arange(start, min(start + _MICRO_BATCH, len(data)))), device)
             try:
                 probe(x)
-            except Exception as error:  # of the user's own code
+            except Exception as error:  # from the user's own code
                 raise ModelError(f"the model failed on inputs {tuple(x.shape)} of {x.dtype}: {error}") from error
     norms = {name: squares[id(p)].sqrt().numpy() for name, p in probe.named_parameters() if id(p) in squares}
     for name, norm in norms.items():
@@ -196,7 +228,7 @@ def input_norms(model: nn.Module, data: Dataset | None) -> dict[str, Float64]:
 
 
 def _squares(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
-    """Sums of squares of what each weight of a layer is multiplied with: float64[1 or out, rest]."""
+    """Sums of squares of the inputs that each weight of a layer is multiplied with: float64[1 or out, rest]."""
     x = x.double().square()
     if isinstance(layer, nn.Linear):
         return x.reshape(-1, layer.in_features).sum(0, keepdim=True)
@@ -213,8 +245,8 @@ def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _magnitudes(name: str, p: nn.Parameter) -> Float64:
-    """float64[out, rest]"""
-    found: Float64 = p.detach().double().abs().reshape(len(p), -1).cpu().numpy()
-    if not np.isfinite(found).all():
+    """Absolute values of a weight: float64[out, rest]."""
+    values: Float64 = p.detach().double().abs().reshape(len(p), -1).cpu().numpy()
+    if not np.isfinite(values).all():
         raise ModelError(f"{name}: expected finite weights")
-    return found
+    return values

@@ -1,6 +1,6 @@
-"""The one thing a client must be able to do: evaluate losses. One file an inference engine.
+"""The one thing a client must be able to do: evaluate losses. One module per inference engine.
 
-Whatever runs forward passes implements :class:`Runtime`; one contract suite in the tests holds for all of them.
+Every inference engine is wrapped as a :class:`Runtime`, and one contract suite in the tests holds for all of them.
 """
 
 from __future__ import annotations
@@ -19,17 +19,28 @@ from baffle.runtimes.perturb import Perturbations
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Per-example losses float32[examples]; ``correct`` bool[examples] where targets are class labels."""
+    """Losses of the unperturbed model, example by example."""
 
     losses: npt.NDArray[np.float32]
+    """float32[examples]."""
     correct: npt.NDArray[np.bool_] | None
+    """bool[examples]: whether the largest output is the label; None where targets are not class labels."""
 
 
 class Evaluator(Protocol):
-    """What gives losses: a runtime, or one of its lanes (``runtime.lanes``), which is one thread of it."""
+    """Anything that evaluates losses: a runtime, or one of its lanes (``runtime.lanes``), which is one thread of it."""
 
     def losses(self, weights: Weights, perturbations: Perturbations, batch: Dataset) -> Losses:
-        """Losses of every pass: float32[passes, examples]. ``weights`` is not changed."""
+        """Evaluate the model once per perturbed copy of its weights.
+
+        Args:
+            weights: The unperturbed weights, float32[n]; never changed.
+            perturbations: Which passes to make, and in which order.
+            batch: The examples that every pass evaluates.
+
+        Returns:
+            Losses of every pass: float32[passes, examples].
+        """
         ...
 
 
@@ -62,22 +73,26 @@ class CreditEvaluator(Protocol):
 
 
 class Runtime(Evaluator, Protocol):
-    """Forward passes of one model and per-example loss, under any weights."""
+    """Forward passes of one model with its per-example loss, under any weights.
+
+    Implemented by ``baffle.TorchRuntime``, ``baffle.OrtRuntime`` and ``baffle.OpenVinoRuntime``. An implementation of
+    your own needs these members only.
+    """
 
     @property
     def table(self) -> Table:
-        """The trainable tensors."""
+        """The trainable tensors: their names, shapes and places in the flat weights."""
         ...
 
     @property
     def plan(self) -> dict[str, str | int]:
-        """How passes are evaluated (engine, precision, threads): recorded with a run."""
+        """How passes are evaluated (engine, precision, threads, ...), as it is recorded with a run."""
         ...
 
     def initial_weights(self) -> Weights:
-        """The model's weights as it was handed over: float32[n]."""
+        """The weights of the model that the runtime was made from: float32[n]."""
         ...
 
     def evaluate(self, weights: Weights, data: Dataset) -> Evaluation:
-        """Losses and hits of the unperturbed model on a whole data set."""
+        """Losses and correct predictions of the unperturbed model on a whole data set."""
         ...

@@ -1,7 +1,8 @@
-"""Which way of evaluating is the fastest here: a short measurement.
+"""Choose the evaluation strategy that is fastest on this machine, by a short measurement.
 
-The usual way comes first and stays, unless another is faster by a margin that no noise makes: kernels of another way
-round differently, so a choice that changed from run to run would change the bits of the losses.
+The default candidate comes first and is kept unless another is faster by a margin well above the noise of timing:
+kernels of other strategies round differently, so a choice that changed from run to run would change the bits of the
+losses.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ from baffle.runtimes import Runtime
 from baffle.runtimes.perturb import Perturbations
 
 STRATEGIES = ("copies", "stacked", "streaming")
-"""Of PyTorch's runtime."""
+"""Strategies of ``TorchRuntime``: materialised, batched and layer-wise perturbed weights (see its docstring)."""
 MARGIN = 1.5
-"""How many times faster than the usual way another has to be."""
-_MEASURED_ON = 16  # clients
+"""How many times faster than the default another candidate has to be."""
+_MEASURED_ON = 16  # clients whose examples make up the trial batch
 _TURNS = 4
 _MOST_TURNS = 32
-"""Where a turn is too short to be without a disturbance."""
+"""Upper limit, reached where a turn is so short that a single disturbance of the machine would decide it."""
 
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """The runtime that was taken, its name, and perturbed passes a second of each candidate that works here.
+    """The chosen runtime, its name, and the measured rates.
 
     Examples:
         >>> from typing import Any
@@ -43,11 +44,12 @@ class Choice:
     runtime: Runtime
     name: str
     rates: dict[str, float]
+    """Perturbed passes per second of each candidate that works here; empty if there was only one."""
 
     def __str__(self) -> str:
         """The name, and the rates if it was measured."""
-        told = ", ".join(f"{n} {rate:,.0f}" if rate >= 100 else f"{n} {rate:.3g}" for n, rate in self.rates.items())
-        return f"{self.name} (passes a second: {told})" if told else self.name
+        rates = ", ".join(f"{n} {rate:,.0f}" if rate >= 100 else f"{n} {rate:.3g}" for n, rate in self.rates.items())
+        return f"{self.name} (passes a second: {rates})" if rates else self.name
 
 
 def choose(
@@ -59,11 +61,24 @@ def choose(
     margin: float = MARGIN,
     seconds: float = 0.1,
 ) -> Choice:
-    """Measure each candidate on a batch for a few times ``seconds``, in turn, and take the fastest.
+    """Measure the candidates in turn and take the fastest.
 
-    The best turn of each counts; where ``num_directions`` passes take much less than ``seconds``, there are more turns.
-    The first one is the usual way, which another has to beat by the ``margin``, and what goes wrong with it is raised;
-    others that do not work here are left out.
+    Each candidate counts with its best turn. Where ``num_directions`` passes take much less than ``seconds``, there
+    are more turns. Candidates other than the first that do not work here are left out.
+
+    Args:
+        candidates: A function that makes the runtime, by name. The first is the default.
+        batch: Examples to measure on.
+        num_directions: The largest number of passes in one call.
+        family: Distribution of the perturbations.
+        margin: How many times faster than the default another candidate has to be.
+        seconds: About how long one turn of one candidate takes.
+
+    Returns:
+        The chosen runtime with the rates of all candidates that work.
+
+    Raises:
+        BaffleError: Whatever is wrong with the default candidate.
 
     Examples:
         >>> import torch.nn.functional as F
@@ -80,7 +95,7 @@ def choose(
     for name, make in candidates.items():
         try:
             runtimes[name] = make()
-            seconds_of(runtimes[name], batch, 2, family)  # memory and kernels are prepared
+            seconds_of(runtimes[name], batch, 2, family)  # warm-up: allocates memory and prepares kernels
         except (MissingExtraError, ModelError, OptionError, PlanError):
             if name == usual:
                 raise
@@ -103,12 +118,12 @@ def choose(
 
 
 def trial_batch(clients: Sequence[Dataset], batch_size: int | None) -> Dataset:
-    """The first examples of the first clients, a mini-batch of each, to measure on; ``batch_size`` None: all."""
+    """Examples to measure on: one mini-batch of each of the first clients, or all their examples without a size."""
     return concatenate([c.take(np.arange(min(len(c), batch_size or len(c)))) for c in clients[:_MEASURED_ON]])
 
 
 def seconds_of(runtime: Runtime, batch: Dataset, passes: int, family: Family = "rank1") -> float:
-    """How long a call of so many perturbed passes over a batch takes."""
+    """Seconds that one call of ``passes`` perturbed passes over a batch takes."""
     asked = Perturbations(Directions(runtime.table, family, (0, 1)), passes, (1e-3,), baseline=False)
     weights = runtime.initial_weights()
     started = time.perf_counter()
@@ -117,7 +132,12 @@ def seconds_of(runtime: Runtime, batch: Dataset, passes: int, family: Family = "
 
 
 def passes_per_second(runtime: Runtime, batch: Dataset, seconds: float) -> float:
-    """Perturbed passes over a batch in a second, measured for at least ``seconds`` after a short warm-up.
+    """Measure how many perturbed passes over a batch a runtime makes per second.
+
+    Args:
+        runtime: The runtime to measure.
+        batch: The examples of each pass.
+        seconds: The least time to measure for, after a short warm-up.
 
     Examples:
         >>> from torch import nn
@@ -127,7 +147,7 @@ def passes_per_second(runtime: Runtime, batch: Dataset, seconds: float) -> float
         >>> passes_per_second(runtime, load("digits")[0], seconds=0.01) > 0
         True
     """
-    seconds_of(runtime, batch, 4)  # memory and kernels are prepared
+    seconds_of(runtime, batch, 4)  # warm-up: allocates memory and prepares kernels
     passes, took = 8, seconds_of(runtime, batch, 8)
     while took < seconds:
         passes = max(2 * passes, min(64 * passes, int(passes * seconds / took)))

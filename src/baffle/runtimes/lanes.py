@@ -1,4 +1,8 @@
-"""A runtime one thread at a time: lanes evaluate alone, and all of them may do so at once."""
+"""Lanes: a runtime divided into threads, each of which can evaluate losses on its own while the others do the same.
+
+A *lane* is one thread's evaluator. What it owns for itself, a copy of the model or a set of input buffers, is its
+*replica*; each engine has its own kind. The public option ``threads=`` is the number of lanes.
+"""
 
 from __future__ import annotations
 
@@ -11,27 +15,26 @@ from baffle.core.types import Losses, Weights
 from baffle.data import Dataset
 from baffle.runtimes.perturb import Perturbations
 
-Worker = TypeVar("Worker")
+Replica = TypeVar("Replica")
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, eq=False)
-class Lane(Generic[Worker]):
-    """One worker of a runtime, which has what a thread needs for itself.
+class Lane(Generic[Replica]):
+    """One thread's evaluator, an :class:`baffle.runtimes.Evaluator`."""
 
-    ``on(lanes, weights, perturbations, batch)`` is the runtime's way to share passes among some of its lanes.
-    """
-
-    on: Callable[[Sequence[Lane[Worker]], Weights, Perturbations, Dataset], Losses]
-    worker: Worker
+    on: Callable[[Sequence[Lane[Replica]], Weights, Perturbations, Dataset], Losses]
+    """``on(lanes, weights, perturbations, batch)``: the runtime's way to divide passes among some of its lanes."""
+    replica: Replica
+    """What the lane owns: no other thread uses it."""
 
     def losses(self, weights: Weights, perturbations: Perturbations, batch: Dataset) -> Losses:
-        """Losses of every pass: float32[passes, examples]."""
+        """Losses of every pass, evaluated on this lane alone: float32[passes, examples]."""
         return self.on([self], weights, perturbations, batch)
 
 
 def side_by_side(work: Callable[[int], Result], parts: int) -> list[Result]:
-    """Results of ``work(0)`` to ``work(parts - 1)``, each on a thread of its own.
+    """Call ``work(0)`` to ``work(parts - 1)``, each on a thread of its own, and return their results in that order.
 
     Examples:
         >>> side_by_side(lambda i: i * i, 3)

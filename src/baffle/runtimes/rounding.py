@@ -1,4 +1,4 @@
-"""Float32 to 16-bit floating point, as bits, by numpy alone (which has no bfloat16)."""
+"""Rounding of float32 to 16-bit floating point, as bits, in numpy alone (which has no bfloat16)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ _BLOCK = 2**15
 
 
 def to_float16(values: Float32) -> Bits:
-    """The bits of IEEE half precision, uint16: nearest, halves to the even one; what is too large becomes infinite.
+    """Round to IEEE half precision, to nearest and ties to even; values that are too large become infinite.
+
+    Args:
+        values: float32 of any shape.
+
+    Returns:
+        The bits as uint16, in the same shape.
 
     Examples:
         >>> [hex(b) for b in to_float16(np.array([1.0, -2.0], np.float32)).tolist()]
@@ -24,7 +30,13 @@ def to_float16(values: Float32) -> Bits:
 
 
 def to_bfloat16(values: Float32) -> Bits:
-    """The upper half of float32, uint16: nearest, halves to the even one; NaN stays NaN.
+    """Round to bfloat16, the upper half of a float32, to nearest and ties to even; NaN stays NaN.
+
+    Args:
+        values: float32 of any shape.
+
+    Returns:
+        The bits as uint16, in the same shape.
 
     Examples:
         >>> [hex(b) for b in to_bfloat16(np.array([1.0, 1.00390625, 1.01171875], np.float32)).tolist()]
@@ -33,7 +45,7 @@ def to_bfloat16(values: Float32) -> Bits:
     values = np.ascontiguousarray(values)
     bits, out = values.reshape(-1).view(np.uint32), np.empty(values.size, np.uint16)
     scratch = np.empty(min(_BLOCK, len(bits)), np.uint32)
-    for start in range(0, len(bits), _BLOCK):  # the passes over a block stay in the cache
+    for start in range(0, len(bits), _BLOCK):  # block by block, so that all of its operations stay in the cache
         part = bits[start : start + _BLOCK]
         rounded = scratch[: len(part)]
         np.right_shift(part, 16, out=rounded)
@@ -49,7 +61,7 @@ def to_bfloat16(values: Float32) -> Bits:
 
 
 def mask_of(signs: npt.NDArray[np.int8], word: type[np.unsignedinteger[Any]]) -> Bits:
-    """+1 -> no bit, -1 -> all bits of a word.
+    """Signs as bit masks: +1 becomes a word without any bit set, -1 a word with all of them.
 
     Examples:
         >>> mask_of(np.array([1, -1], np.int8), np.uint16).tolist()

@@ -218,7 +218,7 @@ class TestManifests:
             (lambda m: m.update(more=1), "manifest.json: .*unknown field `more`"),
             (lambda m: m.update(precision="int4"), "manifest.json: .*Invalid enum value 'int4' - at `.*precision`"),
             (lambda m: m.update(table=3), r"manifest.json: Expected `array`, got `int` - at `\$.table`"),
-            (lambda m: m["feeds"].pop(), "manifest.json: 3 feeds: expected 4, one a tensor"),
+            (lambda m: m["feeds"].pop(), "manifest.json: 3 feeds: expected 4, one per tensor"),
             (lambda m: m["feeds"].__setitem__(1, "codes"), "tensor 0.bias: feed codes: expected that of a matrix"),
             (lambda m: m["table"][1].update(offset=31), "tensor 0.bias: expected tensors one after another"),
             (lambda m: m["table"][0].update(shape=[6, 6]), "tensor 0.bias: expected tensors one after another"),

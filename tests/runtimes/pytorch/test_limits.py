@@ -203,8 +203,8 @@ class TestBudget:
     def test_the_activations_of_a_known_model(self, precision: str, examples: int) -> None:
         model = nn.Sequential(nn.Flatten(), nn.Linear(12, 100, bias=False), nn.ReLU(), nn.Linear(100, 3, bias=False))
         runtime = TorchRuntime(model, F.cross_entropy, 1, precision=precision)
-        lane, size = runtime.lanes[0].worker, 4 if precision == "fp32" else 2
-        point = Point(unperturbed(runtime.table), runtime.initial_weights(), runtime._slots())
+        lane, size = runtime.lanes[0].replica, 4 if precision == "fp32" else 2
+        point = Point(unperturbed(runtime.table), runtime.initial_weights(), runtime._layouts())
         batch = torch.zeros(examples, 3, 4)
         with torch.inference_mode():
             found = activation_bytes(lane, point, batch[:1])
@@ -360,7 +360,7 @@ def test_a_runtime_is_freed_with_its_last_reference() -> None:
     try:
         runtime = TorchRuntime(layer(), F.cross_entropy, 2)
         losses_of(runtime, data_of((6,)), asked_of(runtime))
-        replica = weakref.ref(runtime.lanes[1].worker)
+        replica = weakref.ref(runtime.lanes[1].replica)
         del runtime
         assert replica() is None
     finally:

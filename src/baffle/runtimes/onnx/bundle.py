@@ -1,9 +1,10 @@
-"""The client bundle: all that a machine without PyTorch needs to evaluate a model, in one zip file.
+"""The client bundle: everything that a machine without PyTorch needs to evaluate a model, in one zip file.
 
 * ``manifest.json``: tensors, shapes, preprocessing, precision, loss, and the hash of every other file;
-* ``model.onnx``: the graph, trainable weights among its inputs, outputs (and losses, unless the client takes them);
+* ``model.onnx``: the graph; trainable weights are among its inputs; it gives outputs, and losses unless the client
+  computes them;
 * ``ranges.onnx``: for int8 activations, the graph that measures their ranges;
-* ``weights.safetensors``: the weights to start from, float32[n].
+* ``weights.safetensors``: the initial weights, float32[n].
 
 Reading one needs numpy, msgspec and safetensors; ``baffle.export`` makes one.
 """
@@ -29,57 +30,58 @@ from baffle.files import write_atomic
 
 FORMAT = 1
 Precision = Literal["fp32", "fp16", "int8", "int8-weights"]
-"""How a graph computes; int8: weights and activations."""
+"""What a graph computes in; int8 quantises weights and activations, int8-weights only weights."""
 Feed = Literal["float32", "float16", "codes", "branch", "codes+branch"]
-"""How a tensor enters the graph: as numbers; as int8 codes and a scale a row (inputs NAME.codes, NAME.scale);
-unperturbed beside the factors of its rank-1 perturbation (NAME.left, NAME.right)."""
+"""How a tensor enters the graph: as floats; as int8 codes with one scale per row (inputs NAME.codes, NAME.scale);
+unperturbed, with its rank-1 perturbation as a side branch (NAME.left, NAME.right); or both of the latter."""
 Loss = Literal["cross-entropy", "mse", "graph"]
-"""Taken on the host from the outputs, or by the graph itself (input ``y``, output ``losses``)."""
+"""Which loss the client computes from the outputs; ``graph``: the graph does (input ``y``, output ``losses``)."""
 
 
 class Example(msgspec.Struct, frozen=True):
-    """Shape and type of one input or target."""
+    """Shape and type of a single input or target."""
 
     shape: tuple[int, ...]
     dtype: Literal["float32", "int64"]
 
 
 class Pixels(msgspec.Struct, frozen=True):
-    """How stored bytes become numbers, channel by channel: (x / 255 - mean) / std."""
+    """How stored pixel bytes are scaled, channel by channel: (x / 255 - mean) / std."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is in a bundle."""
+    """Contents of a bundle: how the graph is fed, and the hashes of all files."""
 
     format: int = FORMAT
     table: Table
     feeds: tuple[Feed, ...]
-    """Of every tensor of the table."""
+    """How each tensor of the table enters the graph."""
     precision: Precision
     loss: Loss
     x: Example
     y: Example
     pixels: Pixels | None
     activations: tuple[str, ...]
-    """Tensors whose scale and zero point are inputs (NAME.scale, NAME.zero), to be measured on the client's data."""
+    """Quantised activations: their scale and zero point are inputs (NAME.scale, NAME.zero), which the client measures
+    on its own data."""
     frozen: str = ""
-    """Hash of the parameters that are not trained, which are constants of the graph; empty if there are none."""
+    """SHA-256 of the frozen parameters, which are constants of the graph; empty if there are none."""
     files: dict[str, Annotated[str, msgspec.Meta(min_length=64, max_length=64)]]
     """SHA-256 of every other file."""
 
 
 class _AnyFormat(msgspec.Struct):
-    """What manifests of all formats have."""
+    """The field that manifests of all formats have."""
 
     format: int = FORMAT
 
 
 @dataclass(frozen=True, eq=False)
 class Bundle:
-    """A model as graphs, with its manifest. ``files`` are the contents by name.
+    """An exported model: ONNX graphs, initial weights and a manifest.
 
     Examples:
         >>> import torch.nn.functional as F
@@ -93,15 +95,16 @@ class Bundle:
 
     manifest: Manifest
     files: dict[str, bytes]
+    """Contents of the other files of the archive, by name."""
 
     @property
     def sha256(self) -> str:
-        """Hash of the manifest, which holds those of all files."""
+        """SHA-256 of the manifest, which holds the hashes of all files; it identifies the bundle."""
         return hashlib.sha256(msgspec.json.encode(self.manifest)).hexdigest()
 
     @property
     def initial(self) -> Weights:
-        """The weights to start from, float32[n]."""
+        """The initial weights: float32[n]."""
         return safetensors.numpy.load(self.files["weights.safetensors"])["weights"]
 
     def encode(self) -> bytes:
@@ -114,7 +117,11 @@ class Bundle:
         return out.getvalue()
 
     def save(self, path: str | Path) -> None:
-        """Write the archive, whole or not at all. Raises BundleError."""
+        """Write the archive atomically: whole or not at all.
+
+        Raises:
+            BundleError: If the file cannot be written.
+        """
         try:
             write_atomic(Path(path), self.encode())
         except OSError as error:
@@ -122,7 +129,11 @@ class Bundle:
 
     @staticmethod
     def load(path: str | Path) -> Bundle:
-        """Read an archive. Raises BundleError if it is damaged, incomplete or of another format."""
+        """Read an archive.
+
+        Raises:
+            BundleError: If it cannot be read, is damaged or incomplete, or has another format.
+        """
         try:
             data = Path(path).read_bytes()
         except OSError as error:
@@ -134,21 +145,25 @@ class Bundle:
 
     @staticmethod
     def decode(data: bytes) -> Bundle:
-        """The bundle in the bytes of an archive. Raises BundleError."""
+        """Read an archive from its bytes.
+
+        Raises:
+            BundleError: If it is damaged or incomplete, or has another format.
+        """
         try:
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
                 files = {name: archive.read(name) for name in archive.namelist()}
         except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, EOFError, OSError, ValueError) as error:
             raise BundleError(f"not a client bundle: expected a zip file of 'baffle export' ({error})") from error
-        except Exception as error:  # zlib.error, where there is zlib
+        except Exception as error:  # zlib.error, which exists only with zlib
             raise BundleError(f"damaged: {error}") from error
         if "manifest.json" not in files:
             raise BundleError("no manifest.json: expected a client bundle of 'baffle export'")
         text = files.pop("manifest.json")
         try:
-            found = msgspec.json.decode(text, type=_AnyFormat).format
-            if found != FORMAT:
-                raise BundleError(f"manifest.json: format = {found}: expected {FORMAT}; export it again")
+            version = msgspec.json.decode(text, type=_AnyFormat).format
+            if version != FORMAT:
+                raise BundleError(f"manifest.json: format = {version}: expected {FORMAT}; export it again")
             manifest = msgspec.json.decode(text, type=Manifest)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise BundleError(f"manifest.json: {error}") from error
@@ -157,7 +172,7 @@ class Bundle:
         return bundle
 
     def check_data(self, data: Dataset) -> None:
-        """Raise DataError unless examples are of the kind that the graph was made for, and there are some."""
+        """Raise DataError unless there are examples, of the shapes and types that the graph was exported for."""
         data.require_examples()
         for field, example, array in (("x", self.manifest.x, data.x), ("y", self.manifest.y, data.y)):
             kind = "float32" if field == "x" and data.scaling is not None else str(array.dtype)
@@ -169,13 +184,13 @@ class Bundle:
 
     @property
     def scaling(self) -> Scaling | None:
-        """How bytes of pixels become numbers, if the model was exported for data with a scaling."""
+        """How pixel bytes are scaled, if the model was exported for data with a scaling."""
         pixels = self.manifest.pixels
         return None if pixels is None else Scaling(pixels.mean, pixels.std)
 
 
 def make_bundle(manifest: Manifest, files: dict[str, bytes], initial: Weights) -> Bundle:
-    """Put a bundle together: add the weights and the hashes."""
+    """Make a bundle of graphs (``files``) and initial weights: adds the weights' file and the hashes."""
     files = files | {"weights.safetensors": safetensors.numpy.save({"weights": initial})}
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     return Bundle(msgspec.structs.replace(manifest, files=hashes), files)
@@ -190,8 +205,8 @@ def _check(bundle: Bundle) -> None:
             raise BundleError(f"{name}: its SHA-256 differs from the manifest's: the file was damaged or edited")
     needed = {"model.onnx", "weights.safetensors"} | ({"ranges.onnx"} if manifest.activations else set())
     if manifest.files.keys() != needed or bundle.files.keys() != needed:
-        found = ", ".join(sorted(bundle.files))
-        raise BundleError(f"files {found}: expected {', '.join(sorted(needed))}")
+        names = ", ".join(sorted(bundle.files))
+        raise BundleError(f"files {names}: expected {', '.join(sorted(needed))}")
     size = 0
     for spec in manifest.table:
         entries = math.prod(spec.shape)
@@ -201,13 +216,13 @@ def _check(bundle: Bundle) -> None:
     if len({spec.name for spec in manifest.table}) != len(manifest.table):
         raise BundleError("manifest.json: two tensors of one name: expected names that differ")
     if len(manifest.feeds) != len(manifest.table):
-        raise BundleError(f"manifest.json: {len(manifest.feeds)} feeds: expected {len(manifest.table)}, one a tensor")
+        raise BundleError(f"manifest.json: {len(manifest.feeds)} feeds: expected {len(manifest.table)}, one per tensor")
     for spec, feed in zip(manifest.table, manifest.feeds, strict=True):
         if feed not in ("float32", "float16") and spec.matrix is None:
             raise BundleError(f"manifest.json: tensor {spec.name}: feed {feed}: expected that of a matrix only")
     try:
         initial = bundle.initial
-    except Exception as error:  # safetensors raises kinds of its own
+    except Exception as error:  # safetensors raises types of its own
         raise BundleError(f"weights.safetensors: {error}: expected the array 'weights'") from error
     if initial.shape != (size,) or initial.dtype != np.float32 or not np.isfinite(initial).all():
         raise BundleError(f"weights.safetensors: {initial.dtype}{list(initial.shape)}: expected {size} finite float32")
@@ -225,5 +240,5 @@ def _check(bundle: Bundle) -> None:
 
 
 def require_precision(precision: str, runtime: str, choices: tuple[str, ...]) -> None:
-    """OptionError, saying what the runtime can do."""
+    """Raise OptionError unless the runtime can compute in the precision; the message lists those it can."""
     require_choice(f"precision (runtime {runtime})", precision, choices)

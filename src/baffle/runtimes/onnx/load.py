@@ -1,4 +1,4 @@
-"""A client bundle on the engine that is asked for. PyTorch is not needed."""
+"""Loads a client bundle into an inference engine. PyTorch is not needed."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ from baffle.runtimes.onnx.bundle import Bundle
 
 
 def load_runtime(bundle: Bundle, engine: str, threads: int | None = None, precision: str | None = None) -> Runtime:
-    """The runtime of an engine, ``ort`` or ``openvino``, for a bundle.
+    """Load a bundle into an inference engine.
 
     Args:
-        bundle: What ``baffle export`` made.
+        bundle: The exported model (``baffle export``).
         engine: ``ort`` (ONNX Runtime) or ``openvino``.
-        threads: Passes side by side; None for one per core.
+        threads: How many passes are evaluated side by side; None for one per core.
         precision: What to compute in. None is the bundle's own; OpenVINO can also compute an fp32 bundle in bf16 or
             fp16.
 
+    Returns:
+        The engine's runtime for the bundle.
+
     Raises:
         OptionError: If the engine is unknown, or cannot compute in the precision.
+        MissingExtraError: If the engine is not installed.
     """
     require_choice("runtime", engine, ["ort", "openvino"])
     if engine == "openvino":

@@ -1,8 +1,8 @@
-"""Forward passes by OpenVINO: in bfloat16 the fast way on CPUs that have it (AMX, AVX512-BF16).
+"""Forward passes by OpenVINO, which is fastest in bfloat16 on CPUs that have it (AMX, AVX512-BF16).
 
-The model is compiled once for each batch size; every thread has an infer request of its own, its inputs bound to
-buffers. OpenVINO's telemetry package is kept out before the import. Its own default precision may be lower than
-float32, so one is always asked for.
+The model is compiled once per batch size; every thread has an infer request of its own, with its inputs bound to
+buffers. OpenVINO's telemetry package is blocked before the import. OpenVINO's default precision may be lower than
+float32, so the precision is always set explicitly.
 """
 
 from __future__ import annotations
@@ -32,11 +32,21 @@ _HINTS = {"bf16": ("bf16", "BF16"), "fp16": ("f16", "FP16")}
 
 
 class OpenVinoRuntime(GraphRuntime):
-    """Losses of a client bundle by OpenVINO on the CPU.
+    """Evaluates the losses of a client bundle by OpenVINO on the CPU.
 
-    ``precision``: that of the bundle, or for a bundle of fp32 also ``bf16`` and ``fp16``, where the processor has
-    them: OptionError if not, since OpenVINO would silently compute in another. Int8 graphs run, but with weights as
-    inputs OpenVINO has no int8 kernels for them: they are slow.
+    Int8 bundles run, but slowly: OpenVINO has no int8 kernels for graphs whose weights are inputs.
+
+    Args:
+        bundle: The exported model.
+        threads: How many passes are evaluated side by side, each on one thread; None for one per core.
+        precision: What to compute in: None for the bundle's own, or ``bf16`` or ``fp16`` for an fp32 bundle on a
+            processor that supports it.
+
+    Raises:
+        OptionError: If ``threads`` is out of range, or the bundle or the processor cannot compute in the precision
+            (OpenVINO itself would silently compute in another).
+        PlanError: For bf16 or fp16 with a loss inside the graph, whose rounding would hide the differences.
+        ModelError: If the graph cannot be compiled, or while evaluating if it fails.
 
     Examples:
         >>> import torch.nn.functional as F
@@ -67,7 +77,7 @@ class OpenVinoRuntime(GraphRuntime):
                     f"precision {precision} with a loss in the graph: its rounding hides the differences; expected "
                     "cross_entropy or mse_loss, which are taken outside in float64"
                 )
-        count = cores() if threads is None else threads  # a stream a worker, each on one thread
+        count = cores() if threads is None else threads  # one stream per lane, each on one thread
         compiled: dict[tuple[str, int], Any] = {}
 
         def load(file: str, buffers: Buffers) -> _Program:
@@ -94,20 +104,20 @@ class OpenVinoRuntime(GraphRuntime):
         }
 
         def kinds(spec: ParamSpec, feed: Feed) -> Kind:
-            """Matrices go in as the kernels want them."""
+            """Matrices enter as bf16 where the kernels would convert them to it."""
             return "bf16" if hint == "bf16" and feed == "float32" and spec.matrix is not None else KINDS[feed]
 
         super().__init__(bundle, load, plan, count, kinds)
 
 
 class _Program:
-    """An infer request with its inputs bound to buffers."""
+    """An infer request whose inputs are bound to buffers."""
 
     def __init__(self, compiled: Any, buffers: Buffers) -> None:
         self._request = compiled.create_infer_request()
         self._buffers = [buffers[_name(i, buffers)] for i in compiled.inputs]
         for i, array in zip(compiled.inputs, self._buffers, strict=True):
-            if array.dtype == np.uint16:  # bits of bfloat16, which numpy has not
+            if array.dtype == np.uint16:  # the bits of bfloat16, which numpy lacks
                 tensor = openvino.Tensor(array, i.shape, openvino.Type.bf16)
             else:
                 tensor = openvino.Tensor(array, shared_memory=True)
@@ -123,7 +133,7 @@ class _Program:
 
 
 def _with_bfloat16_inputs(model: Any, buffers: Buffers) -> Any:
-    """The model with inputs of bfloat16 for buffers of its bits."""
+    """The model with bfloat16 inputs where buffers hold the bits of bfloat16."""
     processor = PrePostProcessor(model)
     for port in model.inputs:
         if buffers[_name(port, buffers)].dtype == np.uint16:
@@ -132,8 +142,8 @@ def _with_bfloat16_inputs(model: Any, buffers: Buffers) -> Any:
 
 
 def _name(port: Any, buffers: Buffers) -> str:
-    """Which buffer an input reads: a port may have further names, of the tensors that became it."""
-    found: list[str] = sorted(name for name in port.names if name in buffers)
-    if not found:
+    """The name of the buffer that an input reads; a port may also have the names of tensors merged into it."""
+    names: list[str] = sorted(name for name in port.names if name in buffers)
+    if not names:
         raise ModelError(f"input {port.any_name}: expected one of {', '.join(buffers)}")
-    return found[0]
+    return names[0]

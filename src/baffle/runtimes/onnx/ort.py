@@ -1,7 +1,7 @@
-"""Forward passes by ONNX Runtime: the base client, numpy and onnxruntime only.
+"""Forward passes by ONNX Runtime: the base client, which needs numpy and onnxruntime only.
 
-One session a graph, shared by all threads; every thread binds its own buffers once. ONNX Runtime's telemetry is
-switched off before it is imported.
+There is one session per graph, shared by all threads; every thread binds its own buffers once. ONNX Runtime's
+telemetry is switched off before it is imported.
 """
 
 from __future__ import annotations
@@ -24,10 +24,15 @@ PRECISIONS = ("fp32", "fp16", "int8-weights", "int8")
 
 
 class OrtRuntime(GraphRuntime):
-    """Losses of a client bundle by ONNX Runtime on the CPU, in the bundle's precision.
+    """Evaluates the losses of a client bundle by ONNX Runtime on the CPU, in the bundle's precision.
 
-    ``threads`` passes are evaluated side by side, each on one thread; by default one a core. Raises ModelError if
-    the graph does not run.
+    Args:
+        bundle: The exported model.
+        threads: How many passes are evaluated side by side, each on one thread; None for one per core.
+
+    Raises:
+        ModelError: If the graph cannot be loaded, or while evaluating if it fails.
+        OptionError: If ``threads`` is out of range.
 
     Examples:
         >>> import torch.nn.functional as F
@@ -51,7 +56,7 @@ class OrtRuntime(GraphRuntime):
                         bundle.files[file],
                         _options(),
                         providers=["CPUExecutionProvider"],
-                        # it would make a float product of an int8 one with its bias, before that finds its kernel
+                        # it would fuse an int8 product with its bias into a float one, which has no int8 kernel
                         disabled_optimizers=["MatMulAddFusion"] if precision == "int8" else None,
                     )
             return sessions[file]
@@ -60,7 +65,7 @@ class OrtRuntime(GraphRuntime):
             with explained(f"ONNX Runtime: binding the inputs of {file}"):
                 return _Program(session(file), buffers)
 
-        session("model.onnx")  # a graph that cannot be loaded is told at once
+        session("model.onnx")  # report a graph that cannot be loaded now, not in the first round
         plan: dict[str, str | int] = {
             "runtime": "ort",
             "onnxruntime": onnxruntime.__version__,
@@ -74,19 +79,19 @@ def _options() -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
-    options.log_severity_level = 4  # what goes wrong is raised
+    options.log_severity_level = 4  # fatal only: errors are raised anyway
     return options
 
 
 class _Program:
-    """A session with its inputs bound to buffers."""
+    """A session whose inputs are bound to buffers."""
 
     def __init__(self, session: onnxruntime.InferenceSession, buffers: Buffers) -> None:
         self._session = session
         self._names = [output.name for output in session.get_outputs()]
         self._binding = session.io_binding()
         self._buffers = {i.name: buffers[i.name] for i in session.get_inputs()}
-        for name, array in self._buffers.items():  # on the CPU a value is a view of its array
+        for name, array in self._buffers.items():  # on the CPU an OrtValue is a view of its array
             self._binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
         for name in self._names:
             self._binding.bind_output(name)

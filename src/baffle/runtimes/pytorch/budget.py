@@ -1,8 +1,8 @@
-"""How much to evaluate at once, so that an evaluation stays within a number of bytes.
+"""How much to evaluate at once, so that an evaluation stays within a memory budget.
 
-What an evaluation adds to a model that is there anyway: perturbed weights, directions that are drawn, and
-activations, which grow with the examples (times directions, in a stack) that go through the model together. The
-activations of one example are measured: the most bytes of tensors that live at one time during a pass.
+An evaluation needs, in addition to the model itself: perturbed weights, the directions that are drawn, and
+activations, which grow with the number of examples (times passes, in a stack) that go through the model together. The
+activations of one example are measured: the peak number of bytes of live tensors during a pass.
 """
 
 from __future__ import annotations
@@ -25,26 +25,35 @@ if TYPE_CHECKING:
     from baffle.runtimes.perturb import Point
     from baffle.runtimes.pytorch.replica import Replica
 
-_SMALLEST_DRAWN = 2**16
-_MEASURED = 4  # examples
+_SMALLEST_DRAWN = 2**16  # bytes of directions that any budget must leave room for
+_MEASURED = 4  # examples in the pass that measures activations
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Examples of a chunk, examples times passes of a stack, bytes of directions drawn at once, and bytes of what the
-    frozen beginning of the model gives that are kept for a batch."""
+    """How much is evaluated at once."""
 
     examples: int
+    """Examples of a micro-batch."""
     rows: int
+    """Examples times passes of a stack."""
     directions: int
+    """Bytes of directions drawn at once."""
     kept: int = sys.maxsize
+    """Bytes of outputs of the model's frozen prefix that are cached for a batch."""
 
 
 def within(budget: int, usual: Sizes, an_example: int, weights: int) -> Sizes:
-    """The usual sizes, or as many as ``budget`` bytes allow: ``an_example`` takes so many for
-    its activations, ``weights`` are those of all of it.
+    """The usual sizes, reduced where ``budget`` requires it.
 
-    Raises PlanError if the budget is too small for one example.
+    Args:
+        budget: Bytes that one thread may use.
+        usual: The sizes without a budget, which are never exceeded.
+        an_example: Bytes of activations of one example.
+        weights: Bytes of perturbed weights.
+
+    Raises:
+        PlanError: If the budget is too small for one example.
 
     Examples:
         >>> within(10**6, Sizes(32, 1024, 10**6), an_example=10**4, weights=10**5)
@@ -64,15 +73,15 @@ def within(budget: int, usual: Sizes, an_example: int, weights: int) -> Sizes:
 
 
 def weight_bytes(table: Table, itemsize: int, strategy: str) -> int:
-    """Bytes of perturbed weights: all of them, or (streaming) the largest tensor; a stack's unperturbed ones."""
+    """Bytes of weights that an evaluation makes: the largest tensor (``streaming``), or else all tensors once."""
     if strategy == "streaming":
         return itemsize * max((spec.size for spec in table), default=0)
     return itemsize * table_size(table)
 
 
 def activation_bytes(replica: Replica, point: Point, example: Tensor) -> int:
-    """The most bytes that live at one time in a pass, an example; ``example`` is one [1, ...]."""
-    x = torch.cat([example] * _MEASURED)  # not a view: its memory would be the whole batch's
+    """Peak bytes of live tensors in a pass, per example; ``example`` is a single one, [1, ...]."""
+    x = torch.cat([example] * _MEASURED)  # a copy, since a view would count with the memory of the whole batch
     living = _Living()
     with living:
         replica.outputs(point, x)
@@ -80,7 +89,7 @@ def activation_bytes(replica: Replica, point: Point, example: Tensor) -> int:
 
 
 class _Living(TorchFunctionMode):
-    """Counts the bytes of what functions give, for as long as it is alive."""
+    """Counts the bytes of all tensors that functions return, each until it is freed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,7 +111,7 @@ class _Living(TorchFunctionMode):
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        address, size = storage.data_ptr(), storage.nbytes()
+        address, size = storage.data_ptr(), storage.nbytes()  # views share a storage and count once
         if address in self._counted:
             return
         self._counted.add(address)

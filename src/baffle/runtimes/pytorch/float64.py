@@ -1,6 +1,6 @@
-"""Derivatives to compare with: in float64, by PyTorch, by differences and by backpropagation.
+"""Reference derivatives in float64, by finite differences and by backpropagation.
 
-Only ``baffle calibrate`` and tests need them; a client never does.
+They use autograd, so only ``baffle calibrate`` and tests call them; a client never does.
 """
 
 from __future__ import annotations
@@ -27,10 +27,21 @@ Float64 = npt.NDArray[np.float64]
 def derivatives(
     model: nn.Module, loss: Callable[..., Tensor], weights: Weights, perturbations: Perturbations, batch: Dataset
 ) -> tuple[Float64, Float64]:
-    """Of the mean loss along the directions that are perturbed, at ``weights``: (differences, gradients), float64[K].
+    """Derivatives of the mean loss at ``weights`` along each direction of ``perturbations``.
 
-    On the lattice a direction is stretched by the codes' steps, in units of sigma. The first are central differences
-    with a step of 1e-6, the second the gradient by backpropagation times the direction.
+    With int8 codes (``perturbations.lattice``) a direction is scaled row by row by the size of the codes' steps, in
+    units of sigma, as the perturbation itself is.
+
+    Args:
+        model: Any module; never changed.
+        loss: ``loss(output, target)``.
+        weights: float32[n].
+        perturbations: The K directions.
+        batch: The examples that the loss is averaged over.
+
+    Returns:
+        (central differences with a step of 1e-6, products of the direction with the gradient by backpropagation), both
+        float64[K].
 
     Examples:
         >>> from baffle.data import load

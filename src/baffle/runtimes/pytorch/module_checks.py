@@ -1,4 +1,4 @@
-"""What a user's module and loss have to be, to be evaluated under perturbed weights example by example."""
+"""Checks that a user's module and loss can be evaluated under perturbed weights, one example independent of others."""
 
 from __future__ import annotations
 
@@ -19,16 +19,21 @@ from baffle.errors import ModelError
 
 
 def frozen_sha256(model: nn.Module) -> str:
-    """Hash of what a model has besides trainable parameters; empty if nothing."""
+    """SHA-256 of a model's frozen parameters and buffers, in hexadecimal; empty if it has none."""
     digest = hashlib.sha256()
-    kept = [(n, p) for n, p in model.named_parameters() if not p.requires_grad] + list(model.named_buffers())
-    for name, tensor in kept:
+    frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad] + list(model.named_buffers())
+    for name, tensor in frozen:
         digest.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest() if kept else ""
+    return digest.hexdigest() if frozen else ""
 
 
 def check_modules(model: nn.Module) -> None:
-    """Refuse tensors without numbers, and layers whose outputs are random or depend on the batch: ModelError."""
+    """Refuse models whose losses would be random or depend on other examples.
+
+    Raises:
+        ModelError: For layers in training mode whose outputs are random or depend on the batch, and for tensors
+            without values (on the device ``meta``).
+    """
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
             raise ModelError(f"{name}: on the device meta: expected numbers; load the model's weights first")
@@ -53,7 +58,13 @@ def check_modules(model: nn.Module) -> None:
 
 
 def per_example(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The loss with one number an example, where it can be asked for that."""
+    """Switch a loss to one number per example, if it has a ``reduction``; others are returned as they are.
+
+    Examples:
+        >>> loss = per_example(nn.functional.mse_loss)
+        >>> loss(torch.zeros(3, 2), torch.ones(3, 2)).tolist()
+        [1.0, 1.0, 1.0]
+    """
     if isinstance(loss, nn.Module):
         reduction: Any = getattr(loss, "reduction", "none")
         if reduction != "none":
@@ -69,7 +80,7 @@ def per_example(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _mean_of_each(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Average over any dimension behind the first."""
+    """The loss, averaged over all dimensions after the first."""
 
     def mean(output: Tensor, target: Tensor) -> Tensor:
         values = loss(output, target)

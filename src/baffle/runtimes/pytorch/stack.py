@@ -1,10 +1,11 @@
-"""Several directions in one batch: the examples once for each, stacked, so that the model runs once for all of them.
+"""What a function of a model computes for a stack: a batch that holds the same examples once per direction.
 
-Whatever treats examples alone works on a stack as on any batch. Where a trained tensor is used, each part of the
-stack gets its own: a linear layer as x Wᵀ + (x b) (step a)ᵀ, one product with the unperturbed weight and two with
-vectors (EGGROLL, Sarkar et al. 2025); the first trained layer sees the same examples for all directions, so what it
-makes of them is computed once. Which functions use trained tensors is found by interception, so a model need not be
-traced. What is not known how to do for a stack is refused (:class:`NotStackable`).
+Functions that treat examples independently work on a stack as on any batch. A function that reads a trained tensor
+must apply another one to each direction's examples. A linear layer does so as x Wᵀ + (x b) (step a)ᵀ, one product with
+the unperturbed weight and two with vectors (EGGROLL, Sarkar et al. 2025). The first trained layer gets the same
+examples for all directions, so its product with the unperturbed weight is computed only once. Functions that read
+trained tensors are intercepted, so the model need not be traced. A function without a rule here is refused
+(:class:`NotStackable`).
 """
 
 from __future__ import annotations
@@ -23,15 +24,21 @@ Factors = tuple[Tensor, Tensor]
 _ELEMENTWISE = frozenset({"add", "sub", "mul", "div", "rsub", "true_divide", "multiply", "subtract"})
 
 
-class NotStackable(Exception):  # noqa: N818  # no error of the user's: another strategy is taken
-    """A model uses a trained tensor in a way that is not known how to do for a stack."""
+class NotStackable(Exception):  # noqa: N818  # not the user's error: another strategy is taken
+    """A model uses a trained tensor in a way that has no rule for a stack."""
 
 
 class Stack(Interception):
-    """The meaning of a model's trained tensors for ``passes`` directions at once, on ``examples`` of a batch.
+    """A mode in which a model's functions compute a stack of S passes.
 
-    ``index`` numbers the trained parameters by id; ``plain(i)`` is one unperturbed, ``factors(i)`` its (a [S, out],
-    already times the step, b [S, *rest]) if its directions have rank 1, ``each(i)`` all S perturbed ones [S, *shape].
+    Args:
+        index: The number of every trained parameter by its ``id``.
+        passes: S.
+        examples: Examples of each pass.
+        plain: ``plain(i)`` is tensor i unperturbed, [*shape].
+        factors: ``factors(i)`` are the factors (a [S, out], already times the step; b [S, *rest]) of its directions, or
+            None if they have no rank-1 form.
+        each: ``each(i)`` are all S perturbed tensors, [S, *shape].
     """
 
     def __init__(
@@ -47,8 +54,8 @@ class Stack(Interception):
         self._passes, self._examples = passes, examples
         self._plain, self._factors, self._each = plain, factors, each
 
-    def given(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """What the function is for a stack."""
+    def intercept(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Compute the function for a stack."""
         name = getattr(func, "__name__", "").strip("_")
         try:
             if name in _ELEMENTWISE or name[1:] in _ELEMENTWISE:
@@ -68,7 +75,7 @@ class Stack(Interception):
         return rule(*args, **kwargs)
 
     def stacked(self, x: Tensor) -> bool:
-        """Whether a tensor has the examples of every direction, or of one that stands for all."""
+        """Whether a tensor has the examples of every pass; otherwise those of a single one, the same for all."""
         if len(x) == self._passes * self._examples:
             return True
         if len(x) == self._examples:
@@ -78,7 +85,9 @@ class Stack(Interception):
     def _number(self, tensor: Tensor | None) -> int | None:
         return self._index.get(id(tensor))
 
-    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # PyTorch's
+    # The rules have the parameter names of PyTorch's functions, since models may pass them as keywords.
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         s, stacked = self._passes, self.stacked(input)
         x = input.reshape(s if stacked else 1, -1, input.shape[-1])
         number = self._number(weight)
@@ -117,7 +126,7 @@ class Stack(Interception):
             y = apply(input, weight)
         elif (factors := self._factors(number)) is not None and not stacked and groups == 1:
             a, b = factors
-            y = apply(input, self._plain(number)).movedim(1, -1)  # channels last in memory already, if the input is
+            y = apply(input, self._plain(number)).movedim(1, -1)  # a view; contiguous if the input is channels-last
             along = apply(input, b.reshape(len(b), *weight.shape[1:])).movedim(1, 0)[..., None]
             shape = (len(a), *[1] * (y.ndim - 1), a.shape[1])
             y = torch.addcmul(y, along, a.reshape(shape)).flatten(0, 1).movedim(-1, 1)
@@ -144,11 +153,11 @@ class Stack(Interception):
         assert number is not None
         factors = self._factors(number)
         if (self.stacked(input) and self._passes > 1) or factors is None or max_norm is not None:
-            raise NotStackable("an embedding with max_norm, of another family than rank1, or behind a trained layer")
+            raise NotStackable("an embedding with max_norm, of another family than rank1, or after a trained layer")
         a, b = factors
-        found = F.embedding(input, self._plain(number), padding_idx)
+        y = F.embedding(input, self._plain(number), padding_idx)
         right = b.reshape(len(b), *[1] * input.ndim, -1)
-        return torch.addcmul(found, a[:, input][..., None], right).flatten(0, 1)
+        return torch.addcmul(y, a[:, input][..., None], right).flatten(0, 1)
 
     def _layer_norm(
         self,
@@ -187,36 +196,36 @@ class Stack(Interception):
         return self._channels_affine(y, weight, bias)
 
     def _affine(self, y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """y * weight + bias, as far as they are there, for tensors of the shape of y's last dimensions."""
+        """y * weight + bias, each if present, for tensors of the shape of y's last dimensions."""
         for operation, tensor in ((torch.Tensor.mul, weight), (torch.Tensor.add, bias)):
             if tensor is not None:
                 y = self._elementwise(operation, (y, tensor), {})
         return y
 
     def _channels_affine(self, y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """The same of images [n, channels, ...] with vectors of their channels."""
+        """The same for images [n, channels, ...] and vectors [channels]."""
         return self._affine(y.movedim(1, -1), weight, bias).movedim(-1, 1)
 
     def _elementwise(self, func: Callable[..., Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-        """An operation of one tensor of examples with one trained tensor, in any order."""
+        """An elementwise operation of a tensor of examples and a trained tensor, in either order."""
         x = next((a for a in args[:2] if isinstance(a, Tensor) and id(a) not in self._index), None)
         if x is None or len(args) < 2:
             raise NotStackable("an operation on a trained tensor alone")
         stack = x.reshape(self._passes, -1, *x.shape[1:]) if self.stacked(x) else x[None]
 
-        def given(value: Any) -> Any:
+        def operand(value: Any) -> Any:
             number = self._number(value)
             if value is x:
                 return stack
-            return value if number is None else _beside(self._each(number), stack)
+            return value if number is None else _broadcastable(self._each(number), stack)
 
-        return func(*[given(a) for a in args], **kwargs).flatten(0, 1)
+        return func(*[operand(a) for a in args], **kwargs).flatten(0, 1)
 
 
-def _beside(each: Tensor, stack: Tensor) -> Tensor:
-    """[S, *shape] -> the same with as many dimensions as the stack, 1 where it says nothing."""
+def _broadcastable(each: Tensor, stack: Tensor) -> Tensor:
+    """Insert dimensions of size 1 into [S, *shape], so that it broadcasts against the stack [S, examples, ...]."""
     shape = each.shape[1:]
-    if len(shape) >= stack.ndim - 1 and len(shape) and shape[0] == 1:  # a leading 1 that stands for the examples
+    if len(shape) >= stack.ndim - 1 and len(shape) and shape[0] == 1:  # a leading 1 that broadcasts over examples
         shape = shape[1:]
     missing = stack.ndim - 1 - len(shape)
     if missing < 1 and len(shape):

@@ -1,7 +1,7 @@
-"""PyTorch's kernels on one thread each, while any lane works.
+"""Confines PyTorch's kernels to one thread each while any lane works.
 
-PyTorch keeps its number of threads partly by thread and partly for the whole process, so it is set by whoever works
-and given back by the last to leave.
+PyTorch keeps its number of threads partly per thread and partly for the whole process. So every lane sets it when it
+starts, and the last one to finish restores the number from before.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ _working, _before = 0, 1
 
 @contextmanager
 def one_thread(wanted: bool = True) -> Iterator[None]:
-    """One thread for kernels called in here; may be entered from several threads, and again.
+    """A context in which PyTorch's kernels use one thread; several threads may enter it, and it may be nested.
+
+    Args:
+        wanted: False for a context that does nothing (on a GPU).
 
     Examples:
         >>> with one_thread():
