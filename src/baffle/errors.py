@@ -7,16 +7,16 @@
     ├── PlanError            (ValueError)       options that contradict each other or break exactness
     ├── BundleError          (ValueError)       a client bundle is damaged or of another kind
     ├── ReplyError           (ValueError)       a client's reply is malformed or does not fit its task
-    ├── FederationError      (ConnectionError)  clients on other machines are too few, or cannot be reached
-    ├── SecureSumError       (ValueError)       a round of the secure sum cannot go on, or a client breaks its rules
+    ├── FederationError      (ConnectionError)  too few clients on other machines, or they cannot be reached
+    ├── SecureSumError       (ValueError)       a secure sum cannot be completed, or a message breaks its protocol
     ├── DivergedError        (ArithmeticError)  weights would become NaN or infinite
     ├── JournalError         (OSError)          a run folder cannot be read or written
     │   ├── RunExistsError   (FileExistsError)
     │   └── CorruptRunError  (ValueError)       a file of a run was truncated or edited
     └── MissingExtraError    (ImportError)      an optional dependency is not installed
 
-Each also inherits the builtin in parentheses, so ``except ValueError`` works as expected.
-Messages name the field, the value and what was expected.
+Each also inherits from the built-in exception in parentheses, so ``except ValueError`` works as expected.
+Messages name the field, its value and what was expected.
 """
 
 from __future__ import annotations
@@ -32,6 +32,11 @@ class BaffleError(Exception):
 class OptionError(BaffleError, ValueError):
     """An option is out of range or unknown.
 
+    Attributes:
+        field: name of the option.
+        value: its value.
+        expected: what would be accepted, as a phrase.
+
     Examples:
         >>> raise OptionError("num_directions", 0, "an integer >= 1")
         Traceback (most recent call last):
@@ -42,6 +47,7 @@ class OptionError(BaffleError, ValueError):
         super().__init__(f"{field} = {value!r}: expected {expected}")
         self.field, self.value, self.expected = field, value, expected
 
+    # by default an exception is unpickled with its message as the only argument, which __init__ does not take
     def __reduce__(self) -> tuple[type[OptionError], tuple[str, object, str]]:
         return type(self), (self.field, self.value, self.expected)
 
@@ -59,7 +65,7 @@ class PlanError(BaffleError, ValueError):
 
 
 class BundleError(BaffleError, ValueError):
-    """A client bundle is damaged, incomplete, or not one."""
+    """A client bundle is damaged or incomplete, or the file is not a client bundle."""
 
 
 class ReplyError(BaffleError, ValueError):
@@ -67,11 +73,11 @@ class ReplyError(BaffleError, ValueError):
 
 
 class FederationError(BaffleError, ConnectionError):
-    """Clients on other machines are too few, or cannot be reached."""
+    """There are too few clients on other machines, or they cannot be reached."""
 
 
 class SecureSumError(BaffleError, ValueError):
-    """A round of the secure sum cannot go on, or somebody breaks its rules."""
+    """A secure sum cannot be completed, or a message breaks its protocol."""
 
 
 class DivergedError(BaffleError, ArithmeticError):
@@ -87,7 +93,7 @@ class RunExistsError(JournalError, FileExistsError):
 
 
 class CorruptRunError(JournalError, ValueError):
-    """A file of a run was truncated or edited. The rounds before the damage stay usable."""
+    """A file of a run was truncated or edited. The rounds before the damage remain usable."""
 
 
 class MissingExtraError(BaffleError, ImportError):
@@ -95,7 +101,10 @@ class MissingExtraError(BaffleError, ImportError):
 
 
 def require_choice(field: str, value: str, choices: Iterable[str]) -> None:
-    """Raise OptionError, with the nearest spelling, unless ``value`` is one of ``choices``.
+    """Require a value to be one of some names.
+
+    Raises:
+        OptionError: it is not; the message suggests the nearest spelling.
 
     Examples:
         >>> require_choice("family", "rank-1", ["rank1", "gaussian"])

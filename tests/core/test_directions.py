@@ -4,13 +4,13 @@ import hashlib
 import json
 import math
 import runpy
-from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -18,16 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats  # type: ignore[import-untyped]
 
-from baffle.core import gaussian
 from baffle.core.directions import Directions, Entries
 from baffle.core.types import Family, make_table
+from helpers import TASK
 
 Float64 = npt.NDArray[np.float64]
 
 FAMILIES: list[Family] = ["rank1", "rademacher", "gaussian"]
 MAKE = Path(__file__).with_name("golden") / "make.py"
 GOLDEN: dict[str, Any] = json.loads(MAKE.with_name("directions.json").read_text())
-THRESHOLDS_SHA256 = "b7045635741de36099d5ca5da5c4a51c935327ad2fdb1ff4885254e035df6455"
 
 DIMENSION = st.integers(1, 9)
 SHAPE = st.one_of(
@@ -91,14 +90,6 @@ def test_golden_hash_of_a_long_vector(case: dict[str, str]) -> None:
 
 def test_golden_file_is_what_the_second_implementation_writes() -> None:
     assert runpy.run_path(str(MAKE))["golden"]() == GOLDEN
-
-
-def test_gaussian_thresholds_are_frozen() -> None:
-    table = gaussian.thresholds()
-    assert table.dtype == np.uint32
-    assert len(table) == gaussian.largest() == GOLDEN["thresholds"]["count"] == 6490
-    assert hashlib.sha256(table.astype("<u4").tobytes()).hexdigest() == THRESHOLDS_SHA256
-    assert GOLDEN["thresholds"]["sha256"] == THRESHOLDS_SHA256
 
 
 # Layout
@@ -207,50 +198,6 @@ def test_units(family: Family) -> None:
     assert directions.unit == (2**-10 if family == "gaussian" else 1)
     assert directions.largest == (6490 if family == "gaussian" else 1)
     assert np.abs(directions.entries(0, slice(0, 8))).max() <= directions.largest
-
-
-# The discrete Gaussian
-
-
-def probabilities() -> Float64:
-    """Of each magnitude 0 .. 6490, in units of 2**-31, exact in float64."""
-    edges = np.concatenate([[0], gaussian.thresholds().astype(np.int64), [2**31]])
-    return np.diff(edges).astype(np.float64)
-
-
-def test_gaussian_moments_of_the_table() -> None:
-    p, m = probabilities() / 2**31, np.arange(gaussian.largest() + 1) / 2**10
-    assert p.min() >= 0  # the farthest magnitudes have less than half a draw, so that some never occur
-    assert p.sum() == 1
-    assert abs((p * m**2).sum() - 1) < 1e-8
-    assert abs((p * m**4).sum() - 3) < 1e-6
-
-
-def test_gaussian_thresholds_follow_the_normal_distribution() -> None:
-    edges = (np.arange(gaussian.largest()) + 0.5) / 2**10
-    expected = 2 * stats.norm.cdf(edges) - 1
-    assert np.abs(gaussian.thresholds() / 2**31 - expected).max() < 1e-7
-
-
-def test_gaussian_look_up_at_every_threshold() -> None:
-    table = gaussian.thresholds().tolist()
-    assert table == sorted(table)
-    for offset in (-1, 0, 1):
-        draws = [min(threshold + offset, 2**31 - 1) for threshold in table]
-        expected = np.array([bisect_right(table, draw) for draw in draws])
-        bits = np.array(draws, np.uint32) << np.uint32(1)
-        assert np.array_equal(gaussian.from_bits(bits), expected)
-        assert np.array_equal(gaussian.from_bits(bits | np.uint32(1)), -expected)
-    extremes = np.array([0, 1, 2**32 - 2, 2**32 - 1], np.uint32)
-    assert gaussian.from_bits(extremes).tolist() == [0, 0, 6490, -6490]
-
-
-@settings(deadline=None, max_examples=100)
-@given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=20))
-def test_gaussian_look_up_counts_thresholds(bits: list[int]) -> None:
-    table = gaussian.thresholds()
-    slow = [(-1 if b & 1 else 1) * int((table <= b >> 1).sum()) for b in bits]
-    assert gaussian.from_bits(np.array(bits, np.uint32)).tolist() == slow
 
 
 # Statistics: fixed keys, 5 standard errors
@@ -366,3 +313,10 @@ def test_no_directions_and_ranges_outside(family: Family) -> None:
     assert directions.factors(slice(0, 2), []) == {}
     with pytest.raises(ValueError, match="expected a range within 0:5"):
         directions.entries(1, slice(0, 1), 2, 6)
+
+
+def test_only_a_clients_own_directions_depend_on_the_client() -> None:
+    table = make_table({"w": (2, 3)})
+    assert Directions.of(TASK, table, client=4, step=2) == Directions(table, "rank1", (TASK.key, TASK.round), 0, 2)
+    own = msgspec.structs.replace(TASK, sharing="per-client")
+    assert Directions.of(own, table, client=4) == Directions(table, "rank1", (TASK.key, TASK.round), 5, 0)

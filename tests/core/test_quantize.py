@@ -29,7 +29,6 @@ from baffle.core.quantize import (
 from baffle.core.rebuild import estimate
 from baffle.core.scalars import encode as encode_scalars
 from baffle.core.types import Family, ParamSpec, Row, Table, Task, Weights, make_table, pack_int32, table_size
-from baffle.errors import OptionError, PlanError
 from baffle.runtimes import perturb
 from baffle.runtimes.perturb import Perturbations
 from helpers import TASK
@@ -371,26 +370,6 @@ def test_the_estimate_converges_to_the_gradient(family: Family) -> None:
 
 
 # Methods
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"family": "gaussian"},
-        {"local_steps": 2, "optimizer": bf.sgd(0.1)},
-    ],
-)
-def test_the_lattice_refuses_what_does_not_fit_whole_steps(changes: dict[str, object]) -> None:
-    fits: dict[str, object] = {"lattice": 2}
-    Method(**fits)  # type: ignore[arg-type]  # options by name
-    with pytest.raises(PlanError, match=r"lattice = 2 with family .*: expected rank1 or rademacher, and 1"):
-        Method(**{**fits, **changes})  # type: ignore[arg-type]  # options by name
-
-
-@pytest.mark.parametrize("codes", [-1, 9, 1.5, True])
-def test_steps_that_do_not_fit_eight_bits_are_refused(codes: int) -> None:
-    with pytest.raises(OptionError, match=rf"lattice = {codes}: expected an integer >= 0 and <= 8"):
-        Method(lattice=codes, difference="central")
 
 
 def test_the_task_and_the_row_carry_the_lattice() -> None:

@@ -1,4 +1,8 @@
-"""Aggregation of the clients' integers: checked, then summed; and the scale that the next round uses."""
+"""Aggregation of the clients' integers: check each reply, sum them, and choose the next round's scale.
+
+Scalars travel as integers in units of a power of two, 2**exponent (``docs/design.md``, section 3). A row's sums show
+how large the scalars are, so the next exponent follows from the last row alone, and replay needs no other record.
+"""
 
 from __future__ import annotations
 
@@ -35,12 +39,23 @@ _CALIBRATION_ROUNDS = 4
 
 
 class WeightedSum(msgspec.Struct, frozen=True, tag="weighted_sum"):
-    """Plain sums of the weighted integers; with per-client directions the vectors are kept side by side."""
+    """Plain sums of the clients' weighted integers; with per-client directions, one vector per client.
+
+    Examples:
+        >>> WeightedSum()
+        WeightedSum()
+    """
 
     def combine(self, task: Task, cohort: Cohort, replies: Sequence[Reply] | Aggregate) -> Aggregate:
-        """Sum the replies to one task. The order in which they came does not matter.
+        """Check and sum the replies to one task. The order in which they arrived does not matter.
 
-        Raises ReplyError if one does not fit the task, or if there is none.
+        Args:
+            task: what the clients were asked.
+            cohort: the round's participants and their weights.
+            replies: one reply per client that answered.
+
+        Raises:
+            ReplyError: a reply does not fit the task, two are of one client, or there is none.
         """
         if isinstance(replies, Aggregate):
             raise ReplyError(f"round {task.round}: a sum: expected the clients' replies")
@@ -61,10 +76,15 @@ class WeightedSum(msgspec.Struct, frozen=True, tag="weighted_sum"):
 
 
 class SecureSum(msgspec.Struct, frozen=True, tag="secure_sum"):
-    """Sums of which the server sees nothing but the sum (``docs/secure-sum.md``).
+    """Secure aggregation: the server learns the sum over clients and nothing else (``docs/secure-sum.md``).
 
-    ``minimum``: the smallest cohort that is summed. ``neighbours``: with how many others a client shares masks, at
-    most; in a larger cohort they form a random regular graph.
+    Attributes:
+        minimum: the smallest cohort that is summed, at least 2.
+        neighbours: the largest number of other clients that a client shares masks with, 4 to 250. In a larger cohort
+            the clients form a random regular graph (Bell et al., CCS 2020).
+
+    Raises:
+        OptionError: an option is out of range.
 
     Examples:
         >>> SecureSum(minimum=1)
@@ -80,9 +100,15 @@ class SecureSum(msgspec.Struct, frozen=True, tag="secure_sum"):
         require_count("secure_sum.neighbours", self.neighbours, FEWEST_NEIGHBOURS, 250)
 
     def combine(self, task: Task, cohort: Cohort, replies: Sequence[Reply] | Aggregate) -> Aggregate:
-        """The sum that the engine and the clients have made, checked against the public weights of who is in it.
+        """Check a sum that the protocol has produced against the public weights of its participants.
 
-        Raises ReplyError if it is not the sum of participants of this round.
+        Args:
+            task: what the clients were asked.
+            cohort: the round's participants and their weights.
+            replies: the sum; one without participants stands for a round in which no sum could be made.
+
+        Raises:
+            ReplyError: it cannot be the sum of participants of this round.
         """
         if not isinstance(replies, Aggregate):
             raise ReplyError(f"round {task.round}: single replies: expected a secure sum")
@@ -140,7 +166,10 @@ def summed(task: Task, values: Integers, counts: Sequence[int], participants: tu
 
 
 def nothing(task: Task) -> Aggregate:
-    """A round that brought nothing usable: no sum could be made."""
+    """The aggregate of a void round, in which no sum could be made.
+
+    Every scalar counts as not finite, so that the round's row is not applied, and the scale stays.
+    """
     return Aggregate(
         vectors=np.zeros((1, task.local_steps, task.numbers), np.int64),
         participants=(),
@@ -216,8 +245,12 @@ def clipped_share(row: Row) -> float:
 def next_exponents(table: Table, bits: int, last: Row | None, clip: float | None = None) -> tuple[int, ...]:
     """The powers of two on which the next round encodes each unit's numbers, from how large the last ones were.
 
-    With a clipping norm the range is never wider than that norm needs: what clients clip themselves says nothing
-    about the scale.
+    It aims at integers with a root mean square of 2**10, and widens the range if scalars were clipped.
+
+    Args:
+        last: the last round's row; None before round 0.
+        clip: the clients' clipping norm. The range is never wider than it needs: scalars that were clipped to the
+            norm do not call for a wider one.
     """
     if last is None:
         return (FIRST_EXPONENT,) * len(sizes_of(table, 1))
@@ -233,7 +266,7 @@ def measures_scale(last: Row | None, bits: int) -> bool:
     """Whether the next round only measures the scale: round 0 does, and a few more if it missed by far."""
     if last is None:
         return True
-    if last.applied or last.round + 1 >= _CALIBRATION_ROUNDS:
+    if last.applied or last.round + 1 >= _MEASURING_ROUNDS:
         return False
     target = target_magnitude(bits)
     return any(m and not target / 64 < m < target * 4 for m in typical_magnitudes(last))

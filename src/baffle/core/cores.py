@@ -1,4 +1,7 @@
-"""How many cores this process may use."""
+"""How many cores this process may use.
+
+``os.cpu_count`` counts the machine's, also where a container or a scheduler allows fewer.
+"""
 
 from __future__ import annotations
 
@@ -7,5 +10,5 @@ import sys
 
 
 def cores() -> int:
-    """Cores that this process may run on."""
+    """Number of cores that this process may run on; where only the machine's number is known, that."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

@@ -1,15 +1,15 @@
-"""Random directions, addressed by counter: any part of any direction alone, on any machine.
+"""Random directions, addressed by counter: any part of any direction can be drawn alone, on any machine.
 
-Three families, all with E[d dT] = I:
+Three families (distributions), all with E[d dT] = I, so that the estimate 1/K sum_k s_k d_k is unbiased as sigma -> 0:
 
-* ``rank1`` (default): each matrix (out, rest) gets a bT with a, b random signs; every other tensor a
-  sign vector. Costs out + rest bits a matrix and turns the rebuild into a matrix product.
-  (Sarkar et al., EGGROLL, 2025; Spall, SPSA, 1992.)
+* ``rank1`` (default): a matrix (out, rest) gets the product a bT of two random sign vectors, every other tensor a
+  sign vector. This costs out + rest bits per matrix instead of out * rest, and turns the rebuild into a matrix
+  product. (Sarkar et al., EGGROLL, 2025; Spall, SPSA, 1992.)
 * ``rademacher``: independent signs.
 * ``gaussian``: the discrete Gaussian on multiples of 2**-10, for fidelity to BAFFLE (arXiv 2301.12195).
 
-Entries are integers in units of 1 (signs) or 2**-10 (Gaussian). Counter words: block, direction, tensor,
-purpose/client/step (see ``philox.word3``); key: run key and round.
+Entries are integers in units of 1 (signs) or 2**-10 (Gaussian). The generator's key is (run key, round); its counter
+words are block, direction, tensor, and purpose/client/step (:func:`baffle.core.philox.word3`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Signs = npt.NDArray[np.int8]
 Bytes = npt.NDArray[np.uint8]
 Entries = npt.NDArray[np.int16]
 
-_LONG = 24  # blocks a direction from which the compiled stream is the faster one
+_LONG = 24  # blocks per direction from which numpy's compiled generator is faster than ours
 FACTORS = (Purpose.LEFT, Purpose.RIGHT)
 ENTRIES_PER_BLOCK = {
     Purpose.SIGNS: BLOCK_BITS,
@@ -42,20 +42,31 @@ ENTRIES_PER_BLOCK = {
 
 
 class Run(NamedTuple):
-    """Some blocks of one stream of bits, the same in each direction: what :meth:`Directions.bits` draws."""
+    """Consecutive blocks of one stream of bits, drawn for each direction by :meth:`Directions.bits`.
+
+    Attributes:
+        purpose: what the bits are for.
+        tensor: index of the tensor in the table.
+        first: number of the first block.
+        blocks: how many blocks of 256 bits.
+    """
 
     purpose: Purpose
     tensor: int
     first: int
-    """Number of the first block."""
     blocks: int
 
 
 @dataclass(frozen=True)
 class Directions:
-    """The directions of one round, client and local step; nothing is drawn until asked for.
+    """The directions of one round, client and local step. Nothing is drawn until it is needed.
 
-    ``client`` is 0 for directions that all clients share and index + 1 for a client's own.
+    Attributes:
+        table: the trainable tensors.
+        family: distribution of the entries.
+        key: (run key, round).
+        client: 0 for directions that all clients share, the client's number + 1 for its own (see :meth:`of`).
+        step: local step, from 0.
 
     Examples:
         >>> from baffle.core.types import make_table
@@ -85,12 +96,12 @@ class Directions:
 
     @property
     def unit(self) -> float:
-        """The value of one unit of an entry: a power of two."""
+        """Value of one unit of the integer entries: a power of two."""
         return 2.0**-gaussian.GRID_BITS if self.family == "gaussian" else 1.0
 
     @property
     def largest(self) -> int:
-        """The largest magnitude of an entry, in units."""
+        """Largest magnitude of an entry, in units."""
         return gaussian.largest() if self.family == "gaussian" else 1
 
     def is_rank1(self, tensor: int) -> bool:
@@ -100,9 +111,14 @@ class Directions:
         return self.family == "rank1" and spec.matrix is not None and spec.credit.kind == "loss"
 
     def factors(self, ks: slice, tensors: list[int] | None = None) -> dict[int, tuple[Signs, Signs]]:
-        """The factors of rank-1 tensors: tensor -> (a int8[K, out], b int8[K, rest]).
+        """The factors of rank-1 directions, all drawn in one call of the generator.
 
-        One call of the generator draws them all.
+        Args:
+            ks: numbers of the directions, as a range.
+            tensors: indices of tensors; None: all. Those that are not rank-1 are left out.
+
+        Returns:
+            Tensor -> (a, b), signs int8[K, out] and int8[K, rest].
         """
         chosen = [i for i in (range(len(self.table)) if tensors is None else tensors) if self.is_rank1(i)]
         sides = [(i, side) for i in chosen for side in zip(FACTORS, self.table[i].matrix or (), strict=False)]
@@ -111,9 +127,14 @@ class Directions:
         return {i: (signs[2 * j], signs[2 * j + 1]) for j, i in enumerate(chosen)}
 
     def bits(self, runs: Sequence[Run], ks: slice) -> list[Bytes]:
-        """The bits of each run in each direction, 256 a block, lowest bit first: uint8[K, 32 * blocks] a run.
+        """The bits of each run, for each direction; all short runs are drawn in one call of the generator.
 
-        One call of the generator draws all the short ones.
+        Args:
+            runs: which blocks of which streams.
+            ks: numbers of the directions, as a range.
+
+        Returns:
+            For each run uint8[K, 32 * blocks]: 256 bits per block, lowest bit first.
 
         Examples:
             >>> from baffle.core.types import make_table
@@ -135,17 +156,26 @@ class Directions:
         return [_as_bytes(next(parts) if run.blocks < _LONG else self._stream(run, ks)) for run in runs]
 
     def sign_bits(self, tensor: int, ks: slice, first_block: int, blocks: int) -> Bytes:
-        """Packed sign bits of a tensor, 256 a block, lowest bit first: uint8[K, 32 * blocks]."""
+        """Packed sign bits of a tensor: uint8[K, 32 * blocks], 256 bits per block, lowest bit first."""
         return self.bits([Run(Purpose.SIGNS, tensor, first_block, blocks)], ks)[0]
 
     def entries(self, tensor: int, ks: slice, start: int = 0, stop: int | None = None) -> Entries:
-        """Entries ``start:stop`` of a tensor's directions, of any family: int16[K, stop - start], in units.
+        """Entries of a tensor's directions, of any family, written out: the reference that fast forms must equal.
 
-        Pruned ones are 0. Rank-1 products are written out: this is the obvious form that the fast ones are tested
-        against.
+        Args:
+            tensor: index of the tensor in the table.
+            ks: numbers of the directions, as a range.
+            start: first entry.
+            stop: end of the entries; None: the tensor's size.
+
+        Returns:
+            int16[K, stop - start], in units; pruned entries are 0.
+
+        Raises:
+            ValueError: the range is not within the tensor.
         """
         mask = self.table[tensor].mask
-        if mask is not None:
+        if mask is not None:  # an entry's bits depend on its place alone, so pruning others does not move it
             whole = replace(self, table=tuple(msgspec.structs.replace(spec, kept=b"") for spec in self.table))
             return whole.entries(tensor, ks, start, stop) * mask[start:stop]
         size = self.table[tensor].size
@@ -186,6 +216,6 @@ def _as_bytes(words: U64) -> Bytes:
 
 
 def _to_signs(packed: Bytes, count: int) -> Signs:
-    """Bit 1 is +1, bit 0 is -1."""
+    """uint8[K, bytes] -> int8[K, count]: bit 1 is +1, bit 0 is -1."""
     bits = np.unpackbits(packed, axis=1, count=count, bitorder="little").view(np.int8)
     return bits * np.int8(2) - np.int8(1)

@@ -1,8 +1,8 @@
-"""Gaussian numbers on the grid of multiples of 2**-10, by integer operations only.
+"""Gaussian numbers on the grid of multiples of 2**-10, drawn by integer operations only.
 
-A magnitude m has probability proportional to exp(-m**2 / 2**21): the discrete Gaussian, whose variance on
-this grid is 1 to more digits than can be counted. The thresholds below are computed with big integers
-(no libm), so they are the same on every machine; ``docs/protocol.md`` prints their hash.
+The discrete Gaussian: magnitude m has probability proportional to exp(-m**2 / 2**21). On so fine a grid its variance
+is 1 to far more digits than float64 has. The thresholds below are computed with big integers (no libm), so they are
+the same on every machine; ``docs/protocol.md`` has their hash.
 """
 
 from __future__ import annotations
@@ -13,15 +13,19 @@ import numpy as np
 import numpy.typing as npt
 
 GRID_BITS = 10
+"""log2 of the grid points per unit."""
 _BITS = 31  # a draw is one sign bit and 31 bits that are looked up in the table
-_GUIDE_BITS = 16
+_GUIDE_BITS = 16  # leading bits that an index over the table covers
 _CHUNK = 2**16  # draws looked up at once: the temporaries stay in a core's cache
 _FIXED = 256  # fraction bits of the big-integer arithmetic
 
 
 @cache
 def thresholds() -> npt.NDArray[np.uint32]:
-    """Non-decreasing uint32 thresholds: the magnitude of a 31-bit draw v is the number of thresholds <= v.
+    """The inverse distribution function as a table: the magnitude of a 31-bit draw v is the number of thresholds <= v.
+
+    Returns:
+        Non-decreasing uint32[6490].
 
     Examples:
         >>> len(thresholds()), int(thresholds()[0])
@@ -51,15 +55,16 @@ def thresholds() -> npt.NDArray[np.uint32]:
 
 @cache
 def largest() -> int:
-    """The largest magnitude, in units of 2**-10."""
+    """Largest magnitude that can be drawn, in units of 2**-10."""
     return len(thresholds())
 
 
 @cache
 def _guide() -> tuple[npt.NDArray[np.int16], npt.NDArray[np.uint32], int]:
-    """For each leading 16 bits of a draw: the magnitude at its start, and the next threshold.
+    """An index over the thresholds by the leading 16 bits of a draw (its lead).
 
-    Also the first lead from which a lead may have more than one threshold.
+    Returns the magnitude at the start of each lead, the threshold that follows it, and the first lead that contains
+    more than one threshold: below it, one comparison decides; from there on, a binary search does.
     """
     starts = np.arange((1 << _GUIDE_BITS) + 1, dtype=np.uint32) << np.uint32(_BITS - _GUIDE_BITS)
     low = np.searchsorted(thresholds(), starts, side="right")
@@ -68,7 +73,13 @@ def _guide() -> tuple[npt.NDArray[np.int16], npt.NDArray[np.uint32], int]:
 
 
 def from_bits(bits: npt.NDArray[np.uint32]) -> npt.NDArray[np.int16]:
-    """Turn uniform 32-bit words into Gaussian integers, in units of 2**-10; bit 0 is the sign.
+    """Turn uniform 32-bit words into Gaussian integers.
+
+    Args:
+        bits: random words of any shape; bit 0 is the sign, the other 31 are looked up.
+
+    Returns:
+        int16 of the same shape, in units of 2**-10.
 
     Examples:
         >>> from_bits(np.array([0, 1, 2 * 836643, 2 * 836643 + 1], np.uint32)).tolist()
@@ -90,6 +101,6 @@ def _look_up(bits: npt.NDArray[np.uint32], out: npt.NDArray[np.int16]) -> None:
     out += draws >= following.take(lead)
     where = np.nonzero(draws >= np.uint32(tail << (_BITS - _GUIDE_BITS)))
     out[where] = np.searchsorted(thresholds(), draws[where], side="right")
-    minus = -(bits & np.uint32(1)).astype(np.int16)  # -1 or 0
+    minus = -(bits & np.uint32(1)).astype(np.int16)  # -1 or 0: negate by two's complement, without a branch
     out ^= minus
     out -= minus

@@ -1,8 +1,8 @@
-"""When a run has diverged, and what to do about it: return to the best state, go on with a smaller step.
+"""The divergence guard: when a run has diverged, and how to continue: from the best state, with a smaller step.
 
-Loss is judged only where it is measured, on the server's own data every so many rounds, so that clients tell
-nothing more. Which state is best follows from the metrics alone; what was done about it is in the journal's rows
-(``restores``, ``rollbacks``), and replay decides nothing.
+The loss is judged only where it is measured: on the server's own data, at the evaluations, so that clients report
+nothing more. Which state is best follows from the metrics alone. What was done about a divergence is recorded in the
+journal's rows (``restores``, ``rollbacks``), so replay decides nothing.
 """
 
 from __future__ import annotations
@@ -17,12 +17,23 @@ from baffle.errors import OptionError
 
 
 class Guard(msgspec.Struct, frozen=True, tag="guard"):
-    """Watch for divergence.
+    """When a run counts as diverged, and how often it may roll back.
 
-    A run has diverged if its loss was above ``factor`` times its best, and above that of the first evaluation, for
+    A run has diverged if its loss was above ``factor`` times the best one, and above that of the first evaluation, for
     ``patience`` evaluations in a row; if its loss is not finite; or if an update would bring a weight above
-    ``largest``. Then it returns to the state of the best evaluation (of the last, without data), and its learning
-    rates shrink by ``shrink``: ``rollbacks`` times; once more, and it stops there. ``rollbacks=0`` stops at once.
+    ``largest``. It then returns to the state of the best evaluation (without data: of the last one), and its learning
+    rates are multiplied by ``shrink``. After ``rollbacks`` such returns, the next divergence ends the run in that best
+    state.
+
+    Attributes:
+        factor: how far above the best loss is too far; at least 1.
+        patience: evaluations in a row that must be too far above.
+        shrink: factor of the learning rates at each rollback, between 0 and 1.
+        rollbacks: how many rollbacks a run may take; 0 stops at the first divergence.
+        largest: magnitude that no weight may exceed.
+
+    Raises:
+        OptionError: an option is out of range.
 
     Examples:
         >>> watch = Guard(patience=2).watch()
@@ -50,23 +61,31 @@ class Guard(msgspec.Struct, frozen=True, tag="guard"):
         require_positive("guard.largest", self.largest)
 
     def watch(self) -> Watch:
-        """A watch that has seen nothing."""
+        """A watch that has not seen an evaluation yet."""
         return Watch(self)
 
 
 @dataclass(frozen=True)
 class Watch:
-    """What a guard has seen so far: a fold over the evaluations of a run."""
+    """What a guard has seen so far: a fold over the evaluations of a run.
+
+    Attributes:
+        guard: the options.
+        first: loss of the first evaluation, if it was finite.
+        best: lowest loss so far.
+        strikes: evaluations in a row whose loss was too high.
+        best_round: round of the best evaluation (without data: of the last one), which a rollback returns to; -1 before
+            the first evaluation.
+    """
 
     guard: Guard
     first: float | None = None
     best: float = math.inf
     strikes: int = 0
     best_round: int = -1
-    """Round of the best evaluation; without data, of the last."""
 
     def see(self, round: int, loss: float | None) -> Watch:
-        """The watch after an evaluation; None: there is no data to evaluate on."""
+        """The watch after the evaluation of a round. ``loss`` is None if there are no data to evaluate on."""
         if loss is None:
             return replace(self, best_round=round)
         if self.first is None:
@@ -81,10 +100,10 @@ class Watch:
         return replace(self, best=loss, strikes=0, best_round=round)
 
     def restored(self) -> Watch:
-        """The watch after a return to the best state."""
+        """The watch after a rollback to the best state: the strikes are forgotten, the best loss is not."""
         return replace(self, strikes=0)
 
     @property
     def diverged(self) -> bool:
-        """Whether it is time to go back."""
+        """Whether the run has diverged and should roll back."""
         return self.strikes >= self.guard.patience

@@ -1,10 +1,9 @@
-"""Optimizers, schedules and the evaluation average: element-wise float32, the same bits on every machine.
+"""Optimizers, schedules and the moving average of the weights: element-wise float32, the same bits on every machine.
 
-Each optimizer splits in two. ``coefficients(step)`` runs once, on the server: it computes every number that
-is not element-wise (learning rate of the step, bias corrections) and these go into the journal's row;
-``scale`` multiplies the learning rate.
-``update`` runs on every machine that replays the row: separate IEEE float32 operations in a fixed order,
-nothing fused, nothing computed twice.
+Each optimizer has two halves. ``coefficients(step)`` runs once, on the server: it computes every number that is not
+element-wise (the step's learning rate, bias corrections), and these go into the journal's row. ``update`` runs on
+every machine that replays the row: separate IEEE float32 operations in a fixed order, none of them fused, and no
+transcendental function whose last bit depends on the library.
 
 SGD with momentum (Sutskever et al., ICML 2013); Adam (Kingma and Ba, arXiv 1412.6980); AdamW (Loshchilov and
 Hutter, arXiv 1711.05101); cosine schedule (arXiv 1608.03983).
@@ -25,10 +24,16 @@ from baffle.core.types import Weights
 Slots: TypeAlias = dict[str, Weights]
 """The optimizer's own state: name -> float32[n]."""
 Coefficients: TypeAlias = dict[str, float]
+"""The numbers of an update that are not element-wise, each exactly a float32: name -> value."""
 
 
 class Constant(msgspec.Struct, frozen=True, tag="constant"):
-    """The learning rate stays."""
+    """Constant learning rate.
+
+    Examples:
+        >>> Constant().factor(1000)
+        1.0
+    """
 
     def factor(self, step: int) -> float:
         """Multiplier of the learning rate at update ``step`` (from 1)."""
@@ -36,7 +41,12 @@ class Constant(msgspec.Struct, frozen=True, tag="constant"):
 
 
 class Cosine(msgspec.Struct, frozen=True, tag="cosine"):
-    """From 1 down to ``final`` along half a cosine over ``rounds``, after a linear warm-up.
+    """From 1 down to ``final`` along half a cosine (arXiv 1608.03983, without restarts), after a linear warm-up.
+
+    Attributes:
+        rounds: updates until the learning rate has reached ``final``, including the warm-up.
+        warmup: updates over which it first rises linearly.
+        final: the last factor, from 0 to 1.
 
     Examples:
         >>> [round(Cosine(rounds=4).factor(s), 3) for s in (1, 3, 5, 9)]
@@ -62,7 +72,7 @@ class Cosine(msgspec.Struct, frozen=True, tag="cosine"):
 
 
 class Decay(msgspec.Struct, frozen=True, tag="decay"):
-    """Multiply by ``gamma`` every ``every`` updates.
+    """Multiply the learning rate by ``gamma`` after every ``every`` updates.
 
     Examples:
         >>> [Decay(every=2, gamma=0.5).factor(s) for s in (1, 2, 3, 5)]
@@ -86,7 +96,15 @@ Schedule = Constant | Cosine | Decay
 
 
 class Sgd(msgspec.Struct, frozen=True, tag="sgd"):
-    """w <- w - lr b with b <- momentum b + g + weight_decay w.
+    """Stochastic gradient descent: w <- w - lr b with b <- momentum b + g + weight_decay w.
+
+    The momentum is heavy-ball momentum as in PyTorch (Sutskever et al., ICML 2013).
+
+    Attributes:
+        lr: learning rate.
+        momentum: factor of the previous step, from 0 to below 1.
+        weight_decay: factor of the weights that is added to the gradient.
+        schedule: factor of the learning rate over the updates.
 
     Examples:
         >>> sgd, w, g = Sgd(lr=0.5), np.array([1, 2], np.float32), np.array([2, -2], np.float32)
@@ -121,7 +139,15 @@ class Sgd(msgspec.Struct, frozen=True, tag="sgd"):
 
 
 class Adam(msgspec.Struct, frozen=True, tag="adam"):
-    """Adam with bias correction; ``weight_decay`` is added to the gradient.
+    """Adam with bias correction (Kingma and Ba, arXiv 1412.6980, algorithm 1).
+
+    Attributes:
+        lr: learning rate.
+        beta1: decay of the mean of the gradients.
+        beta2: decay of the mean of their squares.
+        eps: added to the root of the second, against division by zero.
+        weight_decay: factor of the weights that is added to the gradient (L2).
+        schedule: factor of the learning rate over the updates.
 
     Examples:
         >>> adam, w, g = Adam(lr=0.1), np.array([1, 1], np.float32), np.array([3, -7], np.float32)
@@ -170,7 +196,13 @@ class Adam(msgspec.Struct, frozen=True, tag="adam"):
 
 
 class AdamW(Adam, frozen=True, tag="adamw"):
-    """Adam with decoupled weight decay: w shrinks by lr * weight_decay at each update."""
+    """Adam with decoupled weight decay (arXiv 1711.05101): w shrinks by lr * weight_decay at each update.
+
+    Examples:
+        >>> adamw, w = AdamW(lr=0.1, weight_decay=0.5), np.array([1], np.float32)
+        >>> update("adamw", w, adamw.init(1), np.zeros(1, np.float32), adamw.coefficients(1))[0].tolist()
+        [0.949999988079071]
+    """
 
     weight_decay: float = 0.01
 
@@ -191,27 +223,44 @@ Optimizer = Sgd | Adam | AdamW
 def update(
     name: str, weights: Weights, slots: Slots, gradient: Weights, coefficients: Coefficients
 ) -> tuple[Weights, Slots]:
-    """One step of the rule ``name``; returns new weights and slots, the arguments stay as they are."""
+    """One step of an optimizer; the arguments are left unchanged.
+
+    Args:
+        name: name of the rule: ``sgd``, ``adam`` or ``adamw``.
+        weights: float32[n].
+        slots: the optimizer's state from the previous step.
+        gradient: float32[n].
+        coefficients: the step's numbers, from the optimizer's ``coefficients``.
+
+    Returns:
+        New weights and new slots.
+    """
     numbers = {key: np.float32(value) for key, value in coefficients.items()}
     return _RULES[name](weights, slots, gradient, numbers)
 
 
 def moving_average(previous: Weights, weights: Weights, decay: float) -> Weights:
-    """Exponential moving average for evaluation: decay * previous + (1 - decay) * weights, in float32."""
+    """Exponential moving average of the weights: decay * previous + (1 - decay) * weights, in float32."""
     d = np.float32(decay)
     return d * previous + (np.float32(1) - d) * weights
 
 
 def ema_decay(decay: float, step: int) -> float:
-    """The decay at update ``step``: short at first, (1 + t) / (10 + t), then ``decay``; a float32."""
+    """The moving average's decay at update ``step``: (1 + t) / (10 + t) until that exceeds ``decay``; a float32.
+
+    The short memory at first keeps the initial weights from dominating the average.
+    """
     return float(np.float32(min(decay, (1 + step) / (10 + step))))
 
 
 class ClipUpdate(msgspec.Struct, frozen=True, tag="clip_update"):
-    """Scale the estimate so that its largest magnitude is at most ``max_norm`` (on the server).
+    """Scale the gradient estimate on the server, so that its largest magnitude is at most ``max_norm``.
 
-    The published code clips each client's gradient so, which is not linear; clipping the estimate is, up to
-    one factor that the row records.
+    BAFFLE's published code clips each client's gradient this way, which is not linear in the clients' scalars.
+    Clipping the estimate keeps the sum over clients; the row records its one factor.
+
+    Attributes:
+        max_norm: largest magnitude of an entry (infinity norm).
 
     Examples:
         >>> ClipUpdate(0.5).factor(np.array([0.25, -2.0], np.float32))
@@ -225,7 +274,7 @@ class ClipUpdate(msgspec.Struct, frozen=True, tag="clip_update"):
         require_positive("clip_update.max_norm", self.max_norm)
 
     def factor(self, gradient: Weights) -> float:
-        """The factor to multiply the estimate by; a float32 <= 1."""
+        """The factor that the estimate is multiplied by; a float32 <= 1."""
         largest = float(np.abs(gradient).max(initial=0.0))
         return 1.0 if largest <= self.max_norm else float(np.float32(self.max_norm / largest))
 

@@ -1,11 +1,11 @@
-"""Philox4x64-10, a counter-based generator: any block of random bits, alone and in any order.
+"""Philox4x64-10, a counter-based generator: any block of random bits can be drawn alone, in any order.
 
 Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC'11
-(https://doi.org/10.1145/2063384.2063405). It is the generator behind ``numpy.random.Philox``, which
-increments its counter before the first output; here counter c gives block c.
+(https://doi.org/10.1145/2063384.2063405). It is the generator behind ``numpy.random.Philox``, which increments its
+counter before the first output; here counter c gives block c.
 
-Vectorised over counters with numpy's integers, so that one call draws the blocks of all directions and
-tensors. Not a cipher: masks and privacy noise never come from here.
+Vectorised over counters in numpy, so that one call draws the blocks of all directions and tensors. It is not a
+cipher: the masks of a secure sum never come from here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ Key: TypeAlias = tuple[int, int]
 """(run key, round): two unsigned 64-bit integers."""
 
 BLOCK_BITS = 256
-_CHUNK = 8192  # counters a pass: the temporaries stay in a core's cache, and a thread seldom waits for another
+"""Bits per block: four words of 64."""
+_CHUNK = 8192  # counters per pass: the temporaries stay in a core's cache, and threads rarely wait for one another
 _ROUNDS = 10
 _MASK32 = np.uint64(0xFFFFFFFF)
 _SHIFT32 = np.uint64(32)
@@ -30,7 +31,7 @@ _WEYL = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
 
 
 class Purpose(IntEnum):
-    """What a stream of bits is for: the top byte of counter word 3."""
+    """What a stream of bits is for: the top byte of counter word 3. The values are part of the protocol."""
 
     SIGNS = 1
     LEFT = 2
@@ -45,6 +46,9 @@ class Purpose(IntEnum):
 def word3(purpose: Purpose, client: int = 0, step: int = 0) -> int:
     """Counter word 3: purpose (8 bits), client (32 bits), local step (24 bits).
 
+    Raises:
+        ValueError: client or step does not fit its bits.
+
     Examples:
         >>> hex(word3(Purpose.LEFT, client=5, step=1))
         '0x200000005000001'
@@ -55,7 +59,14 @@ def word3(purpose: Purpose, client: int = 0, step: int = 0) -> int:
 
 
 def philox(key: Key, counters: tuple[U64, U64, U64, U64]) -> U64:
-    """Blocks of four 64-bit words for counters of any shape that broadcast together: uint64[..., 4].
+    """The blocks of some counters.
+
+    Args:
+        key: (run key, round).
+        counters: the four counter words, of shapes that broadcast together.
+
+    Returns:
+        Four words per counter, uint64[..., 4].
 
     Examples:
         >>> zero = np.zeros(1, np.uint64)
@@ -76,9 +87,9 @@ def philox(key: Key, counters: tuple[U64, U64, U64, U64]) -> U64:
 
 
 def stream(key: Key, counter: tuple[int, int, int, int], blocks: int) -> U64:
-    """``blocks`` consecutive blocks starting at one counter: uint64[blocks, 4].
+    """Consecutive blocks from one counter on: uint64[blocks, 4].
 
-    The same bits as :func:`philox`, by numpy's compiled generator; faster for long runs.
+    The same bits as :func:`philox` gives, from numpy's compiled generator; faster for many blocks.
 
     Examples:
         >>> zero = np.zeros(1, np.uint64)
@@ -90,9 +101,16 @@ def stream(key: Key, counter: tuple[int, int, int, int], blocks: int) -> U64:
 
 
 def streams(key: Key, counter: tuple[int, int, int, int], count: int, blocks: int) -> U64:
-    """``blocks`` consecutive blocks from each of ``count`` consecutive directions: uint64[count, blocks, 4].
+    """Consecutive blocks for each of some consecutive directions, from numpy's compiled generator.
 
-    The direction is counter word 1, and ``counter`` is where the first one starts.
+    Args:
+        key: (run key, round).
+        counter: counter of the first direction's first block; the direction is word 1.
+        count: number of directions.
+        blocks: blocks for each of them.
+
+    Returns:
+        uint64[count, blocks, 4].
 
     Examples:
         >>> both = streams((1, 2), (0, 5, 0, 0), 2, 6)
@@ -104,12 +122,12 @@ def streams(key: Key, counter: tuple[int, int, int, int], count: int, blocks: in
     out = np.empty((count, blocks, 4), np.uint64)
     for words in out.reshape(count, 4 * blocks):
         words[:] = source.random_raw(4 * blocks)
-        source.advance(2**64 - blocks)  # a fifth of the time that a new generator takes
+        source.advance(2**64 - blocks)  # to the next direction, in a fifth of the time that a new generator takes
     return out
 
 
 def _rounds(key: Key, scratch: U64, out: U64) -> None:
-    """The blocks of the counters in rows 0 to 3 of ``scratch``, uint64[9, counters]; the rows are used up."""
+    """Write the blocks of the counters in rows 0 to 3 of ``scratch``, uint64[9, counters], which is overwritten."""
     c0, c1, c2, c3, high0, high1, *spare = scratch
     for i in range(_ROUNDS):
         k0, k1 = (np.uint64((k + i * w) % 2**64) for k, w in zip(key, _WEYL, strict=True))
@@ -124,7 +142,10 @@ def _rounds(key: Key, scratch: U64, out: U64) -> None:
 
 
 def _multiply(constant: int, x: U64, high: U64, spare: list[U64]) -> None:
-    """The 128-bit products: their low 64 bits into ``x``, the others into ``high``."""
+    """128-bit products with a constant: the low 64 bits go into ``x``, the others into ``high``.
+
+    numpy has no 128-bit integers, so the high half is put together from 32-bit halves (schoolbook multiplication).
+    """
     low_constant, high_constant = np.uint64(constant & 0xFFFFFFFF), np.uint64(constant >> 32)
     cross, x_high, middle = spare
     np.bitwise_and(x, _MASK32, out=cross)
@@ -144,7 +165,13 @@ def _multiply(constant: int, x: U64, high: U64, spare: list[U64]) -> None:
 
 
 def generator(key: Key, purpose: Purpose, client: int = 0, step: int = 0) -> np.random.Generator:
-    """A numpy generator on a stream of its own, for draws that no other machine has to repeat.
+    """A numpy generator on a stream of its own, for draws that no other implementation has to repeat.
+
+    Args:
+        key: (run key, round).
+        purpose: what it draws.
+        client: client number + 1, or 0 for none.
+        step: local step.
 
     Examples:
         >>> generator((7, 0), Purpose.BATCH).integers(10) == generator((7, 0), Purpose.BATCH).integers(10)

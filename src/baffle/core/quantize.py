@@ -1,11 +1,11 @@
-"""Signed 8-bit codes of a matrix, one scale a row (output channel), and the lattice that they span.
+"""The int8 lattice: a matrix as signed 8-bit codes (integer levels) with one scale per row (output channel).
 
-Weights on the lattice are code x scale, with scale = max|row| / 119: codes of unperturbed weights stay within
-+-119, so that a perturbation by up to eight codes still fits 8 bits. Scales are made by float32 operations that are
-exact or rounded once, so everyone who has the weights has the scales, bit for bit.
+A weight on the lattice is code x scale, with scale = max|row| / 119. Codes of unperturbed weights therefore stay
+within +-119, and a perturbation by up to eight codes still fits 8 bits. Each scale is the result of float32
+operations that are exact or rounded once, so everyone who has the weights has the scales, bit for bit.
 
-Perturbing codes by +-m instead of weights by +-sigma leaves nothing to be rounded: an int8 runtime then evaluates
-just the weights that the direction says. (Integer perturbations: EGGROLL, Sarkar et al. 2025.)
+Perturbing codes by +-m instead of weights by +-sigma leaves nothing to be rounded: an int8 runtime evaluates exactly
+the weights that the direction stands for. (Integer perturbations: EGGROLL, Sarkar et al. 2025.)
 """
 
 from __future__ import annotations
@@ -15,17 +15,27 @@ import numpy.typing as npt
 
 from baffle.core.types import ParamSpec, Table, Weights
 
-CODES = 119  # the largest code of unperturbed weights
+CODES = 119
+"""Largest code of unperturbed weights."""
 LARGEST_CODE = 127
-MOST_CODES = LARGEST_CODE - CODES  # the largest step on the lattice
-_SMALLEST_MAXIMUM = np.float32(2.0**-6)  # of a row, so that one of zeros can still be perturbed
+"""Largest code of all; -128 is not used."""
+MOST_CODES = LARGEST_CODE - CODES
+"""Largest perturbation, in codes."""
+_SMALLEST_MAXIMUM = np.float32(2.0**-6)  # assumed max|row| at least, so that a row of zeros can still be perturbed
 
 Float32 = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.int8]
 
 
 def row_scales(spec: ParamSpec, weights: Weights) -> Float32:
-    """The scale of each row of a matrix: float32[out]; ``weights`` are the flat ones.
+    """The scale of each row of a matrix.
+
+    Args:
+        spec: the matrix.
+        weights: all weights, flat, float32[n].
+
+    Returns:
+        float32[out].
 
     Examples:
         >>> row_scales(ParamSpec("w", (2, 2), 0), np.array([119, 0, 0.5, -59.5], np.float32)).tolist()
@@ -37,7 +47,13 @@ def row_scales(spec: ParamSpec, weights: Weights) -> Float32:
 
 
 def encode(rows: Float32, scales: Float32, out: Codes) -> None:
-    """Write the codes of matrices float32[..., out, rest] into ``out`` int8 alike; halves go to the even one."""
+    """Round matrices to codes; halves go to the even code.
+
+    Args:
+        rows: float32[..., out, rest].
+        scales: the scale of each row, float32[out].
+        out: where the codes are written, int8[..., out, rest].
+    """
     units = rows / scales[:, None]
     np.rint(units, out=units)
     np.clip(units, -LARGEST_CODE, LARGEST_CODE, out=units)
@@ -45,7 +61,7 @@ def encode(rows: Float32, scales: Float32, out: Codes) -> None:
 
 
 def on_lattice(table: Table, weights: Weights) -> Weights:
-    """Weights with every matrix rounded to its lattice: float32[n]; other tensors stay.
+    """A copy of the flat weights float32[n] with every matrix rounded to its lattice; other tensors are unchanged.
 
     Examples:
         >>> on_lattice((ParamSpec("w", (1, 2), 0),), np.array([119, 0.6], np.float32)).tolist()
@@ -61,7 +77,7 @@ def on_lattice(table: Table, weights: Weights) -> Weights:
 
 
 def lattice_steps(table: Table, weights: Weights, sigma: float, codes: int) -> dict[int, Float32]:
-    """How many times sigma a step of ``codes`` is, for each row of each matrix: tensor -> float32[out]."""
+    """How large a step of ``codes`` is for each row of each matrix, in multiples of sigma: tensor -> float32[out]."""
     return {
         i: np.float32(codes) * row_scales(spec, weights) / np.float32(sigma)
         for i, spec in enumerate(table)
@@ -70,10 +86,20 @@ def lattice_steps(table: Table, weights: Weights, sigma: float, codes: int) -> d
 
 
 def unscale(table: Table, estimate: Weights, weights: Weights, sigma: float, codes: int) -> Weights:
-    """The gradient estimate of scalars that were measured on the lattice: each row divided by its step.
+    """Correct a gradient estimate whose scalars were measured on the lattice: divide each row by its step.
 
-    A scalar is a derivative along the direction stretched by the steps, so what the directions give back is the
-    gradient times the steps.
+    A scalar is then the derivative along a direction whose rows are stretched by the steps, so the rebuild from
+    unstretched directions yields the gradient times the steps.
+
+    Args:
+        table: the trainable tensors.
+        estimate: the rebuilt estimate, float32[n].
+        weights: the weights that were perturbed, float32[n].
+        sigma: step of the finite difference that scalars were divided by.
+        codes: step on the lattice.
+
+    Returns:
+        The gradient estimate, float32[n].
     """
     result = estimate.copy()
     for i, steps in lattice_steps(table, weights, sigma, codes).items():

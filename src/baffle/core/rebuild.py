@@ -1,11 +1,11 @@
-"""The server's rebuild: integers and regenerated directions -> gradient estimate, exactly.
+"""The server's rebuild: from the summed scalars and regenerated directions to the gradient estimate, exactly.
 
 BAFFLE (arXiv 2301.12195), eq. 5: g = 1/K sum_k s_k d_k. Scalars and entries are integers, so the sum is exact
 in float64 whatever its order, as long as no partial sum can reach 2**53 (``check_exact``).
 
-Each thread sums some tiles at a time: rank-1 directions by matrix products, signs by a table look-up of eight
-directions at once, Gaussian ones one by one. A tile's part of every direction is drawn where it is needed and
-the tile is written when it is complete, so memory is bounded by the tiles at work, whatever n and K.
+The estimate is computed in tiles, a few per thread at a time: rank-1 directions by matrix products, signs by table
+look-up of eight directions at once, Gaussian ones one by one. A tile's part of every direction is drawn where it is
+needed, and the tile is written when it is complete, so memory is bounded by the tiles in progress, whatever n and K.
 ``combine_slowly`` is the obvious loop that all of it must equal bit for bit.
 """
 
@@ -42,20 +42,22 @@ from baffle.errors import PlanError
 Float64 = npt.NDArray[np.float64]
 Floats: TypeAlias = npt.NDArray[np.floating]
 Terms: TypeAlias = Sequence[tuple[Directions, Integers]]
-"""What is summed: directions, and a scalar for each."""
+"""What is summed: sets of directions, with one integer scalar per direction, int64[K]."""
 
-_DRAWN = 2**15  # blocks of random bits that a thread draws at once: a megabyte
-_PRODUCT = (32, 32, 256)  # rows, columns and directions of one product: OpenBLAS does not split it over threads
-_SIGNS = 2**18  # factors of a product that are kept as float64 at once: two megabytes
-_SMALLEST = 2**14  # entries a thread works on at once, at least: fewer would cost more calls than arithmetic
+_DRAWN = 2**15  # blocks of random bits that a thread draws at once: 1 MB
+_PRODUCT = (32, 32, 256)  # rows, columns, directions of one product: small enough that OpenBLAS uses one thread
+_SIGNS = 2**18  # factors of a product that are held as float64 at once: 2 MB
+_SMALLEST = 2**14  # fewest entries that a thread works on at once: below, calls cost more than arithmetic
 
 
 @dataclass(frozen=True)
 class Execution:
     """How to compute a rebuild; no choice changes a bit of the result.
 
-    ``threads``: None for all cores that the process has. ``block``: entries that a thread works on at once; it
-    needs 50 bytes for each, and up to 6 MB. ``slow`` takes the reference loop.
+    Attributes:
+        threads: number of threads; None: one per core that the process may use.
+        block: entries that a thread works on at once; it needs 50 bytes for each, plus up to 6 MB.
+        slow: use the reference loop.
     """
 
     threads: int | None = None
@@ -64,10 +66,11 @@ class Execution:
 
 
 FAST = Execution()
+"""All cores, the usual block size."""
 
 
 def combine(directions: Directions, scalars: Integers, execution: Execution = FAST) -> Float64:
-    """sum_k scalars[k] * d_k in units of the entries, exact: int64[K] -> float64[n].
+    """The exact sum_k scalars[k] * d_k, in units of the entries: int64[K] -> float64[n].
 
     Examples:
         >>> from baffle.core.types import make_table
@@ -83,7 +86,7 @@ def combine(directions: Directions, scalars: Integers, execution: Execution = FA
 
 
 def combine_slowly(directions: Directions, scalars: Integers) -> Float64:
-    """The same sum, one direction after another in int64: the reference for :func:`combine`."""
+    """The same sum as :func:`combine`, one direction after another in int64: the reference."""
     total = np.zeros(table_size(directions.table), np.int64)
     for k, scalar in enumerate(scalars):
         for i, spec in enumerate(directions.table):
@@ -92,9 +95,17 @@ def combine_slowly(directions: Directions, scalars: Integers) -> Float64:
 
 
 def estimate(table: Table, row: Row, execution: Execution = FAST) -> Weights:
-    """The gradient estimate of a row, before clipping: float32[n], rounded once from float64.
+    """The gradient estimate of a row, before clipping (BAFFLE, eq. 5).
 
     With local steps it is the mean over the steps of the clients' averaged estimates.
+
+    Args:
+        table: the trainable tensors.
+        row: the round's row.
+        execution: how to compute it.
+
+    Returns:
+        float32[n], rounded once from the exact sum.
     """
     terms: list[tuple[Directions, Integers]] = []
     for vector, steps in enumerate(row.integers):
@@ -150,7 +161,7 @@ def check_exact(
 
 
 class _Tile(NamedTuple):
-    """Part of a tensor seen as a matrix: (out, rest) with rank-1 directions, else one row."""
+    """A rectangle of a tensor seen as a matrix: (out, rest) with rank-1 directions, else a single row."""
 
     tensor: int
     rows: slice
@@ -204,12 +215,12 @@ def _tiles(directions: Directions, block: int, tensors: Sequence[int]) -> Iterat
 
 
 def _eights(count: int) -> int:
-    """The next multiple of 8 below, or 8."""
+    """The largest multiple of 8 up to ``count``, at least 8."""
     return max(count // 8 * 8, 8)
 
 
 def _groups(tiles: Iterable[_Tile], block: int) -> Iterator[list[_Tile]]:
-    """Tiles of about ``block`` entries together, so that small tensors share a call of the generator."""
+    """Group tiles to about ``block`` entries, so that small tensors share a call of the generator."""
     group: list[_Tile] = []
     size = 0
     for tile in tiles:
@@ -245,7 +256,7 @@ def _totals(terms: Terms, tiles: Sequence[_Tile]) -> list[Float64]:
 
 
 def _runs(directions: Directions, tile: _Tile) -> list[Run]:
-    """The random bits that a tile needs of each direction."""
+    """The runs of random bits that a tile needs from each direction."""
     if directions.is_rank1(tile.tensor):
         parts = list(zip(FACTORS, (tile.rows, tile.columns), strict=True))
     else:
@@ -258,12 +269,12 @@ def _runs(directions: Directions, tile: _Tile) -> list[Run]:
 
 
 def _from(part: slice, bits: Bytes) -> Bytes:
-    """Sign bits from the first one of a part on."""
+    """The sign bits of a part, from its first one: bits are drawn in whole blocks."""
     return bits[:, part.start % BLOCK_BITS // 8 :]
 
 
 def _kept(spec: ParamSpec, tile: _Tile, columns: int) -> npt.NDArray[np.bool_]:
-    """The part of a tensor's mask, of so many columns, that lies in a tile."""
+    """The part of a tensor's pruning mask that lies in a tile; ``columns`` is the width of the whole matrix."""
     rows = np.arange(tile.rows.start, tile.rows.stop)[:, None]
     at = rows * columns + np.arange(tile.columns.start, tile.columns.stop)
     bits: Bytes = np.frombuffer(spec.kept, np.uint8)[at >> 3] >> (at & 7).astype(np.uint8) & 1
@@ -275,9 +286,9 @@ _PLUS_MINUS = (np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bi
 
 
 def _add_products(total: Float64, left: Bytes, right: Bytes, scalars: Float64) -> None:
-    """Add A^T diag(s) B for sign bits of A, uint8[K, height / 8], and of B, by a stack of small products.
+    """Add A^T diag(s) B, given the sign bits of A, uint8[K, height / 8], and of B, by a stack of small products.
 
-    A product whose partial sums cannot pass 2**24 is exact in float32, too.
+    If no partial sum can pass 2**24, float32 is exact as well, and faster.
     """
     (height, width), count = total.shape, len(scalars)
     rows, columns = -(-height // _PRODUCT[0]), -(-width // _PRODUCT[1])
@@ -300,14 +311,14 @@ def _add_products(total: Float64, left: Bytes, right: Bytes, scalars: Float64) -
 
 
 def _write_signs(signs: Floats, bits: Bytes, out: Floats) -> None:
-    """Write the ``signs`` of bits uint8[K, m], as far as there are bits."""
+    """Write the signs of packed bits uint8[K, m] to ``out``; where the bits end, those of zeros."""
     packed = np.zeros((len(out), out.shape[1] * out.shape[2] // 8), np.uint8)
     packed[:, : bits.shape[1]] = bits[:, : packed.shape[1]]
     signs.take(packed, axis=0, out=out.reshape(*packed.shape, 8), mode="clip")
 
 
 def _add_gaussian(total: Float64, bits: Bytes, scalars: Float64) -> None:
-    """Add sum_k s_k d_k for the bits uint8[K, 4 m] of Gaussian entries."""
+    """Add sum_k s_k d_k, given the bits uint8[K, 4 m] of Gaussian entries."""
     entries = from_bits(bits.view("<u4")[:, : len(total)])
     product = np.empty_like(total)
     for scalar, direction in zip(scalars, entries, strict=True):
@@ -315,7 +326,11 @@ def _add_gaussian(total: Float64, bits: Bytes, scalars: Float64) -> None:
 
 
 def _add_signs(total: Float64, bits: Bytes, scalars: Float64) -> None:
-    """Add sum_k s_k (+-1) for sign bits uint8[K, m]: a table of 256 sums for eight directions."""
+    """Add sum_k s_k (+-1), given sign bits uint8[K, m].
+
+    Eight directions at a time: their scalars have only 256 signed sums. These are tabulated, and one look-up per
+    entry replaces eight additions (the method of four Russians).
+    """
     groups, words = -(-len(scalars) // 8), -(-len(total) // 64)
     values = np.zeros((groups, 8))
     values.reshape(-1)[: len(scalars)] = scalars

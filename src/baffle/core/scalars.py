@@ -1,6 +1,6 @@
 """A client's scalars as fixed-point integers: clipped, rounded to the round's scale, weighted by integers.
 
-Integers make everything after them exact: sums in any order, secure aggregation, the rebuild (``docs/design.md``,
+Integers make everything that follows exact: sums in any order, secure aggregation, the rebuild (``docs/design.md``,
 section 3).
 """
 
@@ -22,7 +22,16 @@ MOST_MAGNITUDE = 2**24
 
 
 class ClipScalars(msgspec.Struct, frozen=True, tag="clip_scalars"):
-    """Clip each scalar (a directional derivative of the loss) to [-limit, limit] on the client."""
+    """Clip each scalar (a directional derivative of the loss) to [-limit, limit] on the client.
+
+    Attributes:
+        limit: largest magnitude, in units of the loss per unit of the weights.
+
+    Examples:
+        >>> ClipScalars(limit=0)
+        Traceback (most recent call last):
+        baffle.errors.OptionError: clip_scalars.limit = 0.0: expected a finite number > 0
+    """
 
     limit: float
 
@@ -78,11 +87,11 @@ def encode(task: Task, numbers: npt.NDArray[np.float64]) -> Encoded:
     return Encoded(integers, tuple(magnitudes), clipped, int((~finite).sum()))
 
 
-def weight_of(examples: int, quantum: int) -> int:
-    """A client's integer weight: its examples in units of ``quantum``, from 1 to 255.
+def weight_of(examples: int, examples_per_weight: int) -> int:
+    """A client's integer weight, from 1 to 255: its number of examples, rounded to units (``quantum`` in a task).
 
     Examples:
-        >>> [weight_of(n, quantum=4) for n in (1, 40, 42, 10**6)]
+        >>> [weight_of(n, examples_per_weight=4) for n in (1, 40, 42, 10**6)]
         [1, 10, 11, 255]
     """
-    return max(1, min(MAX_WEIGHT, (examples + quantum // 2) // quantum))
+    return max(1, min(MAX_WEIGHT, (examples + examples_per_weight // 2) // examples_per_weight))

@@ -1,4 +1,4 @@
-"""The state of training: weights, optimizer slots, evaluation weights; its hashes; and one update by a gradient."""
+"""The state that training carries from round to round, its hashes, and one update by a gradient."""
 
 from __future__ import annotations
 
@@ -18,7 +18,16 @@ from baffle.errors import DivergedError
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """Where training stands: replay state (weights, slots, step), the evaluation average, the next round."""
+    """Where training stands before a round.
+
+    Attributes:
+        round: number of the next round.
+        step: number of updates applied so far; fewer than rounds, since not every round is applied.
+        weights: trainable parameters, float32[n].
+        slots: the optimizer's own state: name -> float32[n].
+        ema_weights: exponential moving average of the weights, float32[n]: what is evaluated and exported. Not part of
+            the replay state that clients keep, since no update depends on it.
+    """
 
     round: int
     step: int
@@ -33,7 +42,10 @@ def weights_sha256(weights: Weights) -> bytes:
 
 
 def state_sha256(state: State) -> bytes:
-    """SHA-256 of the replay state: hash of the weights, slots in the order of their names, step (8 bytes)."""
+    """SHA-256 of the replay state: hash of the weights, slots in the order of their names, step (8 bytes).
+
+    The evaluation average is left out: clients do not keep it.
+    """
     digest = hashlib.sha256(weights_sha256(state.weights))
     for name in sorted(state.slots):
         digest.update(state.slots[name].astype("<f4", copy=False).tobytes())
@@ -52,9 +64,22 @@ def descend(
     ema: float,
     largest: float = math.inf,
 ) -> State:
-    """The state after a round's update by a gradient: clip, optimizer step, average; all element-wise float32.
+    """The state after a round's update: clip the gradient, take an optimizer step, move the average.
 
-    Raises DivergedError if a weight would be above ``largest``, or anything NaN or infinite.
+    All of it is element-wise float32 arithmetic in a fixed order, so that every machine gets the same bits.
+
+    Args:
+        state: the state before the update.
+        gradient: gradient estimate, float32[n].
+        round: number of the round.
+        rule: name of the update rule (:func:`baffle.core.optim.update`).
+        coefficients: the numbers of the update that are not element-wise, each a float32.
+        clip_factor: factor that the gradient is multiplied by.
+        ema: decay of the moving average at this update.
+        largest: magnitude that no weight may exceed.
+
+    Raises:
+        DivergedError: a weight would exceed ``largest``, or a number would be NaN or infinite.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         clipped = np.float32(clip_factor) * gradient

@@ -1,7 +1,7 @@
-"""The values that travel between server, client and journal, and the names for their arrays.
+"""The values that travel between server, client and journal, and the names of their arrays.
 
-Everything here is immutable. Messages are encoded as MessagePack maps in field order
-(``docs/protocol.md`` is the specification for other languages).
+Everything here is immutable. Messages are encoded as MessagePack maps with the fields in this order, and hashed, so
+a field that is moved or renamed changes the protocol (``docs/protocol.md``, the specification for other languages).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ Integers: TypeAlias = npt.NDArray[np.int64]
 Losses: TypeAlias = npt.NDArray[np.float32]
 """Per-example losses: float32[passes, examples]."""
 Array: TypeAlias = npt.NDArray[np.generic]
+"""An array of any type."""
 
 Family = Literal["rank1", "rademacher", "gaussian"]
 Sharing = Literal["shared", "per-client"]
@@ -66,6 +67,13 @@ class Credit(msgspec.Struct, frozen=True, array_like=True):
 class ParamSpec(msgspec.Struct, frozen=True):
     """One trainable tensor: its name, its shape and where it starts in the flat weights.
 
+    Attributes:
+        name: the parameter's name in the model.
+        shape: its shape; empty for a scalar.
+        offset: index of its first entry in the flat weights.
+        kept: pruning mask of a pruned tensor: one bit per entry, lowest bit first, 1 for entries that were kept. Only
+            these are perturbed and trained, the others stay 0. Empty if the tensor is not pruned.
+
     Examples:
         >>> ParamSpec("conv.weight", (16, 1, 5, 5), offset=0).matrix
         (16, 25)
@@ -94,7 +102,7 @@ class ParamSpec(msgspec.Struct, frozen=True):
 
     @property
     def mask(self) -> npt.NDArray[np.bool_] | None:
-        """Where entries were kept, bool[size]; None if the tensor is not pruned."""
+        """The pruning mask, bool[size], True for entries that were kept; None if the tensor is not pruned."""
         if not self.kept:
             return None
         bits = np.frombuffer(self.kept, np.uint8)
@@ -107,15 +115,20 @@ class ParamSpec(msgspec.Struct, frozen=True):
 
 
 Table: TypeAlias = tuple[ParamSpec, ...]
-"""Every trainable tensor, in the order of the flat weights."""
-
-
+"""All trainable tensors, in the order of the flat weights."""
 Masks: TypeAlias = Mapping[str, npt.NDArray[np.bool_]]
-"""Of pruned tensors, by name: where entries were kept."""
+"""Pruning masks by tensor name, in the tensors' shapes: True for entries that were kept."""
 
 
 def make_table(shapes: dict[str, tuple[int, ...]], masks: Masks | None = None) -> Table:
-    """Lay tensors out one after another; those with a mask are pruned. ModelError if a mask fits none.
+    """Lay tensors out one after another in the flat weights.
+
+    Args:
+        shapes: shape of each tensor, by name, in order.
+        masks: pruning masks of those that are pruned.
+
+    Raises:
+        ModelError: a mask has another shape than its tensor, or no tensor.
 
     Examples:
         >>> [(p.name, p.offset) for p in make_table({"w": (3, 2), "b": (3,)})]
@@ -141,20 +154,21 @@ def table_size(table: Table) -> int:
 
 
 Cohort: TypeAlias = Mapping[int, int]
-"""Who takes part in a round: client -> its integer weight."""
+"""The participants of a round: client -> its integer weight."""
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):
-    """What the server asks of a client in one round."""
+    """What the server asks of the clients in one round."""
 
     round: int
     key: UInt64
-    """Run key: with ``round`` it defines every direction of the round."""
+    """Run key: together with ``round`` it defines every direction of the round."""
     family: Family
     sharing: Sharing
     difference: Difference
     num_directions: int
     sigma: float
+    """Step of the finite difference."""
     lattice: int
     """0: every tensor is perturbed by sigma; m: matrices on the int8 lattice, by m codes."""
     slices: int = 1
@@ -166,10 +180,12 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     sizes: tuple[int, ...]
     """How many numbers a reply has of each unit, per local step."""
     clip: float | None
-    """Clipping norm of one scalar, in units of the loss's derivative; None: only the range limits it."""
+    """Clipping norm of one scalar, a directional derivative of the loss; None: only the range limits it."""
     batch_size: int | None
+    """Examples in a mini-batch; None: all that the client has."""
     local_steps: int
     local_lr: float
+    """Learning rate of the local steps; 0 if there is only one."""
     quantum: int
     """Examples per unit of a client's integer weight."""
     secure: int = 0
@@ -177,7 +193,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     word: int = 32
     """In a secure sum: bits of a word, enough for any sum of the cohort's weighted integers."""
     next_cohort: tuple[int, ...] = ()
-    """In a secure sum: who is to take part in the round after this one, so that keys for it can come with the reply."""
+    """In a secure sum, the participants of the next round, so that their keys for it can come with the reply."""
     state_sha256: bytes
     """Hash of the replay state that the round starts from."""
 
@@ -203,20 +219,22 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
     magnitudes: tuple[int, ...]
     """Weight x mean magnitude of each unit's numbers before rounding, in units of 2**(exponent - 8)."""
     clipped: int
+    """Number of scalars that were clipped."""
     nonfinite: int
+    """Number of scalars that were NaN or infinite, and are sent as 0."""
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of the journal: all that is needed to repeat a round's update bit for bit."""
+    """One record of the journal: all that is needed to repeat a round's update bit for bit."""
 
     round: int
     key: UInt64
     applied: bool
-    """False: the round only calibrated the scale, or brought nothing usable, or went back; weights stay."""
+    """False if the round only measured the scale, had no usable scalar, or rolled back: there is no update."""
     restores: int | None
-    """The run had diverged: this row takes the state after that round again, and repeats that round's row."""
+    """After a divergence, the round to whose state this row returns, repeating that round's scalars; else None."""
     rollbacks: int
-    """How often the run has gone back so far; each time shrinks the learning rates."""
+    """Number of rollbacks so far; each shrinks the learning rates."""
     family: Family
     sharing: Sharing
     num_directions: int
@@ -240,11 +258,13 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     clipped: int
     nonfinite: int
     clip_factor: float
+    """Factor that the gradient estimate is multiplied by (``ClipUpdate``); a float32."""
     optimizer: str
+    """Name of the update rule."""
     coefficients: dict[str, float]
     """Every number of the update that is not element-wise; each is exactly a float32."""
     ema: float
-    """Decay of the average that is evaluated, at this row; a float32."""
+    """Decay of the weights' moving average at this row; a float32."""
     weights_sha256: bytes
     """Hash of the weights after this row."""
     state_sha256: bytes
@@ -261,8 +281,13 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 class Aggregate:
     """What the server learns from a round.
 
-    ``vectors`` is int64[V, local_steps, K]: one weighted sum (V = 1) with shared directions, one a participant
-    otherwise.
+    Attributes:
+        vectors: weighted scalars, int64[V, local_steps, K]: their sum (V = 1) with shared directions, else one vector
+            per participant.
+        participants: the clients in it, in ascending order.
+        weight_sum: sum of their weights.
+        clipped: number of their scalars that were clipped.
+        nonfinite: number of their scalars that were NaN or infinite.
     """
 
     vectors: Integers
@@ -275,6 +300,9 @@ class Aggregate:
 
 def limit_of(bits: int) -> int:
     """Largest magnitude of an integer of ``bits`` bits, the sign among them; one bit is the sign of +1 or -1.
+
+    Raises:
+        ReplyError: an integer does not fit.
 
     Examples:
         >>> [limit_of(bits) for bits in (1, 2, 4, 15)]
