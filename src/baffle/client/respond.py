@@ -94,9 +94,7 @@ def measure(
         bounds = np.cumsum([0, *(sum(map(len, parts)) for parts in cut)]).tolist()
         asked = perturbations(task, table, client, step)
         if not isinstance(evaluator, CreditEvaluator):
-            raise PlanError(
-                f"{type(evaluator).__name__} gives losses alone: expected a runtime for this model's credit"
-            )
+            raise PlanError(f"{type(evaluator).__name__} gives losses alone: expected a runtime for the model's credit")
         numbers = evaluator.credits(weights, asked, concatenate(order), groups, bounds)
         return list(numbers)
     columns: list[list[npt.NDArray[np.float64]]] = []

@@ -213,11 +213,8 @@ def scalar_rms(row: Row) -> float:
     """Root mean square of the first unit's aggregated numbers: derivatives of the clients' mean loss."""
     weight = row.weight_sum if row.sharing == "shared" else row.weight_sum / max(1, len(row.participants))
     numbers = row.integers.astype(np.float64)
-    return (
-        float(np.sqrt(np.mean(numbers**2, initial=0.0, where=True) if numbers.size else 0.0))
-        / max(weight, 1)
-        * 2.0 ** row.exponents[0]
-    )
+    rms = math.sqrt(float((numbers**2).mean())) if numbers.size else 0.0
+    return rms / max(weight, 1) * 2.0 ** row.exponents[0]
 
 
 def typical_magnitudes(row: Row) -> list[float]:
@@ -266,7 +263,7 @@ def measures_scale(last: Row | None, bits: int) -> bool:
     """Whether the next round only measures the scale: round 0 does, and a few more if it missed by far."""
     if last is None:
         return True
-    if last.applied or last.round + 1 >= _MEASURING_ROUNDS:
+    if last.applied or last.round + 1 >= _CALIBRATION_ROUNDS:
         return False
     target = target_magnitude(bits)
     return any(m and not target / 64 < m < target * 4 for m in typical_magnitudes(last))

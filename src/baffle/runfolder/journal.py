@@ -88,7 +88,7 @@ class Journal:
         journal = cls(path, config, initial)
         if write and config.format == 3:
             raise JournalError(
-                f"{path}: written by an earlier version (format 3): it can be replayed and evaluated, but not continued; "
+                f"{path}: of an earlier version (format 3): it can be replayed and evaluated, not continued; "
                 f"start a new run from its weights with: baffle train --start {path}"
             )
         if not write:
