@@ -56,7 +56,9 @@ from baffle.core.scalars import ClipScalars, weight_of
 from baffle.core.state import State, descend, state_sha256, weights_sha256
 from baffle.core.types import (
     DEFAULT_BITS,
+    FEW_BITS,
     MAX_WEIGHT,
+    MAX_WEIGHT_OF_FEW_BITS,
     MAX_WEIGHT_SUM,
     MOST_BITS,
     Aggregate,
@@ -179,7 +181,7 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
             PlanError: the sums of some round could be inexact, or a secure sum would be too small to hide anyone.
         """
         participants = max(1, round(self.participation * len(sizes)))
-        unit = examples_per_weight(max(sizes), participants)
+        unit = examples_per_weight(max(sizes), participants, self.bits)
         cohort = {c: weight_of(sizes[c], unit) for c in _choose((key, state.round), len(sizes), participants)}
         # the heaviest cohort that could ever be drawn: refuse before round 0, not in the middle of a run
         heaviest = sum(weight_of(size, unit) for size in heapq.nlargest(participants, sizes))
@@ -291,7 +293,11 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
         """The row of a round, but for what depends on the gradient estimate: clip factor and hashes."""
         step = state.step + 1
         count = task.numbers * task.local_steps * len(total.participants)
-        bits = bits_of(total.vectors)
+        common = math.gcd(
+            total.weight_sum, int(np.gcd.reduce(total.vectors, axis=None)) if total.vectors.size else 0
+        )  # of clients of equal weights
+        vectors = total.vectors // common
+        bits = bits_of(vectors)
         return Row(
             round=task.round,
             key=task.key,
@@ -308,10 +314,10 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
             slices=task.slices,
             local_steps=task.local_steps,
             participants=total.participants,
-            weight_sum=total.weight_sum,
+            weight_sum=total.weight_sum // common,
             numbers=task.numbers,
             bits=bits,
-            scalars=pack(total.vectors, bits),
+            scalars=pack(vectors, bits),
             magnitudes=tuple(round(m / max(1, total.weight_sum)) for m in total.magnitudes),
             clipped=total.clipped,
             nonfinite=total.nonfinite,
@@ -357,7 +363,7 @@ def replay(
     return _step(state, row, _gradient(table, row, state, execution) if row.applied else state.weights)
 
 
-def examples_per_weight(largest: int, participants: int) -> int:
+def examples_per_weight(largest: int, participants: int, bits: int = DEFAULT_BITS) -> int:
     """Examples per unit of weight (``quantum`` in a task): the smallest power of two that keeps sums small enough.
 
     Each weight must be at most 255 and the sum of a round's weights below 2**17. While no client has more than 255
@@ -374,7 +380,7 @@ def examples_per_weight(largest: int, participants: int) -> int:
         >>> examples_per_weight(255, 10), examples_per_weight(6000, 10)
         (1, 32)
     """
-    bound = min(MAX_WEIGHT, MAX_WEIGHT_SUM // participants)
+    bound = min(MAX_WEIGHT if bits > FEW_BITS else MAX_WEIGHT_OF_FEW_BITS, MAX_WEIGHT_SUM // participants)
     if bound < 1:
         raise PlanError(f"{participants} participants: expected at most {MAX_WEIGHT_SUM} in a round")
     unit = 1

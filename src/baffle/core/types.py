@@ -37,6 +37,8 @@ DEFAULT_BITS = 15
 MOST_BITS = 32
 MAX_WEIGHT = 255
 """Largest integer weight of one client."""
+FEW_BITS, MAX_WEIGHT_OF_FEW_BITS = 8, 15
+"""The same where numbers have few bits: sums then need few more than the numbers themselves."""
 MAX_WEIGHT_SUM = 2**17 - 1
 """Largest sum of the weights of a round."""
 
@@ -308,7 +310,7 @@ def limit_of(bits: int) -> int:
         >>> [limit_of(bits) for bits in (1, 2, 4, 15)]
         [1, 1, 7, 16383]
     """
-    return max(1, 2 ** (bits - 1) - 1)
+    return max(1, (1 << (bits - 1)) - 1)
 
 
 def bits_of(values: Integers) -> int:

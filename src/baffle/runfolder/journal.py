@@ -281,9 +281,8 @@ class Journal:
 
 def _genesis(config: RunConfig, initial: Weights) -> bytes:
     if config.format == 3:  # methods and tables had fewer fields
-        method = {
-            k: v for k, v in msgspec.to_builtins(config.method, builtin_types=(bytes,)).items() if k not in NEW_IN_4
-        }
+        method = msgspec.to_builtins(config.method)
+        method = {name: value for name, value in method.items() if name not in NEW_IN_4}
         table = [(s.name, s.shape, s.offset, s.kept) for s in config.table]
         names = ("name", "shape", "offset", "kept")
         fixed = msgspec.msgpack.encode(

@@ -145,4 +145,5 @@ def unpack_words(data: bytes, bits: int, count: int) -> Words:
     if bits == 32:
         return np.frombuffer(data, "<u4").astype(np.uint32)
     every = np.unpackbits(np.frombuffer(data, np.uint8), count=count * bits, bitorder="little").reshape(count, bits)
-    return (every.astype(np.uint32) << np.arange(bits, dtype=np.uint32)).sum(axis=1, dtype=np.uint32)
+    words: Words = (every.astype(np.uint32) << np.arange(bits, dtype=np.uint32)).sum(axis=1, dtype=np.uint32)
+    return words

@@ -222,7 +222,7 @@ class SecureRound:
     def _enough(self, dealers: Sequence[int]) -> bool:
         return all(len(self._holders(dealer)) >= threshold(len(self._around[dealer])) for dealer in dealers)
 
-    def total(self) -> tuple[Integers, tuple[int, int, int]]:
+    def total(self) -> tuple[Integers, tuple[int, ...]]:
         """The sum of the survivors' scalars, int64[size], and of their weights, clipped and nonfinite scalars.
 
         Raises SecureSumError if there are too few shares, or a client dealt shares that do not fit together.
