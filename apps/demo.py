@@ -1,8 +1,8 @@
 """``make deploy-demo``: a federation of processes on this machine, in which a client and the server are killed.
 
-SuperLink (TLS, node authentication), SuperExec and three warm clients on the loopback interface train digits. On the
-way one client and then the ServerApp get ``kill -9``, and are started again. At the end it is checked that nothing was
-lost: the journal replays to the same weights, all clients answered from the server's state, and the bytes sent down
+SuperLink (TLS, node authentication), SuperExec and three ``baffle node`` on the loopback interface train digits. During
+the run one client and then the ServerApp get ``kill -9``, and are started again. At the end it is checked that nothing
+was lost: the journal replays to the same weights, all clients answered from the server's state, and the bytes sent down
 are at most 5 % of what sending the weights each round takes. Exit code 1 if not.
 """
 
@@ -37,7 +37,7 @@ MOST = 0.05  # bytes down, of those of the weights each round
 
 def main() -> int:
     """Train, kill, check; 0 if all is well."""
-    parser = argparse.ArgumentParser(description="Train digits with processes that are killed on the way.")
+    parser = argparse.ArgumentParser(description="Train digits with processes that are killed during the run.")
     parser.add_argument("--folder", type=Path, help="for keys, data, logs and the run; by default a temporary one")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"{ROUNDS} by default; at least {5 * AT}")
     options = parser.parse_args()
@@ -106,7 +106,7 @@ def _train(federation: Federation, rounds: int) -> Path:
 
 
 def _check(run: Path, rounds: int) -> int:
-    """Say what the run came to; 1 if something is not as it should be."""
+    """Print the result of the run; return 1 if something was lost."""
     summary = json.loads((run / "summary.json").read_text())
     records = bf.Journal.open(run).records
     complete = [record.round for record in records] == list(range(rounds + 1))
@@ -127,13 +127,13 @@ def _check(run: Path, rounds: int) -> int:
 
 
 def _rounds(run: Path) -> int:
-    """How many rounds are written down."""
+    """How many rounds are done."""
     file = run / "metrics.jsonl"
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
 def _outcomes(run: Path, since: int) -> list[Outcome]:
-    """What became of the killed client's questions, from a round on."""
+    """How the killed client took part in the rounds from ``since`` on."""
     return [v.outcome for log in read_rounds(run) if log.round >= since for v in log.visits if v.client == KILLED]
 
 

@@ -2,7 +2,7 @@
 
     python doomed_client.py SUPERLINK CERTIFICATES KEY DATA NAME STAGE ROUND SIGNAL
 
-It is a warm node with keys for secure sums in all else.
+In everything else it is ``baffle node --only-secure``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from baffle.deploy.flower.app_bundle import app_folder, app_sha256
 from baffle.deploy.flower.fleet import Fleet
 from baffle.deploy.flower.keys import read_key, secret_of
 from baffle.deploy.node import run_node
-from baffle.protocol.messages import Advertise, Ask, Question, Unmask, decode_question
+from baffle.protocol.messages import AnyRequest, KeysRequest, TrainRequest, UnmaskRequest, decode_request
 from baffle.secure.masks import Identity
 
 
@@ -32,19 +32,19 @@ class Doomed(Participant):
         super().__init__(name, build, identity=identity, only_secure=True)
         self._fate, self._signal = fate, number
 
-    def answer(self, question: bytes, parcels: Mapping[str, bytes], client: int = 0) -> bytes:
-        if stage_of(decode_question(question)) == self._fate:
+    def answer(self, question: bytes, attachments: Mapping[str, bytes], client: int = 0) -> bytes:
+        if stage_of(decode_request(question)) == self._fate:
             os.kill(os.getpid(), self._signal)
-        return super().answer(question, parcels, client)
+        return super().answer(question, attachments, client)
 
 
-def stage_of(asked: Question) -> tuple[str, int]:
+def stage_of(asked: AnyRequest) -> tuple[str, int]:
     """What is asked, in which round; the shares of the lost are asked for with the signatures of the survivors."""
-    if isinstance(asked, Advertise):
+    if isinstance(asked, KeysRequest):
         return "advert", asked.round
-    if isinstance(asked, Ask):
+    if isinstance(asked, TrainRequest):
         return "vector", asked.task.round
-    if isinstance(asked, Unmask):
+    if isinstance(asked, UnmaskRequest):
         return "lost" if asked.survivors.signatures else "shares", asked.survivors.round
     return "enrol", -1
 
@@ -52,7 +52,7 @@ def stage_of(asked: Question) -> tuple[str, int]:
 def main(
     superlink: str, certificates: str, key: str, data: str, name: str, stage: str, round: str, number: str
 ) -> None:
-    """Be this client until the end that it was given, or the test's."""
+    """Be this client until its signal, or until the test ends it."""
     logging.basicConfig(format="%(asctime)s %(message)s")
     logging.getLogger("baffle").setLevel(logging.INFO)
     own = read_key(Path(key))

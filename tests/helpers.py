@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -149,12 +150,21 @@ def invoke(folder: Path, *arguments: str | Path) -> Outcome:
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
-def start(folder: Path, *arguments: str | Path, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
-    """Start the installed ``baffle`` as a process of its own."""
+def start(
+    folder: Path,
+    *arguments: str | Path,
+    env: Mapping[str, str] | None = None,
+    sigint: signal.Handlers = signal.SIG_DFL,
+) -> subprocess.Popen[str]:
+    """Start the installed ``baffle`` as a process of its own.
+
+    A suite that runs as a background job has SIGINT ignored; the process would inherit that, but for ``sigint``.
+    """
     return subprocess.Popen(
         [BIN / "baffle", *arguments],
         cwd=folder,
         env={**os.environ, **(env or {})},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, sigint),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -1,4 +1,4 @@
-"""The models' forward passes once more, in numpy and float64: slow and obvious. Parameters by name."""
+"""The models' forward passes again, in numpy and float64: slow and obvious. Parameters by name."""
 
 from __future__ import annotations
 

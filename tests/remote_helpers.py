@@ -1,16 +1,12 @@
-"""Clients on other machines, in one process: a transport of bytes with nodes that drop out, come late, or lie.
-
-Time is a number that the engine's own sleeps move on, so that deadlines cost nothing.
-"""
+"""A federation in one process, over the memory transport: nodes with parts of digits, engines, and references."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import pytest
+import msgspec
 import torch.nn.functional as F
 
 import baffle as bf
@@ -18,18 +14,16 @@ from baffle.client.participant import Participant
 from baffle.core.state import State
 from baffle.core.types import Task
 from baffle.engines import Exchange
-from baffle.engines.remote import engine as remote
-from baffle.engines.remote.engine import Downlink, RemoteEngine
-from baffle.engines.remote.transport import Arrival, Letter, Sent
+from baffle.engines.remote.downlink import Downlink
+from baffle.engines.remote.engine import RemoteEngine
+from baffle.engines.remote.memory import MemoryNode, MemoryTransport, SimulatedClock, Twist
+from baffle.engines.remote.transport import Arrival, Request
 from baffle.protocol.encoding import decode_row
-from baffle.protocol.messages import Ask, Question, Response, Setup, decode_question, decode_response
+from baffle.protocol.messages import EnrolResponse, Setup, TrainResponse, decode_response
 from baffle.runfolder.clients import Roster
 from baffle.runfolder.metrics import Record
 from baffle.runtimes.pytorch.runtime import TorchRuntime
 from helpers import initial_weights, linear
-
-Twist = Callable[[Letter, Arrival], Sequence[Arrival]]
-"""What a node's answer becomes on its way: (question, answer) -> answers."""
 
 RUNTIME = TorchRuntime(linear(), F.cross_entropy, threads=1)
 TRAIN, TEST = bf.load("digits")
@@ -40,111 +34,29 @@ METHOD = bf.Method(num_directions=4, batch_size=8, sigma=1e-3, optimizer=bf.sgd(
 DEADLINE = 10.0
 
 
-class Clock:
-    """Stands in for the module ``time``: sleeping is what makes time pass."""
+class Node(MemoryNode):
+    """A client with a part of digits."""
 
-    def __init__(self) -> None:
-        self.now = 1000.0
+    def __init__(self, name: str, address: int, data: bf.Dataset, *, online: bool = True) -> None:
+        self.data = data
+        super().__init__(name, address, self.start, online=online)
 
-    def monotonic(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-
-
-@dataclass
-class Node:
-    """A client of the federation. ``twist`` changes its answers, ``seconds`` is how long they take."""
-
-    name: str
-    address: int
-    data: bf.Dataset
-    setup: Setup = SETUP_OF_DIGITS
-    online: bool = True
-    seconds: float = 0.1
-    twist: Twist = lambda letter, arrival: [arrival]
-    participant: Participant = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.restart()
-
-    @property
-    def identity(self) -> str:
-        return f"{self.name:x<12}-key"
-
-    def restart(self) -> None:
-        """Forget everything."""
-        self.participant = Participant(self.name, lambda setup: (RUNTIME, self.data))
-
-
-@dataclass(frozen=True)
-class Carried:
-    """A letter that was sent, and what its node said to it (whatever became of that on the way)."""
-
-    node: Node
-    letter: Letter
-    question: Question
-    response: Response
-    size: int
-
-
-class Office:
-    """Carries letters between an engine and nodes, as bytes."""
-
-    def __init__(self, clock: Clock, nodes: Sequence[Node]) -> None:
-        self.clock, self.members, self.carried = clock, list(nodes), list[Carried]()
-        self.look: Callable[[], None] = lambda: None
-        """Called whenever the engine looks who is connected."""
-        self._ids = map(str, itertools.count())
-        self._due: list[tuple[float, Arrival]] = []
-
-    def nodes(self) -> Mapping[str, int]:
-        self.look()
-        return {node.identity: node.address for node in self.members if node.online}
-
-    def send(self, letters: Sequence[Letter], ttl: float) -> list[Sent]:
-        return [self._send(letter) for letter in letters]
-
-    def receive(self, ids: Sequence[str]) -> list[Arrival]:
-        now = self.clock.now
-        come = [arrival for at, arrival in self._due if at <= now]
-        self._due = [(at, arrival) for at, arrival in self._due if at > now]
-        return come
-
-    def inject(self, arrival: Arrival) -> None:
-        """Put an answer into the mail that nobody asked for."""
-        self._due.append((self.clock.now, arrival))
-
-    def asked(self, node: Node) -> list[tuple[Ask, frozenset[str]]]:
-        """The tasks that a node was asked, each with the names of its parcels."""
-        return [
-            (c.question, frozenset(c.letter.parcels))
-            for c in self.carried
-            if c.node is node and isinstance(c.question, Ask)
-        ]
-
-    def _send(self, letter: Letter) -> Sent:
-        node = next((n for n in self.members if n.address == letter.node and n.online), None)
-        size = len(letter.question) + sum(map(len, letter.parcels.values()))
-        if node is None:
-            return Sent("", size)
-        id = next(self._ids)
-        said = node.participant.answer(letter.question, letter.parcels, letter.client)
-        carried = Carried(node, letter, decode_question(letter.question), decode_response(said), size)
-        self.carried.append(carried)
-        for arrival in node.twist(letter, Arrival(id, node.address, said, None, len(said))):
-            self._due.append((self.clock.now + node.seconds, arrival))
-        return Sent(id, size)
+    def start(self) -> Participant:
+        return Participant(self.name, lambda setup: (RUNTIME, self.data))
 
 
 @dataclass
 class Federation:
     """Nodes with parts of digits, and engines for them."""
 
-    clock: Clock
+    clock: SimulatedClock
     nodes: list[Node]
-    office: Office
+    network: MemoryTransport
+
+    @classmethod
+    def of(cls, nodes: list[Node]) -> Federation:
+        clock = SimulatedClock()
+        return cls(clock, nodes, MemoryTransport(nodes, clock))
 
     def engine(
         self,
@@ -158,7 +70,7 @@ class Federation:
         setup: Setup = SETUP_OF_DIGITS,
     ) -> RemoteEngine:
         return RemoteEngine(
-            self.office,
+            self.network,
             RUNTIME,
             setup,
             clients=len(self.nodes) if clients is None else clients,
@@ -167,6 +79,7 @@ class Federation:
             deadline=deadline,
             patience=patience,
             roster=roster,
+            clock=self.clock,
         )
 
     def train(
@@ -214,17 +127,39 @@ def who_answered(run: Path) -> list[tuple[int, ...]]:
     return [decode_row(row).participants for row in bf.Journal.open(run).rows]
 
 
-def federation(clients: int = 3, clock: Clock | None = None) -> Federation:
-    """Nodes a, b, c, ... with the numbers 0, 1, 2, ...; the engine's module must be given the clock."""
-    clock = clock or Clock()
+def federation(clients: int = 3) -> Federation:
+    """Nodes a, b, c, ... with the numbers 0, 1, 2, ..."""
     parts = bf.partition(TRAIN, clients, seed=0)
-    nodes = [Node(chr(ord("a") + i), 100 + i, part) for i, part in enumerate(parts)]
-    return Federation(clock, nodes, Office(clock, nodes))
+    return Federation.of([Node(chr(ord("a") + i), 100 + i, part) for i, part in enumerate(parts)])
 
 
-def patched_clock() -> Iterator[Clock]:
-    """The engine's time, for as long as the generator lives."""
-    clock = Clock()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(remote, "time", clock)
-        yield clock
+def lost(request: Request, arrival: Arrival) -> list[Arrival]:
+    """A node that takes requests and never answers."""
+    return []
+
+
+def saying(make: Callable[[TrainResponse], bytes]) -> Twist:
+    """A node whose answers to tasks are others."""
+
+    def twist(request: Request, arrival: Arrival) -> list[Arrival]:
+        assert arrival.response is not None
+        answer = decode_response(arrival.response)
+        if not isinstance(answer, TrainResponse):
+            return [arrival]
+        data = make(answer)
+        return [replace(arrival, response=data, size=len(data))]
+
+    return twist
+
+
+METHODS = {
+    "forward": METHOD,
+    "central": msgspec.structs.replace(METHOD, difference="central"),
+    "adam": msgspec.structs.replace(METHOD, optimizer=bf.adam(0.01)),
+    "local steps": msgspec.structs.replace(METHOD, local_steps=3, local_lr=0.1),
+    "per client": msgspec.structs.replace(METHOD, sharing="per-client", family="gaussian"),
+    "lattice": msgspec.structs.replace(METHOD, lattice=2, difference="central"),
+    "some": msgspec.structs.replace(METHOD, participation=0.6),
+}
+
+BAD = EnrolResponse(name="a", examples=2**63, plan={}, state_sha256=b"", round=2**63)

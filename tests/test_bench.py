@@ -79,7 +79,7 @@ def test_backpropagation_gives_the_gradient() -> None:
 def test_a_graph_with_constant_weights_computes_the_model() -> None:
     workload = workloads.Workload("small", (1, 6, 6), lambda: small()[0])
     batch = workload.examples(256)  # two chunks
-    outputs = graphs.Baked(workloads.exported(workload), batch, threads=2).outputs(3)
+    outputs = graphs.ConstantFolded(workloads.exported(workload), batch, threads=2).outputs(3)
     with torch.inference_mode():
         expected = workload.model()(torch.from_numpy(batch.inputs())).numpy()
     assert [len(passed) for passed in outputs] == [2, 2, 2]

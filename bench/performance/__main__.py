@@ -2,7 +2,7 @@
 
     python -m bench.performance [round] [floor] [mlp] [rebuild] [memory] [simulation] [profiles] [--quick]
 
-Without names it runs every section, about 15 minutes on two cores, and writes performance.json, a picture a section
+Without names it runs every section, about 15 minutes on two cores, and writes performance.json, one picture per section
 into images/, and the tables of performance.md, all in docs/ or the folder that ``--docs`` names. A section that is
 left out keeps what it had. ``--quick`` takes few turns and directions, to see that all of it works.
 """

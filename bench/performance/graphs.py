@@ -15,7 +15,7 @@ from baffle.runtimes.onnx.bundle import Bundle
 openvino: Any = importlib.import_module("openvino")
 
 _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
-_CHUNK_INPUTS = 2**15  # as our runtimes cut a batch
+_MICRO_BATCH_INPUTS = 2**15  # numbers in a micro-batch, as in our runtimes
 
 
 def capabilities() -> list[str]:
@@ -23,34 +23,36 @@ def capabilities() -> list[str]:
     return list(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
 
 
-class Baked:
-    """Beside R3, our own K unperturbed passes: OpenVINO with the weights baked in as constants, and no loss.
+class ConstantFolded:
+    """Beside R3, our own K unperturbed passes: OpenVINO with constant weights, which it folds, and no loss.
 
-    No engine that evaluates changing weights can do what this one does: fold, transpose and pack them once. Chunks and
-    threads are those of our runtimes: a request a core, each on one thread.
+    No engine that evaluates changing weights can do what this one does: fold, transpose and pack them once.
+    Micro-batches and threads are those of our runtimes: one request per core, each on one thread.
     """
 
     def __init__(self, bundle: Bundle, batch: Dataset, precision: str = "fp32", threads: int | None = None) -> None:
         inputs = batch.inputs()
-        parts = math.ceil(len(inputs) / max(32, min(128, _CHUNK_INPUTS // inputs[0].size)))
-        self._chunks = inputs.reshape(parts, -1, *inputs.shape[1:])
+        parts = math.ceil(len(inputs) / max(32, min(128, _MICRO_BATCH_INPUTS // inputs[0].size)))
+        self._micro_batches = inputs.reshape(parts, -1, *inputs.shape[1:])
         self._threads = threads or cores()
-        self.compiled = compiled(bundle, len(self._chunks[0]), precision, threads=self._threads, baked=True)
+        self.compiled = compiled(bundle, len(self._micro_batches[0]), precision, threads=self._threads, constant=True)
         self._requests = [self.compiled.create_infer_request() for _ in range(self._threads)]
 
     def outputs(self, passes: int) -> list[list[Any]]:
-        """The model's outputs of each pass: passes x chunks x [examples, classes]."""
+        """The model's outputs of each pass: passes x micro-batches x [examples, classes]."""
         with ThreadPoolExecutor(self._threads) as pool:
             shares = [range(i, passes, self._threads) for i in range(self._threads)]
             done = list(pool.map(lambda i: [self._pass(i) for _ in shares[i]], range(self._threads)))
         return [outputs for share in done for outputs in share]
 
     def _pass(self, i: int) -> list[Any]:
-        return [self._requests[i].infer({"x": chunk})["outputs"].copy() for chunk in self._chunks]
+        return [self._requests[i].infer({"x": x})["outputs"].copy() for x in self._micro_batches]
 
 
-def compiled(bundle: Bundle, examples: int, precision: str, *, threads: int, baked: bool, count: bool = False) -> Any:
-    """A bundle's graph compiled by OpenVINO for so many examples, its weights inputs, or constants if ``baked``.
+def compiled(
+    bundle: Bundle, examples: int, precision: str, *, threads: int, constant: bool, count: bool = False
+) -> Any:
+    """A bundle's graph compiled by OpenVINO for ``examples`` examples, with weights as inputs or as constants.
 
     ``count`` measures each operation.
     """
@@ -61,7 +63,7 @@ def compiled(bundle: Bundle, examples: int, precision: str, *, threads: int, bak
         (name,) = (n for n in parameter.output(0).names if n in tensors or n == "x")
         if name == "x":
             shapes[parameter.output(0)] = [examples, *bundle.manifest.x.shape]
-        elif baked:
+        elif constant:
             parameter.output(0).replace(openvino.opset13.constant(tensors[name]).output(0))
             model.remove_parameter(parameter)
         else:

@@ -140,7 +140,7 @@ def torch_kinds(runtime: Runtime, workload: Workload, passes: int) -> dict[str, 
 
 def openvino_kinds(bundle: Bundle, precision: str, workload: Workload) -> dict[str, float]:
     """Seconds of a pass in OpenVINO's kernels, by kind."""
-    compiled = graphs.compiled(bundle, BATCH, precision, threads=1, baked=False, count=True)
+    compiled = graphs.compiled(bundle, BATCH, precision, threads=1, constant=False, count=True)
     feeds = {spec.name: bundle.initial[spec.slice].reshape(spec.shape) for spec in bundle.manifest.table}
     request, found = compiled.create_infer_request(), dict[str, float]()
     inputs = {

@@ -1,9 +1,9 @@
 """What the engine is compared with: reference loops, written as plainly as what they stand for.
 
 R1, R2 and R4 give the scalars or the gradient that they compute, so that tests can hold them against float64. R3 is our
-own path without a perturbation (workloads.unperturbed), and OpenVINO's with constant weights (graphs.Baked). R5, the
-rebuild from regenerated normal numbers, is in rebuild.py. All models classify: the loss is the cross entropy, averaged
-over the batch.
+own path without a perturbation (workloads.unperturbed), and OpenVINO's with constant weights (graphs.ConstantFolded).
+R5, the rebuild from regenerated normal numbers, is in rebuild.py. All models classify: the loss is the cross entropy,
+averaged over the batch.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def vmapped(
 ) -> Tensor:
     """R2: the same forward differences of one client, float32[K], by ``vmap`` over perturbed sets of parameters.
 
-    So many directions at once as ``chunk`` says, since each has a copy of the parameters and activations of its own.
+    ``chunk`` directions at a time, since each has a copy of the parameters and activations of its own.
     Source: "Model ensembling" of the PyTorch tutorials (torch.func.vmap with functional_call).
     """
     x, y = batch

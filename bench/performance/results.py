@@ -37,7 +37,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     """What is divided by what."""
     ratios: list[float]
     samples: dict[str, list[float]]
-    """What was measured, by name, a value a turn: first ours, then the reference."""
+    """What was measured, by name, one value per turn: first ours, then the reference."""
     unit: str
     target: float | None = None
     wanted: Wanted = "at least"

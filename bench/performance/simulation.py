@@ -226,7 +226,7 @@ def measure(
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """A row a number of clients, in Markdown."""
+    """One row per number of clients, in Markdown."""
     columns: dict[str, Callable[[Mapping[str, Any]], object]] = {
         "clients": lambda r: f"{r['clients']:,}",
         "batch": lambda r: r["batch"],

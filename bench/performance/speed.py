@@ -177,8 +177,8 @@ class Floor:
         if "openvino" in made:
             from bench.performance import graphs
 
-            baked = graphs.Baked(exported(workload), batch, self.precision)
-            works["constants"] = lambda: 1000 * _passes(baked, self.passes) / self.passes
+            folded = graphs.ConstantFolded(exported(workload), batch, self.precision)
+            works["constants"] = lambda: 1000 * _passes(folded, self.passes) / self.passes
         samples, k = in_turn(works, turns, progress, case), f"K = {self.passes}"
         lowest = min((n for n in samples if n.startswith("R3")), key=lambda n: float(np.median(samples[n])))
         samples["R3"] = samples[lowest]
@@ -193,15 +193,15 @@ class Floor:
         return 1000 * seconds(runtime, unperturbed(runtime, self.passes), batch) / self.passes
 
 
-def _passes(baked: graphs.Baked, passes: int) -> float:
+def _passes(folded: graphs.ConstantFolded, passes: int) -> float:
     """Seconds of unperturbed passes with constant weights."""
     started = time.perf_counter()
-    baked.outputs(passes)
+    folded.outputs(passes)
     return time.perf_counter() - started
 
 
 def mlp(quick: bool, progress: Progress) -> list[Result]:
-    """MLP 784-256-10, one batch of 32, K = 1,000: against R1 with one client, and a copy a direction."""
+    """MLP 784-256-10, one batch of 32, K = 1,000: against R1 with one client, and with one copy per direction."""
     workload, turns, num_directions = WORKLOADS["mlp"], 2 if quick else 5, 100 if quick else 1000
     batch = workload.examples(32)
     model, generator = workload.model(), torch.Generator().manual_seed(0)

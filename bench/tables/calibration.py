@@ -4,7 +4,7 @@
 
 Trained weights are those of a few hundred steps of Adam by backpropagation. Each cell is one ``baffle calibrate``
 command, by central differences but for one row. Prints the Markdown tables of docs/inference.md, and with --plot
-draws one picture a model. Takes about 15 minutes on two cores; with MNIST 40.
+draws one picture per model. Takes about 15 minutes on two cores; with MNIST 40.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def print_model(result: dict[str, Any]) -> None:
 
 
 def plot(result: dict[str, Any], file: Path) -> None:
-    """Correlation against sigma, one curve a precision, one panel for each state of the weights."""
+    """Correlation against sigma, one curve per precision, one panel for each state of the weights."""
     panels = []
     for state in STATES:
         lines = []

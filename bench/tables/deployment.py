@@ -180,7 +180,7 @@ def simulation(clients: int, rounds: int) -> list[Found]:
 
 
 def write_parts(federation: Federation, options: TrainConfig) -> dict[str, Path]:
-    """Digits in parts, a file a client."""
+    """Digits in parts, one file per client."""
     train_set, _ = bf.load("digits")
     files = {}
     for number, part in enumerate(options.split(train_set)):

@@ -144,7 +144,7 @@ def train(cell: Cell, name: str, folder: str | None, rounds: int, seed: int) -> 
 
 
 def plot(results: list[dict[str, object]], cells: Sequence[Cell], title: str, file: Path) -> None:
-    """Accuracy against rounds, a curve a cell: the mean of the seeds."""
+    """Accuracy against rounds, one curve per cell: the mean of the seeds."""
     lines = []
     for index, cell in enumerate(cells):
         curves = [np.array(r["curve"], np.float64) for r in results if r["cell"] == cell.name]

@@ -206,7 +206,7 @@ def speed(models: list[str], batches: list[int], repeat: int, seconds: float, pr
 
 
 def print_speed(results: list[Any], batches: list[int]) -> None:
-    """One row a model and engine, two columns a batch."""
+    """One row per model and engine, two columns per batch."""
     heads = [head for batch in batches for head in (f"batch {batch} (ms)", "to torch fp32")]
     print(f"| model | runtime | {' | '.join(heads)} |")
     print("| --- " * (2 + len(heads)) + "|")
@@ -261,7 +261,7 @@ def check_checkpoints(name: str) -> None:
 
 
 def backpropagate(model: nn.Module, batch: Dataset, size: int) -> None:
-    """Gradients of the mean loss of a batch, so many examples at a time; left with the parameters."""
+    """Gradients of the mean loss of a batch, ``size`` examples at a time; left with the parameters."""
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -362,7 +362,7 @@ def memory(models: list[str], passes: int, progress: Progress) -> list[Any]:
 
 
 def print_memory(results: list[Any]) -> None:
-    """One row a kind of work; batches of one example are what the others are compared with."""
+    """One row per kind of work; batches of one example are what the others are compared with."""
     print(
         "| model | batch | client's work | after imports (MiB) | peak RSS (MiB) | least to most | above imports "
         "| above one example |"

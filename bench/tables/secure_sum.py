@@ -76,7 +76,7 @@ def measure(count: int, scalars: int, lost: int, sample: int) -> dict[str, int |
     server.survive()
     for _ in ("of survivors", "of the lost"):
         for c in sorted(server.missing):
-            told = server_clock.time("shares", server.told, c)
+            told = server_clock.time("shares", server.survivors_for, c)
             down += len(msgspec.msgpack.encode(told))
             unmasked = clock(c).time("unmask", clients[c].unmask, told)
             up += len(msgspec.msgpack.encode(unmasked))

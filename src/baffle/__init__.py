@@ -5,7 +5,8 @@
     train, test = bf.load("digits")
     run = bf.fit(model, bf.partition(train, clients=10), loss=F.cross_entropy, test=test)
 
-Importing this needs numpy, msgspec and safetensors only; what needs PyTorch is loaded when first used.
+Importing this needs only numpy, msgspec and safetensors: names that need PyTorch, ONNX Runtime or OpenVINO are loaded
+when they are first used, and raise MissingExtraError if it is not installed.
 """
 
 from __future__ import annotations
@@ -32,14 +33,17 @@ from baffle.runfolder.journal import Journal
 from baffle.runtimes.onnx.bundle import Bundle
 from baffle.training.fit import fit
 from baffle.training.loop import resume, train
-from baffle.training.result import Run
+from baffle.training.result import Run, evaluate
 
 if TYPE_CHECKING:
+    from baffle.engines.pipe import PipeEngine, write_clients
+    from baffle.engines.remote.engine import RemoteEngine
     from baffle.exporter import export
     from baffle.pruning import masks_of, prune, shrink
     from baffle.runtimes.onnx.openvino import OpenVinoRuntime
     from baffle.runtimes.onnx.ort import OrtRuntime
     from baffle.runtimes.pytorch.runtime import TorchRuntime
+    from baffle.training.backprop import train_backprop
 
 __version__ = "0.1.0"
 
@@ -52,6 +56,8 @@ __all__ = [
     "Method",
     "OpenVinoRuntime",
     "OrtRuntime",
+    "PipeEngine",
+    "RemoteEngine",
     "Run",
     "TorchRuntime",
     "adam",
@@ -61,6 +67,7 @@ __all__ = [
     "constant",
     "cosine",
     "decay",
+    "evaluate",
     "export",
     "fit",
     "from_torch",
@@ -75,21 +82,32 @@ __all__ = [
     "sgd",
     "shrink",
     "train",
+    "train_backprop",
     "weighted_sum",
+    "write_clients",
 ]
 
 _LAZY = {
     "OpenVinoRuntime": "baffle.runtimes.onnx.openvino",
     "OrtRuntime": "baffle.runtimes.onnx.ort",
+    "PipeEngine": "baffle.engines.pipe",
+    "RemoteEngine": "baffle.engines.remote.engine",
     "TorchRuntime": "baffle.runtimes.pytorch.runtime",
     "export": "baffle.exporter",
     "masks_of": "baffle.pruning",
     "prune": "baffle.pruning",
     "shrink": "baffle.pruning",
+    "train_backprop": "baffle.training.backprop",
+    "write_clients": "baffle.engines.pipe",
 }
 
 
 def __getattr__(name: str) -> object:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module 'baffle' has no attribute {name!r}")
+    if name not in _LAZY:
+        raise AttributeError(f"module 'baffle' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    """The public names: importing parts of the package adds its folders as attributes, which nobody looks for here."""
+    return sorted([*__all__, "__version__"])

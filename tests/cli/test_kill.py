@@ -76,9 +76,11 @@ def summary_of(outcome: Outcome) -> dict[str, object]:
 
 
 @contextmanager
-def stopped(folder: Path, at: int, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+def stopped(
+    folder: Path, at: int, *arguments: str, sigint: signal.Handlers = signal.SIG_DFL
+) -> Iterator[subprocess.Popen[str]]:
     """A ``baffle`` process, stopped in a forward pass of round ``at``; ended at the latest when this ends."""
-    process = start(folder, *arguments, env={"STOP_AT": str(at), "PYTHONPATH": python_path(folder)})
+    process = start(folder, *arguments, env={"STOP_AT": str(at), "PYTHONPATH": python_path(folder)}, sigint=sigint)
     try:
         _, status = os.waitpid(process.pid, os.WUNTRACED)
         if not os.WIFSTOPPED(status):
@@ -158,17 +160,31 @@ def test_a_plain_run_killed_at_no_chosen_moment_resumes(tmp_path: Path, undistur
     same(summary_of(spawn(tmp_path, "resume", "r", "--json")), undisturbed)
 
 
-def test_an_interrupt_says_how_to_resume(folder: Path, undisturbed: dict[str, object]) -> None:
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_end_says_how_to_resume(
+    folder: Path, undisturbed: dict[str, object], sent: signal.Signals, code: int
+) -> None:
     with stopped(folder, 5, "train", "--model", "stops:build", *OPTIONS) as process:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         process.send_signal(signal.SIGCONT)
         out, err = process.communicate()
-    assert process.returncode == 130
+    assert process.returncode == code
     assert "baffle resume" in err.splitlines()[-1]
     assert "Traceback" not in err
     assert out == ""
     assert len(bf.Journal.open(folder / "r").rows) == 5
     same(resume(folder), undisturbed)
+
+
+def test_a_background_job_ends_on_sigterm(folder: Path) -> None:
+    """A shell starts background jobs with SIGINT ignored."""
+    with stopped(folder, 5, "train", "--model", "stops:build", *OPTIONS, sigint=signal.SIG_IGN) as process:
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGCONT)
+        _, err = process.communicate()
+    assert process.returncode == 143
+    assert "baffle resume" in err.splitlines()[-1]
 
 
 @pytest.mark.slow

@@ -229,18 +229,18 @@ def test_the_guess_is_near_the_error_and_the_choice_is_good(name: str, precision
     runtime, task = TorchRuntime(model, F.cross_entropy, 1, precision=precision), task_for(difference)
     weights, data = runtime.initial_weights(), batch()
     found = calibrate(task, runtime, weights, data)
-    told = compare(found, derivatives(model, runtime, data, task, weights))
-    pairs = [(guess, a.error) for guess, a in zip(found.errors, told, strict=True) if 0.02 <= a.error <= 1]
+    compared = compare(found, derivatives(model, runtime, data, task, weights))
+    pairs = [(guess, a.error) for guess, a in zip(found.errors, compared, strict=True) if 0.02 <= a.error <= 1]
     assert len(pairs) >= 2
     for guess, error in pairs:
         assert error / 3 < guess < 3 * error
-    chosen = told[found.sigmas.index(found.sigma)]
+    chosen = compared[found.sigmas.index(found.sigma)]
     assert chosen.correlation >= 0.97
     # both ends of the ladder are wrong in their own way, and the chosen one is better than either
-    assert told[-1].error > 1
-    assert chosen.error < told[-1].error
+    assert compared[-1].error > 1
+    assert chosen.error < compared[-1].error
     if precision == "bf16":
-        assert told[0].noise > 3 * chosen.noise
+        assert compared[0].noise > 3 * chosen.noise
 
 
 def test_where_passes_round_more_sigma_is_larger() -> None:
@@ -268,8 +268,8 @@ def test_on_the_lattice_sigma_is_what_most_weights_move_by(codes: int) -> None:
     assert found.errors.tolist() == [INF]
     assert found.forward_passes == 2 * DIRECTIONS
     asked = msgspec.structs.replace(task, sigma=found.sigma)
-    (told,) = compare(found, derivatives(model, runtime, data, asked, weights))
-    assert told.correlation > 0.97
+    (compared,) = compare(found, derivatives(model, runtime, data, asked, weights))
+    assert compared.correlation > 0.97
 
 
 def test_on_the_lattice_without_matrices_sigma_is_the_ladders_middle() -> None:

@@ -25,15 +25,15 @@ from baffle.protocol.messages import (
     SETUP,
     STATE,
     WEIGHTS,
-    Answer,
-    Ask,
-    Behind,
-    Enrol,
-    Failed,
-    Found,
-    Present,
-    Response,
+    AnyResponse,
+    BehindResponse,
+    CalibrateResponse,
+    EnrolRequest,
+    EnrolResponse,
+    FailedResponse,
     Setup,
+    TrainRequest,
+    TrainResponse,
     decode_response,
     encode,
 )
@@ -66,9 +66,9 @@ class Story:
         )
 
     def ask(self, round: int, rows: Sequence[bytes] = (), *, calibrate: bool = False) -> bytes:
-        return encode(Ask(setup=SHA256, task=self.task(round), rows=tuple(rows), calibrate=calibrate))
+        return encode(TrainRequest(setup=SHA256, task=self.task(round), rows=tuple(rows), calibrate=calibrate))
 
-    def parcel(self, round: int) -> dict[str, bytes]:
+    def attachment(self, round: int) -> dict[str, bytes]:
         return {STATE: pack_state(self.states[round])}
 
 
@@ -90,27 +90,29 @@ def client(memory: Memory) -> Participant:
 def member(memory: Memory | None = None, name: str = "hospital") -> Participant:
     """A client that has the setup."""
     participant = Participant(name, lambda setup: (RUNTIME, DATA), memory)
-    assert isinstance(say(participant, encode(Enrol(SHA256)), {SETUP: SETUP_BYTES}), Present)
+    assert isinstance(say(participant, encode(EnrolRequest(SHA256)), {SETUP: SETUP_BYTES}), EnrolResponse)
     return participant
 
 
-def say(client: Participant, question: bytes, parcels: Mapping[str, bytes] | None = None, number: int = 0) -> Response:
-    return decode_response(client.answer(question, parcels or {}, number))
+def say(
+    client: Participant, request: bytes, attachments: Mapping[str, bytes] | None = None, number: int = 0
+) -> AnyResponse:
+    return decode_response(client.answer(request, attachments or {}, number))
 
 
-def reason(response: Response) -> str:
-    assert isinstance(response, Failed)
+def reason(response: AnyResponse) -> str:
+    assert isinstance(response, FailedResponse)
     return response.reason
 
 
 def same(memory: Memory, state: State) -> bool:
     """Whether that is remembered: the same round, the same bits."""
-    kept = memory.state
+    remembered = memory.state
     return (
-        kept is not None
-        and (kept.round, kept.step) == (state.round, state.step)
-        and kept.weights.tobytes() == state.weights.tobytes()
-        and memory.state_sha256 == state_sha256(state) == state_sha256(kept)
+        remembered is not None
+        and (remembered.round, remembered.step) == (state.round, state.step)
+        and remembered.weights.tobytes() == state.weights.tobytes()
+        and memory.state_sha256 == state_sha256(state) == state_sha256(remembered)
     )
 
 
@@ -121,57 +123,57 @@ def same(memory: Memory, state: State) -> bool:
 def test_rows_lead_from_any_state_to_any_later_one(story: Story, memory: Memory, start: int) -> None:
     for end in range(start, 9):
         client = member(memory)
-        assert isinstance(say(client, story.ask(start), story.parcel(start)), Answer)
+        assert isinstance(say(client, story.ask(start), story.attachment(start)), TrainResponse)
         assert same(memory, story.states[start])
         answer = say(client, story.ask(end, story.rows[start:end]))
-        assert isinstance(answer, Answer)
+        assert isinstance(answer, TrainResponse)
         assert answer.state_sha256 == state_sha256(story.states[end])
         assert same(memory, story.states[end])
 
 
 def test_rows_that_it_has_are_passed_over(story: Story, client: Participant, memory: Memory) -> None:
-    say(client, story.ask(4), story.parcel(4))
-    assert isinstance(say(client, story.ask(6, story.rows[1:6])), Answer)
+    say(client, story.ask(4), story.attachment(4))
+    assert isinstance(say(client, story.ask(6, story.rows[1:6])), TrainResponse)
     assert same(memory, story.states[6])
-    assert isinstance(say(client, story.ask(6, story.rows[4:6])), Answer)
+    assert isinstance(say(client, story.ask(6, story.rows[4:6])), TrainResponse)
     assert same(memory, story.states[6])
 
 
 def test_a_state_and_rows_come_together(story: Story, client: Participant, memory: Memory) -> None:
-    assert isinstance(say(client, story.ask(6, story.rows[2:6]), story.parcel(2)), Answer)
+    assert isinstance(say(client, story.ask(6, story.rows[2:6]), story.attachment(2)), TrainResponse)
     assert same(memory, story.states[6])
 
 
 def test_a_gap_leaves_what_is_there(story: Story, client: Participant, memory: Memory) -> None:
-    say(client, story.ask(2), story.parcel(2))
+    say(client, story.ask(2), story.attachment(2))
     for rows in (story.rows[3:6], [], story.rows[:1], [story.rows[2], story.rows[4]]):
-        assert say(client, story.ask(6, rows)) == Behind(2, state_sha256(story.states[2]), True)
+        assert say(client, story.ask(6, rows)) == BehindResponse(2, state_sha256(story.states[2]), True)
         assert same(memory, story.states[2])
 
 
 def test_rows_to_another_state_than_the_tasks_are_not_kept(story: Story, client: Participant, memory: Memory) -> None:
-    say(client, story.ask(2), story.parcel(2))
+    say(client, story.ask(2), story.attachment(2))
     other = msgspec.structs.replace(decode_row(story.rows[2]), clip_factor=0.5)
-    assert say(client, story.ask(3, [encode_message(other)])) == Behind(0, b"", True)
+    assert say(client, story.ask(3, [encode_message(other)])) == BehindResponse(0, b"", True)
     assert memory.state is None
-    assert isinstance(say(client, story.ask(3), story.parcel(3)), Answer)
+    assert isinstance(say(client, story.ask(3), story.attachment(3)), TrainResponse)
 
 
 def test_a_state_of_another_hash_is_not_answered_from(story: Story, client: Participant) -> None:
-    assert say(client, story.ask(3), story.parcel(2)) == Behind(2, state_sha256(story.states[2]), True)
+    assert say(client, story.ask(3), story.attachment(2)) == BehindResponse(2, state_sha256(story.states[2]), True)
     wrong = replace(story.states[3], weights=story.states[3].weights + np.float32(1))
-    assert isinstance(say(client, story.ask(3), {STATE: pack_state(wrong)}), Behind)
+    assert isinstance(say(client, story.ask(3), {STATE: pack_state(wrong)}), BehindResponse)
 
 
 def test_a_task_of_the_past_is_not_answered(story: Story, client: Participant, memory: Memory) -> None:
-    say(client, story.ask(5), story.parcel(5))
-    assert isinstance(say(client, story.ask(3, story.rows[1:3])), Behind)
+    say(client, story.ask(5), story.attachment(5))
+    assert isinstance(say(client, story.ask(3, story.rows[1:3])), BehindResponse)
     assert same(memory, story.states[5])
 
 
 @pytest.mark.parametrize("row", [b"", b"\xc1", b"\x91" * 100_000, b"\x81\xa5round\x02", b"\x81\xa1\xff\x01"])
 def test_a_malformed_row_is_told(story: Story, client: Participant, memory: Memory, row: bytes) -> None:
-    say(client, story.ask(2), story.parcel(2))
+    say(client, story.ask(2), story.attachment(2))
     assert reason(say(client, story.ask(3, [row])))
     assert same(memory, story.states[2])
 
@@ -188,47 +190,47 @@ def test_a_row_that_returns_leads_nowhere(story: Story) -> None:
 
 
 def test_the_same_task_gets_the_same_bytes(story: Story, client: Participant) -> None:
-    first = client.answer(story.ask(2), story.parcel(2), 1)
+    first = client.answer(story.ask(2), story.attachment(2), 1)
     assert client.answer(story.ask(2), {}, 1) == first
     assert client.answer(story.ask(2), {}, 2) != first  # another client's batch
     assert client.answer(story.ask(2), {}, 1) == first
     restarted = member(name="other")
-    assert restarted.answer(story.ask(2, story.rows[:2]), story.parcel(0), 1) == first
+    assert restarted.answer(story.ask(2, story.rows[:2]), story.attachment(0), 1) == first
 
 
 def test_participants_that_share_a_memory_catch_up_once(story: Story, memory: Memory) -> None:
     one, two = member(memory, "one"), member(memory, "two")
-    say(one, story.ask(3), story.parcel(3))
+    say(one, story.ask(3), story.attachment(3))
     answer = say(two, story.ask(3), number=1)
-    assert isinstance(answer, Answer)
+    assert isinstance(answer, TrainResponse)
     assert answer.reply.client == 1
     say(two, story.ask(4, story.rows[3:4]), number=1)
-    assert isinstance(say(one, story.ask(4, story.rows[3:4])), Answer)
+    assert isinstance(say(one, story.ask(4, story.rows[3:4])), TrainResponse)
     assert same(memory, story.states[4])
 
 
 def test_weights_are_answered_from_and_not_kept(story: Story, client: Participant, memory: Memory) -> None:
     weights = {WEIGHTS: pack_weights(story.states[3].weights)}
-    answer, kept = say(client, story.ask(3), weights), say(member(), story.ask(3), story.parcel(3))
-    assert isinstance(answer, Answer)
-    assert isinstance(kept, Answer)
-    assert (answer.reply, answer.state_sha256) == (kept.reply, b"")
+    answer, by_state = say(client, story.ask(3), weights), say(member(), story.ask(3), story.attachment(3))
+    assert isinstance(answer, TrainResponse)
+    assert isinstance(by_state, TrainResponse)
+    assert (answer.reply, answer.state_sha256) == (by_state.reply, b"")
     assert memory.state is None
 
 
 def test_sigma_is_measured_where_that_is_asked(story: Story, client: Participant) -> None:
-    found = say(client, story.ask(0, calibrate=True), story.parcel(0))
-    assert isinstance(found, Found)
-    assert found.sigmas == LADDER
-    assert min(found.errors) < 0.2
-    assert isinstance(say(client, story.ask(0, calibrate=True)), Found)
+    measured = say(client, story.ask(0, calibrate=True), story.attachment(0))
+    assert isinstance(measured, CalibrateResponse)
+    assert measured.sigmas == LADDER
+    assert min(measured.errors) < 0.2
+    assert isinstance(say(client, story.ask(0, calibrate=True)), CalibrateResponse)
 
 
 def test_nobody_who_has_nothing_answers(story: Story) -> None:
     stranger = Participant("x", lambda setup: (RUNTIME, DATA))
-    assert say(stranger, story.ask(2)) == Behind(0, b"", False)
-    assert say(stranger, encode(Enrol(SHA256))) == Behind(0, b"", False)
-    assert isinstance(say(stranger, story.ask(2), story.parcel(2) | {SETUP: SETUP_BYTES}), Answer)
+    assert say(stranger, story.ask(2)) == BehindResponse(0, b"", False)
+    assert say(stranger, encode(EnrolRequest(SHA256))) == BehindResponse(0, b"", False)
+    assert isinstance(say(stranger, story.ask(2), story.attachment(2) | {SETUP: SETUP_BYTES}), TrainResponse)
 
 
 @pytest.mark.parametrize(
@@ -245,20 +247,20 @@ def test_nobody_who_has_nothing_answers(story: Story) -> None:
     ],
 )
 def test_tasks_that_no_server_sends_are_told(story: Story, client: Participant, changes: dict[str, object]) -> None:
-    say(client, story.ask(2), story.parcel(2))
+    say(client, story.ask(2), story.attachment(2))
     task = msgspec.structs.replace(story.task(2), **changes)
-    assert reason(say(client, encode(Ask(setup=SHA256, task=task, rows=()))))
-    assert isinstance(say(client, story.ask(2)), Answer)
+    assert reason(say(client, encode(TrainRequest(setup=SHA256, task=task, rows=()))))
+    assert isinstance(say(client, story.ask(2)), TrainResponse)
 
 
 @pytest.mark.parametrize("number", [-1, 2**64])
 def test_a_number_that_no_client_has_is_told(story: Story, client: Participant, number: int) -> None:
-    assert reason(say(client, story.ask(2), story.parcel(2), number))
+    assert reason(say(client, story.ask(2), story.attachment(2), number))
 
 
-@pytest.mark.parametrize("question", [b"", b"\xc1", b"\x91" * 100_000, encode(Failed("no")), bytes(10**7)])
-def test_no_question_makes_it_raise(client: Participant, question: bytes) -> None:
-    assert "malformed question" in reason(say(client, question))
+@pytest.mark.parametrize("data", [b"", b"\xc1", b"\x91" * 100_000, encode(FailedResponse("no")), bytes(10**7)])
+def test_no_request_makes_it_raise(client: Participant, data: bytes) -> None:
+    assert "malformed request" in reason(say(client, data))
 
 
 # Parcels
@@ -266,10 +268,10 @@ def test_no_question_makes_it_raise(client: Participant, question: bytes) -> Non
 
 @pytest.mark.parametrize("kind", [STATE, WEIGHTS])
 @pytest.mark.parametrize("bad", [b"", b"?", pack_weights(initial_weights()[:5]), pack_weights(initial_weights())[:-2]])
-def test_parcels_of_nonsense_are_told_and_what_is_known_stays(
+def test_attachments_of_nonsense_are_told_and_what_is_known_stays(
     story: Story, client: Participant, memory: Memory, kind: str, bad: bytes
 ) -> None:
-    say(client, story.ask(2), story.parcel(2))
+    say(client, story.ask(2), story.attachment(2))
     assert reason(say(client, story.ask(3), {kind: bad}))
     assert same(memory, story.states[2])
 
@@ -283,13 +285,13 @@ def test_numbers_that_are_none_are_told(story: Story, client: Participant, value
     assert "weights with NaN or infinity" in reason(say(client, story.ask(3), {WEIGHTS: weights}))
 
 
-def test_a_small_parcel_cannot_swell(story: Story, client: Participant) -> None:
+def test_a_small_attachment_cannot_swell(story: Story, client: Participant) -> None:
     bomb = zlib.compress(bytes(200_000_000), 9)
     assert len(bomb) < 250_000
     tracemalloc.start()
     try:
         for kind in (STATE, WEIGHTS):
-            assert "malformed parcel" in reason(say(client, story.ask(3), {kind: bomb}))
+            assert "malformed attachment" in reason(say(client, story.ask(3), {kind: bomb}))
         assert tracemalloc.get_traced_memory()[1] < 2_000_000
     finally:
         tracemalloc.stop()
@@ -299,24 +301,26 @@ def test_a_small_parcel_cannot_swell(story: Story, client: Participant) -> None:
 
 
 def test_who_it_is(story: Story, client: Participant) -> None:
-    first = say(client, encode(Enrol(SHA256)))
-    assert first == Present(name="hospital", examples=60, plan=RUNTIME.plan, state_sha256=b"", round=0)
-    say(client, story.ask(5), story.parcel(5))
-    assert say(client, encode(Enrol(SHA256))) == msgspec.structs.replace(
+    first = say(client, encode(EnrolRequest(SHA256)))
+    assert first == EnrolResponse(name="hospital", examples=60, plan=RUNTIME.plan, state_sha256=b"", round=0)
+    say(client, story.ask(5), story.attachment(5))
+    assert say(client, encode(EnrolRequest(SHA256))) == msgspec.structs.replace(
         first, state_sha256=state_sha256(story.states[5]), round=5
     )
 
 
 def test_a_setup_of_another_hash_is_refused() -> None:
     client = Participant("x", lambda setup: (RUNTIME, DATA))
-    assert "another hash" in reason(say(client, encode(Enrol(SHA256)), {SETUP: SETUP_BYTES + b" "}))
-    assert say(client, encode(Enrol(SHA256))) == Behind(0, b"", False)
+    assert "another hash" in reason(say(client, encode(EnrolRequest(SHA256)), {SETUP: SETUP_BYTES + b" "}))
+    assert say(client, encode(EnrolRequest(SHA256))) == BehindResponse(0, b"", False)
 
 
 def test_a_setup_that_is_none_is_told() -> None:
     client = Participant("x", lambda setup: (RUNTIME, DATA))
     for data in (b"", b"\xc1", b"\x91" * 100_000):
-        assert "malformed setup" in reason(say(client, encode(Enrol(hashlib.sha256(data).hexdigest())), {SETUP: data}))
+        assert "malformed setup" in reason(
+            say(client, encode(EnrolRequest(hashlib.sha256(data).hexdigest())), {SETUP: data})
+        )
 
 
 @pytest.mark.parametrize("kind", ["tensors", "frozen"])
@@ -327,9 +331,9 @@ def test_another_model_than_the_servers_is_refused(kind: str) -> None:
     fields: dict[str, object] = {"table": TABLE[:1]} if kind == "tensors" else {"frozen": "ab" * 32}
     data = encode(msgspec.structs.replace(SETUP_OF_DIGITS, **fields))
     client = Participant("x", build)
-    question = encode(Enrol(hashlib.sha256(data).hexdigest()))
-    assert "expected the same model" in reason(say(client, question, {SETUP: data}))
-    assert isinstance(say(client, question), Behind)
+    request = encode(EnrolRequest(hashlib.sha256(data).hexdigest()))
+    assert "expected the same model" in reason(say(client, request, {SETUP: data}))
+    assert isinstance(say(client, request), BehindResponse)
 
 
 @pytest.mark.parametrize("error", [DataError("no\ndata \ud800 " + "x" * 5000), ModelError("no"), OSError("gone")])
@@ -337,9 +341,9 @@ def test_what_a_client_will_not_do_is_told(error: Exception) -> None:
     def build(setup: Setup) -> tuple[Runtime, bf.Dataset]:
         raise error
 
-    told = reason(say(Participant("x", build), encode(Enrol(SHA256)), {SETUP: SETUP_BYTES}))
-    assert told.isprintable()
-    assert 2 <= len(told) <= 2000
+    text = reason(say(Participant("x", build), encode(EnrolRequest(SHA256)), {SETUP: SETUP_BYTES}))
+    assert text.isprintable()
+    assert 2 <= len(text) <= 2000
 
 
 def test_a_setup_is_built_once_and_a_state_belongs_to_it(story: Story, memory: Memory) -> None:
@@ -351,20 +355,22 @@ def test_a_setup_is_built_once_and_a_state_belongs_to_it(story: Story, memory: M
 
     client = Participant("x", build, memory)
     other = encode(msgspec.structs.replace(SETUP_OF_DIGITS, options={"seed": 1}))
-    question = encode(Enrol(hashlib.sha256(other).hexdigest()))
-    say(client, story.ask(3), story.parcel(3) | {SETUP: SETUP_BYTES})
+    request = encode(EnrolRequest(hashlib.sha256(other).hexdigest()))
+    say(client, story.ask(3), story.attachment(3) | {SETUP: SETUP_BYTES})
     say(client, story.ask(3), {SETUP: SETUP_BYTES})
-    assert say(client, question) == Behind(3, state_sha256(story.states[3]), False)  # it has a setup, not this one
-    assert isinstance(say(client, question, {SETUP: other}), Present)
+    assert say(client, request) == BehindResponse(
+        3, state_sha256(story.states[3]), False
+    )  # it has a setup, not this one
+    assert isinstance(say(client, request, {SETUP: other}), EnrolResponse)
     assert memory.state is None
-    assert say(client, story.ask(3)) == Behind(0, b"", False)
+    assert say(client, story.ask(3)) == BehindResponse(0, b"", False)
     assert built == ["None", "1"]
 
 
 def test_a_shared_memory_is_not_taken_for_that_of_another_setup(story: Story, memory: Memory) -> None:
     one, two = member(memory), Participant("two", lambda setup: (RUNTIME, DATA), memory)
     other = encode(msgspec.structs.replace(SETUP_OF_DIGITS, options={"seed": 1}))
-    say(one, story.ask(3), story.parcel(3))
-    say(two, encode(Enrol(hashlib.sha256(other).hexdigest())), {SETUP: other})
+    say(one, story.ask(3), story.attachment(3))
+    say(two, encode(EnrolRequest(hashlib.sha256(other).hexdigest())), {SETUP: other})
     memory.keep(story.states[4], state_sha256(story.states[4]))  # as the other run's
-    assert say(one, story.ask(4)) == Behind(0, b"", True)
+    assert say(one, story.ask(4)) == BehindResponse(0, b"", True)

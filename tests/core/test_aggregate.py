@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import msgspec
 import numpy as np
 import pytest
 
+import baffle as bf
 from baffle.client.respond import reply
 from baffle.core.aggregate import (
     FIRST_EXPONENT,
+    SecureSum,
     WeightedSum,
     check_reply,
     clipped_share,
     measures_scale,
     next_exponent,
+    nothing,
     typical_scalar,
 )
 from baffle.core.scalars import Encoded
-from baffle.core.types import LIMIT, Reply, Row, pack_int32
+from baffle.core.types import LIMIT, Aggregate, Reply, Row, pack_int32
 from baffle.errors import ReplyError
 from helpers import TASK
+from secure_helpers import make_replies, make_task
 
 COHORT = {1: 1, 2: 2, 4: 3, 7: 1}
 
@@ -138,3 +144,22 @@ def test_sums_over_clients_are_brought_back_to_one_client() -> None:
     )
     assert typical_scalar(own) == pytest.approx(1024)
     assert clipped_share(msgspec.structs.replace(own, clipped=8)) == 0.25
+
+
+def test_a_sum_must_be_one_of_participants() -> None:
+    task, cohort = make_task(2), {1: 3, 4: 5, 6: 2}
+    good = Aggregate(np.array([[[-8 * LIMIT, 8 * LIMIT]]]), (1, 4), 8, 0, 0)
+    assert SecureSum().combine(task, cohort, good) is good
+    assert SecureSum().combine(task, cohort, nothing(task)).participants == ()
+    for wrong in (
+        replace(good, weight_sum=7),
+        replace(good, participants=(1, 5)),
+        replace(good, vectors=good.vectors + 1),
+        replace(good, vectors=good.vectors[:, :, :1]),
+        [],
+        make_replies([1, 4], 2),
+    ):
+        with pytest.raises(ReplyError, match=r"round 0: .*expected"):
+            SecureSum().combine(task, cohort, wrong)
+    with pytest.raises(ReplyError, match="a sum: expected the clients' replies"):
+        bf.weighted_sum().combine(task, cohort, good)

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import sys
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Message, Metadata, RecordDict
-from flwr.app.message import make_message
-from flwr.supercore.task_identity import TaskIdentity
 
 import baffle as bf
 from baffle.client.examples import load_arrays
@@ -22,10 +18,17 @@ from baffle.core.directions import Directions
 from baffle.data import Scaling
 from baffle.deploy.client_model import Own, builder
 from baffle.deploy.server_app import setup_of
-from baffle.engines.remote.flower import GridTransport, Node, from_records, reply_to, size_of, to_records
-from baffle.engines.remote.transport import Letter
-from baffle.errors import BaffleError, BundleError, DataError, ModelError, OptionError, ReplyError
-from baffle.protocol.messages import SETUP, Enrol, Failed, Present, Setup, decode_response, decode_setup, encode
+from baffle.errors import BaffleError, BundleError, DataError, ModelError, OptionError
+from baffle.protocol.messages import (
+    SETUP,
+    EnrolRequest,
+    EnrolResponse,
+    FailedResponse,
+    Setup,
+    decode_response,
+    decode_setup,
+    encode,
+)
 from baffle.runtimes import Runtime
 from baffle.runtimes.onnx.bundle import Bundle
 from baffle.runtimes.perturb import Perturbations
@@ -73,15 +76,15 @@ def test_a_client_evaluates_what_the_server_does(options: TrainConfig) -> None:
     assert losses(runtime, server, data) == losses(server.runtime, server, data)
     if options.prune and options.prune_by != "channels":
         assert any(spec.mask is not None for spec in runtime.table)
-    assert isinstance(_enrol(setup), Present)
+    assert isinstance(_enrol(setup), EnrolResponse)
 
 
-def _enrol(setup: Setup, data: bf.Dataset = DATA) -> Present | Failed:
+def _enrol(setup: Setup, data: bf.Dataset = DATA) -> EnrolResponse | FailedResponse:
     encoded = encode(setup)
     client = Participant("x", builder(data))
-    question = encode(Enrol(hashlib.sha256(encoded).hexdigest()))
+    question = encode(EnrolRequest(hashlib.sha256(encoded).hexdigest()))
     said = decode_response(client.answer(question, {SETUP: encoded}))
-    assert isinstance(said, Present | Failed)
+    assert isinstance(said, EnrolResponse | FailedResponse)
     return said
 
 
@@ -149,7 +152,7 @@ def test_another_start_than_the_names_is_told_where_it_is_not_trained() -> None:
     _, setup = served(msgspec.structs.replace(MLP, trainable="head"))
     other = msgspec.structs.replace(setup, options=setup.options | {"seed": 5})
     said = _enrol(other)
-    assert isinstance(said, Failed)
+    assert isinstance(said, FailedResponse)
     assert "expected the same model" in said.reason
 
 
@@ -235,65 +238,3 @@ def test_a_bundle_is_decoded_as_it_was_sent() -> None:
     assert server.bundle is not None
     assert setup.bundle is not None
     assert Bundle.decode(setup.bundle).sha256 == server.bundle.sha256
-
-
-# Records of Flower
-
-
-class Grid:
-    """Takes the messages for the nodes that it knows."""
-
-    def __init__(self, *nodes: int) -> None:
-        self.known, self.sent = nodes, list[Message]()
-
-    def get_nodes(self) -> Iterable[Node]:
-        return []
-
-    def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        self.sent = list(messages)
-        return [f"m{m.metadata.dst_node_id}" if m.metadata.dst_node_id in self.known else "" for m in self.sent]
-
-    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        return []
-
-
-def test_what_a_grid_does_not_take_has_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_run_id", "_task_id", "_node_id"):  # as in the process of a ServerApp
-        monkeypatch.setattr(TaskIdentity, name, 1)
-    grid = Grid(7)
-    sent = GridTransport(grid).send([Letter(7, b"?"), Letter(8, b"?", {SETUP: bytes(3_000_000)}, 5)], 60.0)
-    assert [s.id for s in sent] == ["m7", ""]
-    assert [s.size for s in sent] == [size_of(m) for m in grid.sent]
-    assert sent[1].size > 3_000_000
-    assert [m.metadata.group_id for m in grid.sent] == ["client-0", "client-5"]
-
-
-@pytest.mark.parametrize("size", [1, 2**20 - 1, 2**20, 2**20 + 1, 3 * 2**20])
-def test_parcels_are_cut_and_put_together(size: int) -> None:
-    whole = np.random.default_rng(size).bytes(size)
-    records = to_records(b"?", {SETUP: whole, "state": b"s"})
-    shuffled = RecordDict(dict(reversed(list(records.items()))))
-    assert from_records(shuffled) == (b"?", {SETUP: whole, "state": b"s"})
-    assert len(records) == 2 + -(-size // 2**20)
-
-
-@pytest.mark.parametrize(
-    "records",
-    [
-        RecordDict(),
-        RecordDict({"a": ConfigRecord({"part": "state.000000", "data": b"x"})}),
-        RecordDict({"a": ConfigRecord({"part": 3, "data": b"x"})}),
-        RecordDict({"a": ConfigRecord({"part": "message.000000", "data": "x"})}),
-        RecordDict({"a": ConfigRecord({"data": b"x"})}),
-    ],
-    ids=["none", "no message", "part", "data", "no part"],
-)
-def test_records_of_others_are_refused(records: RecordDict) -> None:
-    with pytest.raises(ReplyError, match="expected"):
-        from_records(records)
-    reply = reply_to(_received(records), Participant("x", builder(DATA)))
-    assert isinstance(decode_response(from_records(reply.content)[0]), Failed)
-
-
-def _received(records: RecordDict) -> Message:
-    return make_message(Metadata(5, "m", 1, 7, "", "client-3", time.time(), 60.0, "train"), content=records)

@@ -1,8 +1,7 @@
-"""The models: their size, their forward pass against numpy, how they start, what they refuse; each of them learns."""
+"""All models: parameters, numpy references, seeds, what is refused, learning, and image layouts."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,65 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import baffle as bf
-import reference
 from baffle.core.directions import Directions
 from baffle.data import Dataset
 from baffle.errors import BaffleError, ModelError, OptionError
 from baffle.models import MODELS, build
-from baffle.models.parts import ACTIVATIONS, NORMS, groups, norm_of
-from baffle.models.transformer import Transformer, transformer
+from baffle.models.parts import ACTIVATIONS, NORMS
 from baffle.runtimes.perturb import Perturbations
 from baffle.runtimes.pytorch.runtime import TorchRuntime
-
-REFERENCES: dict[str, Callable[[reference.Parameters, reference.Array, str, str], reference.Array]] = {
-    "lenet": reference.lenet,
-    "lenet-small": reference.lenet_small,
-    "mlp": reference.mlp,
-    "transformer": reference.transformer,
-    "wrn-10-2": reference.wrn_10_2,
-}
-
-
-def size(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
-def stirred(model: nn.Module, seed: int = 0) -> nn.Module:
-    """The model with weights that are nowhere zero or alike, so that every one of them shows in the output."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=generator))
-    return model
-
-
-def examples(shape: tuple[int, ...], vocabulary: int | None = None, count: int = 3) -> npt.NDArray[np.generic]:
-    rng = np.random.default_rng(0)
-    if vocabulary is None:
-        return rng.normal(size=(count, *shape)).astype(np.float32)
-    return rng.integers(0, vocabulary, (count, *shape))
-
-
-def logits(model: nn.Module, x: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
-    with torch.inference_mode():
-        return np.asarray(model(torch.from_numpy(x)).numpy())
-
-
-def assert_follows_reference(
-    name: str,
-    shape: tuple[int, ...],
-    *,
-    activation: str | None = None,
-    norm: str | None = None,
-    vocabulary: int | None = None,
-) -> None:
-    model = stirred(build(name, shape, 7, 1, activation=activation, norm=norm, vocabulary=vocabulary))
-    x = examples(shape, vocabulary)
-    parameters = {n: p.detach().double().numpy() for n, p in model.named_parameters()}
-    expected = REFERENCES[name](parameters, x.astype(np.float64), activation or "hardswish", norm or MODELS[name].norm)
-    assert expected.shape == (len(x), 7)
-    assert expected.std(0).max() > 0.01  # the examples differ
-    assert np.abs(logits(model, x) - expected).max() < 2e-6 * np.abs(expected).max()
+from random_models import assert_follows_reference, examples, fresh, logits, size, stirred
 
 
 @pytest.mark.parametrize(
@@ -106,16 +54,6 @@ def test_parameters_are_as_many_as_written_down(name: str, shape: tuple[int, ...
 )
 def test_a_class_more_is_a_row_of_the_last_layer_more(name: str, shape: tuple[int, ...], features: int) -> None:
     assert size(build(name, shape, 100)) - size(build(name, shape, 10)) == 90 * (features + 1)
-
-
-def test_the_transformers_parameters_are_those_of_its_parts() -> None:
-    block = (64 * 192 + 192) + (64 * 64 + 64) + (64 * 128 + 128) + (128 * 64 + 64)
-    rest = 2 * block + 64 * 10 + 10
-    assert size(build("transformer", (3, 32, 32), 10)) == rest + 64 * 3 * 16 + 64 + 64 * 64  # 8 x 8 patches of 4 x 4
-    assert size(build("transformer", (3, 16, 40), 10)) == rest + 64 * 3 * 16 + 64 + 40 * 64  # 4 x 10 of 4 x 4
-    assert size(build("transformer", (3, 15, 40), 10)) == rest + 64 * 3 * 4 + 64 + 140 * 64  # 7 x 20 of 2 x 2
-    assert size(build("transformer", (20, 5), 10)) == rest + 5 * 64 + 64 + 20 * 64
-    assert size(build("transformer", (20,), 10, vocabulary=50)) == rest + 50 * 64 + 20 * 64
 
 
 @pytest.mark.parametrize(
@@ -174,83 +112,6 @@ def test_forward_follows_numpy_on_other_images_with_the_defaults(name: str, shap
     assert_follows_reference(name, shape)
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("activation", ["hardswish", "gelu"])
-def test_transformer_on_vectors_and_tokens_follows_numpy(norm: str, activation: str) -> None:
-    assert_follows_reference("transformer", (12, 5), norm=norm, activation=activation)
-    assert_follows_reference("transformer", (12,), norm=norm, activation=activation, vocabulary=4)  # a quarter: padding
-
-
-def test_groups_divide_the_channels() -> None:
-    assert {channels: groups(channels) for channels in reference.GROUPS} == reference.GROUPS
-    for channels in range(1, 300):
-        assert channels % groups(channels) == 0
-        assert 1 <= groups(channels) <= max(2, channels // 16)
-
-
-def test_norms_have_no_parameters() -> None:
-    assert not list(norm_of("group", 64).parameters())
-    assert isinstance(norm_of("none", 64), nn.Identity)
-
-
-def fresh(seed: int, *layers: Callable[[], nn.Module]) -> list[Tensor]:
-    """The parameters that PyTorch gives these layers under a seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return [p for layer in layers for p in layer().parameters()]
-
-
-@pytest.mark.parametrize("seed", [0, 7])
-@pytest.mark.parametrize(
-    ("name", "layers"),
-    [
-        ("lenet", (lambda: nn.Conv2d(3, 16, 5), lambda: nn.Conv2d(16, 64, 5), lambda: nn.Linear(64, 10))),
-        ("lenet-small", (lambda: nn.Conv2d(3, 16, 5), lambda: nn.Conv2d(16, 64, 5), lambda: nn.Linear(256, 10))),
-        ("mlp", (lambda: nn.Linear(192, 200), lambda: nn.Linear(200, 64), lambda: nn.Linear(64, 10))),
-    ],
-)
-def test_lenets_and_mlp_start_as_pytorch_starts_their_layers(
-    name: str, layers: tuple[Callable[[], nn.Module], ...], seed: int
-) -> None:
-    found, expected = list(build(name, (3, 8, 8), 10, seed).parameters()), fresh(seed, *layers)
-    assert [p.shape for p in found] == [p.shape for p in expected]
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
-def assert_uniform(values: Tensor, bound: float) -> None:
-    """Within the bound, up to it, and with the spread of a uniform distribution."""
-    flat = values.detach().double().numpy().ravel()
-    assert np.abs(flat).max() <= bound * (1 + 1e-6)
-    assert np.abs(flat).max() > bound * (1 - 20 / flat.size)
-    assert flat.std() == pytest.approx(bound / math.sqrt(3), rel=4 / math.sqrt(flat.size))
-    assert abs(flat.mean()) < 5 * bound / math.sqrt(3 * flat.size)
-
-
-def test_wrn_starts_kaiming_uniform_and_xavier_uniform_without_biases() -> None:
-    parameters = dict(build("wrn-10-2", (3, 32, 32), 10, seed=4).named_parameters())
-    convolutions = {n: p for n, p in parameters.items() if p.ndim == 4}
-    assert len(convolutions) == 10
-    for weight in convolutions.values():
-        _, channels, height, width = weight.shape
-        assert_uniform(weight, math.sqrt(6 / (channels * height * width)))
-    assert_uniform(parameters["8.weight"], math.sqrt(6 / (128 + 10)))
-    assert [n for n, p in parameters.items() if p.ndim == 1] == ["0.bias", "8.bias"]
-    assert not parameters["0.bias"].any()
-    assert not parameters["8.bias"].any()
-
-
-def test_transformer_starts_with_small_embeddings_and_positions() -> None:
-    model = build("transformer", (50,), 10, seed=3, vocabulary=400)
-    assert isinstance(model, Transformer)
-    embedding = model.get_parameter("embed.weight").detach()
-    assert float(embedding.std()) == pytest.approx(0.1, rel=0.02)
-    assert float(embedding.mean()) == pytest.approx(0, abs=0.003)
-    assert float(model.positions.detach().std()) == pytest.approx(0.02, rel=0.05)
-    for name, p in model.named_parameters():
-        if name.startswith("blocks") and name.endswith("weight"):
-            assert_uniform(p, 1 / math.sqrt(p.shape[1]))
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_seeds_decide_the_weights_and_the_global_generator_stays(name: str) -> None:
     before = torch.get_rng_state()
@@ -305,12 +166,6 @@ def test_shapes_that_do_not_fit_are_refused_by_model_and_shape(name: str, shape:
 def test_tokens_are_refused_where_numbers_are_needed(name: str) -> None:
     with pytest.raises(ModelError, match=f"{name}.*floating point, not integer tokens"):
         build(name, (1, 8, 8), 10, vocabulary=17)
-
-
-def test_transformer_refuses_tokens_of_other_shapes() -> None:
-    for shape in ((4, 4), (1, 8, 8)):
-        with pytest.raises(ModelError, match=r"tokens of shape .*expected .*integer tokens \(tokens,\)"):
-            build("transformer", shape, 10, vocabulary=5)
 
 
 BUILDERS = """
@@ -376,85 +231,6 @@ def test_a_model_of_ones_own_takes_no_activation_and_no_norm(option: str, value:
 def test_builders_that_give_no_model_are_explained(name: str, kind: type[BaffleError], message: str) -> None:
     with pytest.raises(kind, match=message):
         build(name, (6,), 4)
-
-
-def text_model(seed: int = 0, length: int = 6) -> Transformer:
-    model = stirred(build("transformer", (length,), 3, seed, vocabulary=9), seed)
-    assert isinstance(model, Transformer)
-    return model
-
-
-TEXT = np.array([[3, 1, 4, 1, 5, 0], [2, 7, 0, 8, 0, 0], [6, 0, 0, 0, 0, 0]])
-
-
-def changed_rows(before: npt.NDArray[np.float32], after: npt.NDArray[np.float32]) -> list[bool]:
-    return [bool(np.abs(a - b).max() > 1e-4) for a, b in zip(before, after, strict=True)]
-
-
-def test_what_padding_embeds_to_and_where_it_stands_has_no_effect() -> None:
-    model = text_model()
-    before = logits(model, TEXT)
-    with torch.no_grad():
-        model.get_parameter("embed.weight")[0] += 5
-    assert np.array_equal(logits(model, TEXT), before)
-    for position, who in enumerate((TEXT != 0).T.tolist()):
-        model = text_model()
-        with torch.no_grad():
-            model.positions[position] += torch.linspace(-2, 3, 64)
-        assert changed_rows(before, logits(model, TEXT)) == who  # those who have a token there, and nobody else
-
-
-@pytest.mark.parametrize("token", range(1, 9))
-def test_every_other_token_counts_where_it_stands(token: int) -> None:
-    model = text_model()
-    before = logits(model, TEXT)
-    with torch.no_grad():
-        model.get_parameter("embed.weight")[token] += torch.linspace(-2, 3, 64)
-    assert changed_rows(before, logits(model, TEXT)) == np.equal(TEXT, token).any(1).tolist()
-
-
-def test_a_text_is_the_same_in_a_model_with_room_for_more_padding() -> None:
-    short, long = text_model(length=6), transformer((9,), 3, vocabulary=9)
-    state = dict(short.state_dict())
-    state["positions"] = torch.cat([state["positions"], torch.randn(3, 64)])
-    long.load_state_dict(state)
-    padded = np.pad(TEXT, ((0, 0), (0, 3)))
-    assert np.abs(logits(short, TEXT) - logits(long, padded)).max() < 1e-6
-
-
-def test_an_empty_text_is_its_first_token() -> None:
-    model = text_model()
-    before = logits(model, np.zeros((2, 6), np.int64))
-    assert np.isfinite(before).all()
-    with torch.no_grad():
-        model.positions[1:] += 3
-    assert np.array_equal(logits(model, np.zeros((2, 6), np.int64)), before)
-    with torch.no_grad():
-        model.positions[0] += torch.linspace(-2, 3, 64)
-    assert changed_rows(before, logits(model, np.zeros((2, 6), np.int64))) == [True, True]
-
-
-def test_tokens_have_an_order_and_without_positions_they_have_none() -> None:
-    model, order = text_model(), [0, 3, 1, 2, 4, 5]
-    moved = TEXT[:1, order]
-    assert np.abs(logits(model, TEXT[:1]) - logits(model, moved)).max() > 1e-3
-    with torch.no_grad():
-        model.positions.zero_()
-    assert np.abs(logits(model, TEXT[:1]) - logits(model, moved)).max() < 1e-6
-
-
-def test_attention_heads_can_be_permuted() -> None:
-    model, x = stirred(build("transformer", (7, 5), 4)), examples((7, 5))
-    before = logits(model, x)
-    channels = np.arange(64).reshape(4, 16)[[2, 0, 3, 1]].reshape(-1)
-    with torch.no_grad():
-        for block in ("blocks.0", "blocks.1"):
-            for kind in ("weight", "bias"):
-                p = model.get_parameter(f"{block}.qkv.{kind}")
-                p.copy_(p.view(3, 64, *p.shape[1:])[:, channels].reshape(p.shape))
-            mix = model.get_parameter(f"{block}.mix.weight")
-            mix.copy_(mix[:, channels].clone())
-    assert np.abs(logits(model, x) - before).max() < 1e-6
 
 
 @pytest.mark.parametrize("name", MODELS)

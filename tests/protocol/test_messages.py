@@ -1,71 +1,70 @@
-"""What goes over the network: messages, parcels, Flower's records; and the files of who takes part."""
+"""Messages across a network: they survive, their bytes stay, and garbage is refused."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import zlib
-from pathlib import Path
 
-import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as arrays
 
 from baffle.client.calibrate import LADDER
-from baffle.core.state import State, state_sha256
 from baffle.core.types import Reply, make_table
-from baffle.errors import CorruptRunError, JournalError, ReplyError
+from baffle.errors import ReplyError
 from baffle.protocol.messages import (
-    Answer,
-    Ask,
-    Behind,
-    Enrol,
-    Failed,
-    Found,
-    Present,
-    Response,
+    AnyResponse,
+    BehindResponse,
+    CalibrateResponse,
+    EnrolRequest,
+    EnrolResponse,
+    FailedResponse,
     Setup,
-    decode_question,
+    TrainRequest,
+    TrainResponse,
+    decode_request,
     decode_response,
     decode_setup,
     encode,
     printable,
 )
-from baffle.protocol.states import pack_state, pack_weights, unpack_state, unpack_weights
-from baffle.runfolder.clients import Member, Roster, RoundLog, Visit, read_members, read_rounds
 from helpers import TASK
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=50)
+
 COUNT = st.integers(0, 2**63 - 1)
+
 BYTES = st.binary(max_size=100)
+
 REPLY = st.builds(Reply, round=COUNT, client=COUNT, weight=COUNT, scalars=BYTES, clipped=COUNT, nonfinite=COUNT)
-RESPONSES: st.SearchStrategy[Response] = st.one_of(
+
+RESPONSES: st.SearchStrategy[AnyResponse] = st.one_of(
     st.builds(
-        Present,
+        EnrolResponse,
         name=TEXT,
         examples=COUNT,
         plan=st.dictionaries(TEXT, TEXT | COUNT, max_size=3),
         state_sha256=BYTES,
         round=COUNT,
     ),
-    st.builds(Answer, REPLY, BYTES),
-    st.builds(Found, st.just(LADDER), st.tuples(st.floats(allow_nan=False)), COUNT, COUNT),
-    st.builds(Behind, COUNT, BYTES, st.booleans()),
-    st.builds(Failed, TEXT),
+    st.builds(TrainResponse, REPLY, BYTES),
+    st.builds(CalibrateResponse, st.just(LADDER), st.tuples(st.floats(allow_nan=False)), COUNT, COUNT),
+    st.builds(BehindResponse, COUNT, BYTES, st.booleans()),
+    st.builds(FailedResponse, TEXT),
 )
-QUESTIONS = st.one_of(
-    st.builds(Enrol, TEXT),
+
+REQUESTS = st.one_of(
+    st.builds(EnrolRequest, TEXT),
     st.builds(
-        Ask,
+        TrainRequest,
         setup=TEXT,
         task=st.just(TASK),
         rows=st.lists(BYTES, max_size=3).map(tuple),
         calibrate=st.booleans(),
     ),
 )
+
 SETUP = Setup(
     table=make_table({"w": (3, 2)}, {"w": np.eye(3, 2) > 0}),
     frozen="ab",
@@ -77,20 +76,16 @@ SETUP = Setup(
     options={"model": "mlp", "seed": 3, "norm": None},
     bundle=b"PK",
 )
-FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
-
-
-# Messages
 
 
 @given(RESPONSES)
-def test_responses_survive(response: Response) -> None:
+def test_responses_survive(response: AnyResponse) -> None:
     assert decode_response(encode(response)) == response
 
 
-@given(QUESTIONS)
-def test_questions_survive(question: Enrol | Ask) -> None:
-    assert decode_question(encode(question)) == question
+@given(REQUESTS)
+def test_requests_survive(request: EnrolRequest | TrainRequest) -> None:
+    assert decode_request(encode(request)) == request
 
 
 def test_a_setup_survives_and_has_one_hash() -> None:
@@ -100,7 +95,7 @@ def test_a_setup_survives_and_has_one_hash() -> None:
 
 def test_the_bytes_of_messages_stay() -> None:
     reply = Reply(round=3, client=2, weight=5, scalars=b"\x01\x02\x03\x04", clipped=1, nonfinite=0)
-    assert encode(Answer(reply, b"\xaa\xbb")).hex() == (
+    assert encode(TrainResponse(reply, b"\xaa\xbb")).hex() == (
         "83a474797065a6616e73776572a57265706c7986a5726f756e6403a6636c69656e7402a677656967687405"
         "a77363616c617273c40401020304a7636c697070656401a96e6f6e66696e69746500ac73746174655f736861323536c402aabb"
     )
@@ -110,12 +105,12 @@ def test_the_bytes_of_messages_stay() -> None:
 
 
 @settings(max_examples=300)
-@given(st.binary(max_size=300) | RESPONSES.map(encode) | QUESTIONS.map(encode), st.data())
+@given(st.binary(max_size=300) | RESPONSES.map(encode) | REQUESTS.map(encode), st.data())
 def test_garbage_is_refused_and_nothing_worse(data: bytes, draw: st.DataObject) -> None:
     damaged = bytearray(data)
     for _ in range(draw.draw(st.integers(0, 3)) if damaged else 0):
         damaged[draw.draw(st.integers(0, len(damaged) - 1))] = draw.draw(st.integers(0, 255))
-    for decode in (decode_question, decode_response, decode_setup):
+    for decode in (decode_request, decode_response, decode_setup):
         with contextlib.suppress(ReplyError):
             decode(bytes(damaged))
 
@@ -134,7 +129,7 @@ def test_garbage_is_refused_and_nothing_worse(data: bytes, draw: st.DataObject) 
     ],
 )
 def test_malformed_bytes_are_refused(data: bytes) -> None:
-    for decode in (decode_question, decode_response, decode_setup):
+    for decode in (decode_request, decode_response, decode_setup):
         with pytest.raises(ReplyError, match="malformed"):
             decode(data)
 
@@ -142,152 +137,3 @@ def test_malformed_bytes_are_refused(data: bytes) -> None:
 def test_foreign_words_are_one_clean_line() -> None:
     assert printable("a\x1b[2J\r\nb\u202ec\ud800d" + "x" * 9, 12) == "a [2J b c d"
     assert printable("é 数") == "é 数"
-
-
-# Parcels
-
-
-@given(arrays.arrays(np.float32, st.integers(1, 30), elements=FLOATS))
-def test_weights_survive_bit_for_bit(weights: np.ndarray) -> None:
-    assert unpack_weights(pack_weights(weights), len(weights)).tobytes() == weights.tobytes()
-
-
-@given(arrays.arrays(np.float32, (4, 7), elements=FLOATS), COUNT, COUNT)
-def test_states_survive_bit_for_bit(values: np.ndarray, round: int, step: int) -> None:
-    state = State(round, step, values[0], {"m": values[1], "v": values[2]}, values[3])
-    found = unpack_state(pack_state(state), 7)
-    assert state_sha256(found) == state_sha256(state)
-    assert (found.round, found.step, list(found.slots)) == (round, step, ["m", "v"])
-    assert found.ema_weights.tobytes() == found.weights.tobytes()
-
-
-def test_the_rarest_numbers_survive() -> None:
-    tiny = np.finfo(np.float32)
-    values = np.array([-0.0, 0.0, tiny.smallest_subnormal, -tiny.smallest_subnormal, tiny.max, tiny.min], np.float32)
-    assert unpack_weights(pack_weights(values), 6).tobytes() == values.tobytes()
-
-
-def test_the_bytes_of_a_parcel_stay() -> None:
-    parcel = zlib.decompress(pack_weights(np.array([1.0, -2.0], np.float32)))
-    assert parcel.hex() == "83a5726f756e6400a47374657000a661727261797381a777656967687473c4080000000080003fc0"
-
-
-def parcel(**arrays: np.ndarray) -> bytes:
-    contents = {name: a.astype("<f4").view(np.uint8).reshape(-1, 4).T.tobytes() for name, a in arrays.items()}
-    return zlib.compress(msgspec.msgpack.encode({"round": 1, "step": 1, "arrays": contents}))
-
-
-ONES = np.ones(5, np.float32)
-
-
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (b"", "malformed"),
-        (b"?", "malformed"),
-        (zlib.compress(b"\xc1"), "malformed"),
-        (zlib.compress(b"\x84\xa1x" + b"\x91" * 60_000), "malformed"),
-        (zlib.compress(b"\x83\xa5round\xa1\xff\xa4step\x00\xa6arrays\x80"), "malformed"),
-        (pack_weights(ONES)[:-1], "expected a whole one"),
-        (pack_weights(ONES)[:-4], "expected a whole one"),
-        (pack_weights(ONES) + b"x", "nothing behind it"),
-        (pack_weights(ONES[:4]), "16 bytes: expected 20"),
-        (parcel(weights=ONES * np.nan), "NaN or infinity"),
-        (parcel(weights=ONES, **{"slots.m": ONES * np.inf}), "slots.m with NaN or infinity"),
-        (parcel(other=ONES), "without weights"),
-        (zlib.compress(msgspec.msgpack.encode({"round": -1, "step": 0, "arrays": {}})), "without weights"),
-    ],
-)
-def test_parcels_of_anything_else_are_refused(data: bytes, reason: str) -> None:
-    with pytest.raises(ReplyError, match=reason):
-        unpack_state(data, 5)
-
-
-def test_a_flipped_bit_is_never_taken_for_weights() -> None:
-    good = pack_weights(np.linspace(-1, 1, 40, dtype=np.float32))
-    for position in range(len(good)):
-        for mask in (1, 128):
-            bad = bytearray(good)
-            bad[position] ^= mask
-            try:
-                found = unpack_weights(bytes(bad), 40)
-            except ReplyError:
-                continue
-            assert found.tobytes() == unpack_weights(good, 40).tobytes()  # of zlib's header
-
-
-# Who takes part
-
-
-def log_of(round: int, seconds: float = 1.0) -> RoundLog:
-    return RoundLog(round=round, seconds=seconds, visits=(Visit(client=0, outcome="ok", bytes_up=3),))
-
-
-def test_the_roster_is_read_again(tmp_path: Path) -> None:
-    roster = Roster(tmp_path)
-    assert [roster.add(Member(name, f"key {name}", 5)) for name in ("a", "b\n", "é")] == [0, 1, 2]
-    roster.save()
-    again = Roster(tmp_path)
-    assert again.members == roster.members == list(read_members(tmp_path))
-    assert (again.number("key é"), again.number("key c")) == (2, None)
-    assert again.add(Member("c", "key c", 1)) == 3
-    again.save()
-    assert len(read_members(tmp_path)) == 4
-
-
-def test_rounds_are_read_again_and_counts_begin_anew(tmp_path: Path) -> None:
-    roster = Roster(tmp_path)
-    roster.count_late()
-    roster.count_refused()
-    roster.count_refused()
-    roster.close(log_of(0))
-    roster.close(log_of(1))
-    assert [(r.round, r.late, r.refused, r.visits) for r in read_rounds(tmp_path)] == [
-        (0, 1, 2, log_of(0).visits),
-        (1, 0, 0, log_of(0).visits),
-    ]
-    assert read_rounds(tmp_path)[-1] == roster.last
-    assert roster.last is not None
-    assert roster.last.time > 1.6e9
-
-
-def test_a_run_without_clients_elsewhere_has_none(tmp_path: Path) -> None:
-    assert (read_members(tmp_path), read_rounds(tmp_path)) == ((), ())
-
-
-@pytest.mark.parametrize("kept", [1, 10, -1])
-def test_a_line_that_a_kill_cut_costs_that_line_only(tmp_path: Path, kept: int) -> None:
-    for round in range(3):
-        Roster(tmp_path).close(log_of(round))
-    file = tmp_path / "clients.jsonl"
-    lines = file.read_bytes().splitlines(keepends=True)
-    file.write_bytes(b"".join(lines[:2]) + lines[2].rstrip()[:kept])
-    assert [r.round for r in read_rounds(tmp_path)] == [0, 1]
-    Roster(tmp_path).close(log_of(2, seconds=7.0))
-    Roster(tmp_path).close(log_of(3))
-    assert [(r.round, r.seconds) for r in read_rounds(tmp_path)] == [(0, 1.0), (1, 1.0), (2, 7.0), (3, 1.0)]
-
-
-def test_of_a_round_that_was_repeated_the_last_line_counts(tmp_path: Path) -> None:
-    for round, seconds in ((0, 1.0), (1, 2.0), (1, 3.0)):
-        Roster(tmp_path).close(log_of(round, seconds))
-    assert [(r.round, r.seconds) for r in read_rounds(tmp_path)] == [(0, 1.0), (1, 3.0)]
-
-
-@pytest.mark.parametrize("damage", [b"{", b"[1]", b'[{"name":"\xff","identity":"","examples":1}]', b"", b"\0" * 50])
-def test_damaged_files_are_told(tmp_path: Path, damage: bytes) -> None:
-    (tmp_path / "clients.json").write_bytes(damage)
-    with pytest.raises(CorruptRunError, match=r"clients\.json"):
-        Roster(tmp_path)
-    Roster(None).close(log_of(0))
-    (tmp_path / "clients.jsonl").write_bytes(damage + b"\n" + msgspec.json.encode(log_of(4)) + b"\n")
-    assert [r.round for r in read_rounds(tmp_path)] == [4]
-
-
-def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
-    roster = Roster(tmp_path / "none")
-    roster.add(Member("a", "b", 1))
-    with pytest.raises(JournalError, match=r"clients\.json: cannot write: No such file"):
-        roster.save()
-    with pytest.raises(JournalError, match=r"clients\.jsonl: cannot write: No such file"):
-        roster.close(log_of(0))

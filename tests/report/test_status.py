@@ -1,98 +1,19 @@
-"""``baffle status``: what small run folders made by hand should tell, and how it is drawn."""
+"""What ``status`` reads from small run folders made by hand."""
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 import pytest
-from rich.console import Console
 
-from baffle.cli.status import draw, show_live, statuses
 from baffle.errors import JournalError
-from baffle.report.status import ClientStatus, Status, by_attention, read_status
-from baffle.runfolder.clients import Member, RoundLog, Visit
+from baffle.report.status import ClientStatus, Status, read_status
 from baffle.runfolder.journal import Journal
 from baffle.runfolder.metrics import Record, encode_record
 from helpers import invoke, train_digits
-
-MEMBERS = (Member("a", "11", 100), Member("b", "22", 200), Member("c", "33", 300))
-LOGS = (
-    RoundLog(
-        round=0,
-        seconds=1.0,
-        time=1000.0,
-        visits=(
-            Visit(client=0, outcome="ok", seconds=0.2, bytes_up=10, bytes_down=100),
-            Visit(client=1, outcome="ok", seconds=0.4, bytes_up=11, bytes_down=100),
-            Visit(client=2, outcome="offline"),
-        ),
-    ),
-    RoundLog(
-        round=1,
-        seconds=5.0,
-        time=1010.0,
-        late=0,
-        refused=1,
-        visits=(
-            Visit(client=0, outcome="ok", seconds=0.6, bytes_up=10, bytes_down=50),
-            Visit(client=1, outcome="late", bytes_down=50),
-            Visit(client=2, outcome="refused", bytes_up=9, bytes_down=70, reason="wrong K"),
-        ),
-    ),
-    RoundLog(
-        round=2,
-        seconds=5.0,
-        time=1020.0,
-        late=1,
-        visits=(
-            Visit(client=0, outcome="ok", seconds=0.3, bytes_up=10, bytes_down=50),
-            Visit(client=2, outcome="failed", seconds=0.1, bytes_up=8, bytes_down=60, reason="no memory"),
-        ),
-    ),
-)
-
-
-def changed(record: Record, **changes: object) -> Record:
-    return msgspec.structs.replace(record, **changes)
-
-
-def lines(values: Sequence[msgspec.Struct]) -> bytes:
-    return b"".join(msgspec.json.encode(value) + b"\n" for value in values)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of four rounds in one process."""
-    run = tmp_path_factory.mktemp("status") / "run"
-    train_digits(run, rounds=4)
-    return run
-
-
-@pytest.fixture
-def deployed(trained: Path, tmp_path: Path) -> Path:
-    """The folder of a run after three of its four rounds, with three clients elsewhere."""
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "config.json").write_bytes((trained / "config.json").read_bytes())
-    records = [
-        changed(r, loss=2.0 - r.round if r.round < 2 else None, accuracy=0.5, bytes_up=30, bytes_down=300, seconds=s)
-        for r, s in zip(Journal.open(trained).records, (1.0, 5.0, 6.0), strict=False)
-    ]
-    records[2] = changed(records[2], accuracy=None, participants=1)
-    (run / "metrics.jsonl").write_bytes(b"".join(map(encode_record, records)))
-    (run / "clients.json").write_bytes(msgspec.json.encode(MEMBERS))
-    (run / "clients.jsonl").write_bytes(lines(LOGS))
-    return run
-
-
-def text(status: Status, now: float, width: int = 120, most: int = 30) -> str:
-    console = Console(record=True, width=width, file=io.StringIO())
-    console.print(draw(status, now, most))
-    return console.export_text()
+from status_helpers import LOGS, changed, lines, text
 
 
 def test_a_summary_worked_by_hand(deployed: Path) -> None:
@@ -159,23 +80,6 @@ def test_a_summary_worked_by_hand(deployed: Path) -> None:
     assert read_status(deployed).seconds_left == 10.0
 
 
-def test_what_is_drawn(deployed: Path) -> None:
-    shown = text(read_status(deployed), now=1080.0).splitlines()
-    table = [" ".join(line.split()) for line in shown]
-    assert table[1:5] == [
-        "stage training, round 2 of 4, the last one 1 min ago",
-        "model loss 1.0000, accuracy 0.5000 (round 1)",
-        "time 5.00 s a round, 12 s in all, about 10 s to go",
-        "bytes up 90 B, 30 B a round",
-    ]
-    assert table[-4:] == [
-        "# client examples seen rounds up down seconds missed",
-        "0 a 100 1 min 3/3 30 B 200 B 0.30",
-        "1 b 200 1 min 1/2 11 B 150 B 0.40 1 late",
-        "2 c 300 1 min 0/2 17 B 130 B 1 refused, 1 failed, 1 offline (no memory)",
-    ]
-
-
 def test_a_cut_last_line_and_a_round_in_flight(deployed: Path) -> None:
     before = read_status(deployed)
     with (deployed / "metrics.jsonl").open("ab") as file:
@@ -212,18 +116,18 @@ def test_before_the_first_round(deployed: Path) -> None:
     assert "never" in text(status, 1080.0)
 
 
-def test_a_run_without_a_roster(trained: Path) -> None:
-    status = read_status(trained)
-    records = Journal.open(trained).records
+def test_a_run_without_a_roster(finished: Path) -> None:
+    status = read_status(finished)
+    records = Journal.open(finished).records
     assert (status.stage, status.round, status.rounds, status.clients) == ("done", 4, 4, None)
     assert (status.evaluated, status.loss) == (None, None)  # it had no test data
     assert status.bytes_up == sum(r.bytes_up or 0 for r in records)
-    assert status.time == (trained / "metrics.jsonl").stat().st_mtime
+    assert status.time == (finished / "metrics.jsonl").stat().st_mtime
     assert status.seconds_left is None
     assert "client" not in text(status, 1080.0)
 
 
-def test_a_run_that_was_continued_is_not_done(trained: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_continued_is_not_done(finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train_digits(run, rounds=4)
     config = json.loads((run / "config.json").read_text())
@@ -239,49 +143,6 @@ def test_a_run_that_diverged_is_over(deployed: Path) -> None:
     (deployed / "metrics.jsonl").write_bytes(b"".join(map(encode_record, told)))
     status = read_status(deployed)
     assert (status.stage, status.rollbacks, status.over) == ("diverged", 4, True)
-
-
-def test_of_many_clients_those_that_need_attention_are_shown(deployed: Path) -> None:
-    base = read_status(deployed)
-    many = tuple(
-        ClientStatus(
-            number=i, name=f"n{i}", examples=1, outcome="late" if i == 1500 else "ok", late=int(i in (7, 1500))
-        )
-        for i in range(2000)
-    )
-    assert [c.number for c in by_attention(many)[:4]] == [1500, 7, 0, 1]
-    shown = text(msgspec.structs.replace(base, clients=many), 1080.0).splitlines()
-    rows = shown[shown.index("") + 2 :]
-    assert len(rows) == 31
-    assert rows[0].split()[:2] == ["1500", "n1500"]
-    assert rows[-1].strip() == "and 1,970 more clients; 1,970 of them answered when last asked"
-
-
-def test_a_name_is_not_markup(deployed: Path) -> None:
-    (deployed / "clients.json").write_bytes(msgspec.json.encode((Member("[red]x[/]", "11", 1),)))
-    assert "[red]x[/]" in text(read_status(deployed), 1080.0)
-
-
-def test_watch_ends_with_the_run(deployed: Path, trained: Path, tmp_path: Path) -> None:
-    found = statuses(deployed)
-    assert next(found).stage == "training"
-    assert [status.stage for status in statuses(trained)] == ["done"]
-    with (tmp_path / "screen").open("w") as file:
-        show_live(statuses(trained), Console(file=file, force_terminal=True, width=100, height=40))
-    assert "done, round 4 of 4" in (tmp_path / "screen").read_text().replace("\x1b[1;32mdone\x1b[0m", "done")
-
-
-def test_the_command(deployed: Path, trained: Path) -> None:
-    plain = invoke(trained.parent, "status", "run")
-    assert (plain.code, plain.err) == (0, "")
-    assert "round 4 of 4" in plain.out
-    watched = invoke(trained.parent, "status", "run", "--watch")
-    assert (watched.code, watched.out.split()[:4]) == (0, plain.out.split()[:4])
-    told = invoke(deployed.parent, "status", "run", "--json")
-    assert told.out.count("\n") == 1
-    assert msgspec.json.decode(told.out, type=Status) == msgspec.structs.replace(read_status(deployed), run="run")
-    both = invoke(trained.parent, "status", "run", "--json", "--watch")
-    assert json.loads(both.out)["stage"] == "done"
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Perturbed weights: bit for bit w + step * entries, rounded by torch and numpy, in any order, precision and block."""
+"""Perturbed weights: every pass writes what the obvious form gives, in any layout."""
 
 from __future__ import annotations
 
@@ -8,22 +8,43 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baffle.core.directions import Directions
-from baffle.core.quantize import encode, lattice_steps, on_lattice, row_scales
+from baffle.core.quantize import lattice_steps, on_lattice, row_scales
 from baffle.core.types import Family, Table, Weights, make_table, table_size
 from baffle.errors import PlanError
 from baffle.runtimes import perturb
 from baffle.runtimes.perturb import AnyArray, Block, Float32, Kind, Layout, Pass, Perturbations, Point, unperturbed
-from baffle.runtimes.rounding import mask_of, to_bfloat16, to_float16
+from layouts import rounded, settled, widened
+
+HAND = make_table({"w": (2, 2), "b": (2,)})
+
+
+DIRECTIONS = Directions(HAND, "rank1", (7, 1))  # of w (-1, -1, 1, 1)
+
+
+def held(layouts: list[Layout], weights: list[float], step: float, tensor: int, dtype: type[np.generic]) -> list[float]:
+    point = Point(Perturbations(DIRECTIONS, 1, (step,), 0), np.array(weights, np.float32), layouts)
+    memory = np.zeros(HAND[tensor].shape, dtype)
+    for evaluated in point.passes(Perturbations(DIRECTIONS, 1, (step,), 0)):
+        evaluated.write(tensor, memory)
+    return [float(v) for v in (widened(memory) if dtype is np.uint16 else memory).reshape(-1)]
+
 
 FAMILIES: list[Family] = ["rank1", "rademacher", "gaussian"]
+
+
 DTYPES: dict[str, type[np.generic]] = {"fp32": np.float32, "bf16": np.uint16, "fp16": np.uint16, "int8": np.int8}
+
+
 SPECIAL = [np.nan, np.inf, -np.inf, 1e6, -65520, 65519, 3.3895e38, -3.4e38, 1e-45, 6e-8, 0.0]
+
+
 DIMENSION = st.integers(1, 6)
+
+
 SHAPE = st.one_of(
     st.tuples(DIMENSION, DIMENSION),
     st.tuples(DIMENSION, st.just(130)),
@@ -31,8 +52,14 @@ SHAPE = st.one_of(
     st.tuples(st.sampled_from([1, 8, 257])),
     st.sampled_from([(), (0,), (0, 3), (3, 0), (2, 0, 1, 2)]),
 )
+
+
 SEED = st.integers(0, 2**32 - 1)
+
+
 BUDGETS = st.sampled_from([1, 300, 2000, None])
+
+
 LIMITS = st.tuples(st.sampled_from([0, 2**16]), st.sampled_from([1, 20, 2**18]))  # of what is kept, and made in one go
 
 
@@ -106,20 +133,6 @@ def in_order(problem: Problem, tensor: int, values: AnyArray) -> AnyArray:
     return shaped if axes is None else shaped.transpose(axes)
 
 
-def rounded(layout: Layout, values: Float32) -> AnyArray:
-    """Values [out, ...] in the precision of a layout, by torch and numpy."""
-    if layout.scales is not None:
-        codes = np.empty((len(values), values.size // len(values)), np.int8)
-        encode(values.reshape(codes.shape), layout.scales, codes)
-        return codes
-    if layout.kind == "bf16":
-        return torch.from_numpy(values.copy()).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
-    if layout.kind == "fp16":
-        with np.errstate(over="ignore"):
-            return values.astype(np.float16).view(np.uint16)
-    return values
-
-
 def expected(problem: Problem, tensor: int, k: int | None, step: float) -> tuple[bytes, bytes]:
     """What a pass is to write into a layout, and the product of its branch."""
     asked, spec, layout = problem.asked, problem.table[tensor], problem.layouts[tensor]
@@ -133,22 +146,6 @@ def expected(problem: Problem, tensor: int, k: int | None, step: float) -> tuple
         settled(layout, rounded(layout, in_order(problem, tensor, made))),
         settled(Layout(), in_order(problem, tensor, branch)),
     )
-
-
-def settled(layout: Layout, held: AnyArray) -> bytes:
-    """The bytes of what a layout holds, with one NaN for all of them."""
-    held = np.ascontiguousarray(held).copy()
-    if layout.scales is None and layout.kind == "bf16":
-        held[np.isnan(widened(held))] = 0x7FC0
-    elif layout.scales is None:
-        values = held.view(np.float16) if layout.kind == "fp16" else held
-        values[np.isnan(values)] = np.nan
-    return held.tobytes()
-
-
-def widened(bits: AnyArray) -> Float32:
-    """The float32 of bits of bfloat16."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def wrote(problem: Problem, evaluated: Pass, tensor: int) -> list[tuple[bytes, bytes]]:
@@ -184,9 +181,6 @@ def numbered(part: Perturbations) -> list[tuple[int | None, float]]:
     """The passes of a portion, in order: the direction's number (None without one) and the step."""
     ks = range(part.first, part.first + part.num_directions)
     return [(None, 0.0)] * part.baseline + [(k, step) for k in ks for step in part.steps]
-
-
-# Against the obvious form
 
 
 @settings(deadline=None, max_examples=150)
@@ -254,20 +248,6 @@ def test_forward_and_backward_step_lie_around_the_weights(family: Family) -> Non
         entries = np.concatenate([directions.entries(i, slice(k, k + 1))[0] for i in range(3)])
         assert np.array_equal(passes[2 * k], entries * directions.unit * 2**-10)
         assert np.array_equal(passes[2 * k + 1], -passes[2 * k])
-
-
-# By hand
-
-HAND = make_table({"w": (2, 2), "b": (2,)})
-DIRECTIONS = Directions(HAND, "rank1", (7, 1))  # of w (-1, -1, 1, 1)
-
-
-def held(layouts: list[Layout], weights: list[float], step: float, tensor: int, dtype: type[np.generic]) -> list[float]:
-    point = Point(Perturbations(DIRECTIONS, 1, (step,), 0), np.array(weights, np.float32), layouts)
-    memory = np.zeros(HAND[tensor].shape, dtype)
-    for evaluated in point.passes(Perturbations(DIRECTIONS, 1, (step,), 0)):
-        evaluated.write(tensor, memory)
-    return [float(v) for v in (widened(memory) if dtype is np.uint16 else memory).reshape(-1)]
 
 
 def test_an_entry_is_rounded_once_in_the_sum() -> None:
@@ -346,9 +326,6 @@ def test_workers_share_a_point_and_draw_their_own_blocks() -> None:
         assert np.array_equal(found[0], found[1])
 
 
-# Portions
-
-
 @given(st.integers(0, 9), st.integers(0, 9), st.integers(1, 2), st.integers(1, 12), st.sampled_from([0, 5]))
 def test_portions_keep_every_pass_in_order(baseline: int, directions: int, steps: int, parts: int, first: int) -> None:
     whole = Perturbations(DIRECTIONS, directions, (0.5, -0.5)[:steps], baseline, first, lattice=2)
@@ -369,43 +346,3 @@ def test_a_baseline_is_a_count_of_passes() -> None:
     weights = np.arange(6, dtype=np.float32)
     assert [w.tolist() for w in asked.weights(weights, np.empty_like(weights))] == [weights.tolist()] * 5
     assert len(unperturbed(HAND)) == 1
-
-
-# Rounding
-
-
-@pytest.mark.parametrize("lower", [0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF, None])
-def test_bfloat16_is_that_of_torch_for_every_upper_half(lower: int | None) -> None:
-    low = np.random.default_rng(0).integers(0, 2**16, 2**16, np.uint32) if lower is None else np.uint32(lower)
-    values = (np.arange(2**16, dtype=np.uint32) << 16 | low).view(np.float32)
-    assert settled(Layout("bf16"), to_bfloat16(values)) == settled(Layout("bf16"), rounded(Layout("bf16"), values))
-
-
-def test_bfloat16_by_hand() -> None:
-    values = [1.0, -2.0, 1 + 2**-8, 1 + 2**-8 + 2**-20, 1 + 3 * 2**-8, np.inf, -np.inf, 3.4e38, -0.0, 2**-133]
-    bits = [0x3F80, 0xC000, 0x3F80, 0x3F81, 0x3F82, 0x7F80, 0xFF80, 0x7F80, 0x8000, 0x0001]
-    assert to_bfloat16(np.array(values, np.float32)).tolist() == bits
-    assert to_float16(np.array([65519, 65520, -1e30, 2**-24], np.float32)).tolist() == [0x7BFF, 0x7C00, 0xFC00, 1]
-
-
-@pytest.mark.parametrize("bits", [0x7F800001, 0x7FFFFFFF, 0xFF800001, 0xFFFFFFFF, 0x7FC00000])
-def test_no_nan_becomes_infinite_or_a_number(bits: int) -> None:
-    """The payload of some is in the lower half alone; of others the sum runs over."""
-    values = np.array([bits], np.uint32).view(np.float32)
-    assert np.isnan(widened(to_bfloat16(values))).all()
-    assert np.isnan(to_float16(values).view(np.float16)).all()
-
-
-@pytest.mark.parametrize("shape", [(0,), (3, 0), (1,), (7, 5), (2**15 + 1,), (3, 2**15)])
-def test_bfloat16_of_any_size_and_layout(shape: tuple[int, ...]) -> None:
-    values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    assert np.array_equal(to_bfloat16(values), rounded(Layout("bf16"), values))
-    assert np.array_equal(to_bfloat16(values.T), to_bfloat16(values).T)
-
-
-def test_masks_have_all_bits_of_a_word_or_none() -> None:
-    signs = np.array([[1, -1], [-1, 1]], np.int8)
-    for word, full in ((np.uint8, 0xFF), (np.uint16, 0xFFFF)):
-        found = mask_of(signs, word)
-        assert found.dtype == word
-        assert found.tolist() == [[0, full], [full, 0]]

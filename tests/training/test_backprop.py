@@ -1,4 +1,4 @@
-"""The baseline: true gradients of the same mini-batches, the same optimizer, the same records."""
+"""The baseline: exact gradients of the same mini-batches, the same optimizer, the same records."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_the_folder_can_be_read_and_not_resumed(tmp_path: Path) -> None:
     log = read_run(tmp_path / "run")
     assert log.backprop == "fedsgd"
     assert log.records == done.records
-    with pytest.raises(JournalError, match=r"baseline of true gradients \(fedsgd\) has no journal"):
+    with pytest.raises(JournalError, match=r"backpropagation baseline \(fedsgd\) has no journal"):
         bf.Journal.open(tmp_path / "run")
     with pytest.raises(RunExistsError):
         run(SGD, out=tmp_path / "run")

@@ -1,4 +1,4 @@
-"""The commands. They parse, call the library and print; errors are one line and exit code 2."""
+"""The command line: commands parse, call the library and print. Errors are one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ except ImportError as error:
 
 from baffle.cli.calibrate import calibrate_command
 from baffle.cli.common import errors
-from baffle.cli.data import data_command, models_command
+from baffle.cli.data import data_command
+from baffle.cli.evaluate import evaluate_command
 from baffle.cli.export import export_command
+from baffle.cli.models import models_command
 from baffle.cli.node import app_command, node_command
+from baffle.cli.replay import replay_command
 from baffle.cli.report import compare_command, report_command
-from baffle.cli.runs import evaluate_command, replay_command
+from baffle.cli.resume import resume_command
 from baffle.cli.status import status_command
-from baffle.cli.train import resume_command, train_command
+from baffle.cli.train import train_command
 from baffle.cli.up import up_command
 
 app = typer.Typer(
@@ -48,9 +51,9 @@ app.command("calibrate")(calibrate_command)
 app.command("models")(models_command)
 app.command("data")(data_command)
 
-# typer has an exception of its own since 0.28; before, and with Flower, which wants an older one, it is click's
+# typer has its own exception since 0.28; older versions, which Flower requires, raise click's
 _BAD_USAGE: type[Exception] = getattr(typer, "TyperException", None) or import_module("click").ClickException
-_INTERRUPTED = 130  # what typer makes of Ctrl-C
+_INTERRUPTED = 130  # exit code after Ctrl-C, as typer's
 
 
 def main() -> None:

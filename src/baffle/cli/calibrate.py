@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from baffle.cli.common import Json, errors, option, print_json
+from baffle.cli.common import Json, errors, print_json
+from baffle.cli.options import Flag, with_flags
 from baffle.client.calibrate import Agreement, Calibration, calibrate, compare
 from baffle.client.respond import perturbations
 from baffle.core.quantize import MOST_CODES
@@ -23,51 +24,53 @@ from baffle.files import write_atomic
 from baffle.training.build import model_of, runtime_of, splits, vocabulary_of
 from baffle.training.options import TrainConfig, train_config
 
-_D = TrainConfig()
 _WHAT, _HOW = "Model and data", "Measurement"
 
 
+_FLAGS = [
+    Flag("dataset", _WHAT, "As in 'baffle train'."),
+    Flag("data", _WHAT),
+    Flag("model", _WHAT, "As in 'baffle train'."),
+    Flag("activation", _WHAT),
+    Flag("norm", _WHAT, "group or none."),
+    Flag("start", _WHAT, "Weights: a run folder, or FILE.safetensors."),
+    Flag("trainable", _WHAT, "all, head, scales, or a pattern."),
+    Flag("prune", _WHAT, "Share of the weights to prune."),
+    Flag("prune_by", _WHAT, "magnitude, inputs or channels."),
+    Flag("seed", _WHAT, "Seed of weights, batch and directions."),
+    Flag("runtime", _HOW, "torch, ort or openvino."),
+    Flag("precision", _HOW, "fp32, bf16, fp16, int8-weights or int8."),
+    Flag("branches", _HOW, "Rank-1 perturbations beside the weights."),
+    Flag("lattice", _HOW, "On the int8 lattice, by 1, 2, 4, 8 codes: any number but 0."),
+    Flag("family", _HOW, "rank1, rademacher or gaussian."),
+    Flag("difference", _HOW, "forward or central; as in 'baffle train'."),
+    Flag("batch_size", _HOW, "Examples of the batch.", 64),
+    Flag("num_directions", _HOW, "Directions to measure along.", 64),
+]
+
+
+@with_flags(_FLAGS)
 def calibrate_command(
+    *,
     config: Annotated[Path | None, typer.Argument(metavar="[CONFIG.toml]", help="Options by name; flags win.")] = None,
-    dataset: Annotated[str | None, option("As in 'baffle train'.", _WHAT, _D.dataset)] = None,
-    data: Annotated[str | None, option("Folder of the official files, or FILE.npz.", _WHAT)] = None,
-    model: Annotated[str | None, option("As in 'baffle train'.", _WHAT, _D.model)] = None,
-    activation: Annotated[str | None, option("hardswish, relu, selu or gelu.", _WHAT, "hardswish")] = None,
-    norm: Annotated[str | None, option("group or none.", _WHAT)] = None,
-    start: Annotated[str | None, option("Weights: a run folder, or FILE.safetensors.", _WHAT)] = None,
-    trainable: Annotated[str | None, option("all, head, scales, or a pattern.", _WHAT, _D.trainable)] = None,
-    prune: Annotated[float | None, option("Share of the weights to prune.", _WHAT, _D.prune)] = None,
-    prune_by: Annotated[str | None, option("magnitude, inputs or channels.", _WHAT, _D.prune_by)] = None,
-    seed: Annotated[int | None, option("Seed of weights, batch and directions.", _WHAT, _D.seed)] = None,
-    runtime: Annotated[str | None, option("torch, ort or openvino.", _HOW, _D.runtime)] = None,
-    precision: Annotated[str | None, option("fp32, bf16, fp16, int8-weights or int8.", _HOW, _D.precision)] = None,
-    branches: Annotated[bool | None, option("Rank-1 perturbations beside the weights.", _HOW, "no")] = None,
-    lattice: Annotated[
-        int | None, option("On the int8 lattice, by 1, 2, 4, 8 codes: any number but 0.", _HOW, 0)
-    ] = None,
-    family: Annotated[str | None, option("rank1, rademacher or gaussian.", _HOW, _D.family)] = None,
-    difference: Annotated[str | None, option("forward or central; as in 'baffle train'.", _HOW)] = None,
-    batch_size: Annotated[int | None, option("Examples of the batch.", _HOW, 64)] = None,
-    num_directions: Annotated[int | None, option("Directions to measure along.", _HOW, 64)] = None,
+    flags: dict[str, object],
     plot: Annotated[Path | None, typer.Option(help="Write a picture: FILE.png.")] = None,
     json_output: Json = False,
 ) -> None:
-    """Correlation, slope and noise of finite differences, sigma by sigma, against float64; and the sigma to use.
+    """Compare finite differences with float64 for each sigma: correlation, slope, noise; and recommend a sigma.
 
-    The reference is PyTorch in float64: differences with a step of 1e-6, and gradients by backpropagation. The error
-    in the column "guess" is what a client finds without any reference: with --sigma auto it chooses by that.
+    The reference is PyTorch in float64: differences with a step of 1e-6, and gradients by backpropagation. The
+    column "guess" is the error that a client estimates without a reference: --sigma auto chooses by it.
     """
-    flags: dict[str, object] = {k: v for k, v in locals().items() if k in TrainConfig.__struct_fields__}
-    given = {"batch_size": 64, "num_directions": 64} if config is None else {}
-    options = train_config(config, {**given, **{k: v for k, v in flags.items() if v is not None}})
-    options.method()  # what contradicts itself is refused
-    if options.runtime == "auto":  # the usual way is meant, where nothing is timed
+    options = train_config(config, flags if config else {"batch_size": 64, "num_directions": 64} | flags)
+    options.method()  # refuses options that contradict each other
+    if options.runtime == "auto":  # nothing is timed here: take the default
         options = msgspec.structs.replace(options, runtime="torch")
     if plot is not None and plot.suffix.lower() != ".png":
         raise OptionError("plot", str(plot), "a file name that ends in .png")
     calibrations, agreements, autograd = _measure(options)
     best = calibrations[0] if not options.lattice else max(zip(calibrations, agreements, strict=True), key=_cosine)[0]
-    told = {
+    result = {
         "model": options.model,
         "dataset": options.dataset,
         "runtime": options.runtime,
@@ -87,9 +90,9 @@ def calibrate_command(
     }
     if plot is not None:
         _plot(plot, options, calibrations, agreements)
-        told["plot"] = str(plot)
+        result["plot"] = str(plot)
     if json_output:
-        print_json(told)
+        print_json(result)
         return
     _print(options, calibrations, agreements, autograd)
     if plot is not None:
@@ -105,7 +108,7 @@ def _cosine(pair: tuple[Calibration, tuple[Agreement, ...]]) -> float:
 
 
 def _measure(options: TrainConfig) -> tuple[list[Calibration], list[tuple[Agreement, ...]], float]:
-    """The ladder of sigmas, or on the lattice one step a number of codes; how they agree with the reference."""
+    """Calibrations (on the lattice one per number of codes), and how they agree with the reference."""
     from torch.nn.functional import cross_entropy
 
     from baffle.runtimes.pytorch.float64 import derivatives
@@ -120,8 +123,8 @@ def _measure(options: TrainConfig) -> tuple[list[Calibration], list[tuple[Agreem
     for codes in track(_codes(options), "measuring", console=errors, disable=not errors.is_terminal):
         task = _task(options, codes)
         calibration = calibrate(task, runtime, weights, batch, options.num_directions)
-        asked = perturbations(msgspec.structs.replace(task, sigma=calibration.sigma), runtime.table, 0)
-        differences, gradients = derivatives(model, cross_entropy, weights, asked, batch)
+        chosen = perturbations(msgspec.structs.replace(task, sigma=calibration.sigma), runtime.table, 0)
+        differences, gradients = derivatives(model, cross_entropy, weights, chosen, batch)
         calibrations.append(calibration)
         agreements.append(compare(calibration, differences))
         norms = float(np.linalg.norm(differences) * np.linalg.norm(gradients))

@@ -1,4 +1,4 @@
-"""``baffle models`` and ``baffle data``: what there is to train, and on what."""
+"""``baffle data``: data sets that are found, and how one is split among clients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 
 from baffle.cli.common import Json, print_json
-from baffle.core.checks import require_between
 from baffle.data import DATASETS, Dataset
 from baffle.data.official import ENVIRONMENT, OFFICIAL, check
 from baffle.errors import DataError, JournalError, OptionError
@@ -22,57 +21,9 @@ from baffle.training.build import splits
 from baffle.training.options import TrainConfig, train_config
 
 if TYPE_CHECKING:
-    from torch import nn
+    pass
 
-_SHAPES = {"grey": (1, 28, 28), "colour": (3, 32, 32)}
-_CLASSES = 10
 _WIDEST, _LONGEST = 10, 100  # classes with a column each, clients with a row each
-
-
-def models_command(
-    batch_size: Annotated[int, typer.Option(help="Examples a pass.", min=1)] = 32,
-    threads: Annotated[int | None, typer.Option(help="Passes side by side; by default one a core.", min=1)] = None,
-    seconds: Annotated[float, typer.Option(help="How long to measure each; 0: do not.", min=0, max=600)] = 0.5,
-    json_output: Json = False,
-) -> None:
-    """The models, their parameters, and the perturbed forward passes a second that this machine does.
-
-    For ten classes of grey images of 28 x 28 pixels and of colour images of 32 x 32.
-    """
-    require_between("--seconds", seconds, 0, 600)  # nan is between any two in some versions of typer
-    from torch.nn.functional import cross_entropy
-
-    from baffle.models import MODELS, build
-    from baffle.runtimes.choose import passes_per_second
-    from baffle.runtimes.pytorch.runtime import TorchRuntime
-
-    def speed(model: nn.Module, shape: tuple[int, ...]) -> float | None:
-        if not seconds:
-            return None
-        noise = np.random.default_rng(0).standard_normal((batch_size, *shape), np.float32)
-        batch = Dataset(noise, np.zeros(batch_size, np.int64))
-        return round(passes_per_second(TorchRuntime(model, cross_entropy, threads), batch, seconds), 1)
-
-    found = []
-    for name, architecture in MODELS.items():
-        row: dict[str, str | int | float | None] = {"model": name, "about": architecture.about}
-        for kind, shape in _SHAPES.items():
-            model = build(name, shape, _CLASSES)
-            row[f"{kind}_parameters"] = sum(p.numel() for p in model.parameters())
-            row[f"{kind}_passes_per_second"] = speed(model, shape)
-        found.append(row)
-    if json_output:
-        print_json({"batch_size": batch_size, "models": found})
-        return
-    table = Table("model", title=f"models ({_CLASSES} classes, passes over {batch_size} examples)")
-    for kind, shape in _SHAPES.items():
-        for what in ("parameters", "passes/s"):
-            table.add_column(f"{kind} {shape[1]} x {shape[2]}\n{what}", justify="right")
-    for row in found:
-        numbers = [row[f"{kind}_{what}"] for kind in _SHAPES for what in ("parameters", "passes_per_second")]
-        cells = ["" if n is None else f"{n:,}" if isinstance(n, int) else f"{n:,.0f}" for n in numbers]
-        table.add_row(str(row["model"]), *cells)
-    Console().print(table)
 
 
 def data_command(
@@ -83,28 +34,28 @@ def data_command(
     clients: Annotated[int | None, typer.Option(help="Number of clients.", min=1)] = None,
     partition: Annotated[str | None, typer.Option(help="iid, dirichlet, shards, or column.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Dirichlet parameter.")] = None,
-    shards: Annotated[int | None, typer.Option(help="Shards of sorted labels a client.")] = None,
-    holdout: Annotated[int | None, typer.Option(help="Examples a class to hold out.")] = None,
+    shards: Annotated[int | None, typer.Option(help="Shards of sorted labels per client.")] = None,
+    holdout: Annotated[int | None, typer.Option(help="Examples per class to hold out.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the partition.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a picture of the clients' classes: FILE.png.")] = None,
     json_output: Json = False,
 ) -> None:
-    """What data sets are found and whether their files are as published; or one of them, client by client."""
-    given = {"clients": clients, "partition": partition, "alpha": alpha, "shards": shards, "holdout": holdout}
-    given["seed"] = seed
+    """List data sets, and whether their files are as published; or show one of them, client by client."""
+    chosen = {"clients": clients, "partition": partition, "alpha": alpha, "shards": shards, "holdout": holdout}
+    chosen["seed"] = seed
     if dataset is None:
-        for name, value in {**given, "plot": plot and str(plot)}.items():
+        for name, value in {**chosen, "plot": plot and str(plot)}.items():
             if value is not None:
                 raise OptionError("dataset", None, f"the name of a data set, with {name} = {value}")
         _list(data, json_output)
         return
-    options = train_config(None, {**given, "dataset": dataset, "data": None if data is None else str(data)})
+    options = train_config(None, {**chosen, "dataset": dataset, "data": None if data is None else str(data)})
     _show(options, plot, json_output)
 
 
 def _list(data: Path | None, json_output: bool) -> None:
-    """Every data set: found or not, and what is wrong with its files."""
-    found = []
+    """List every data set: whether it is there, and what is wrong with its files."""
+    listed = []
     for name in DATASETS:
         problem, where, files = None, None, []
         if name in OFFICIAL:
@@ -114,14 +65,16 @@ def _list(data: Path | None, json_output: bool) -> None:
                 problem = next((f.problem for f in files if f.problem), None)
             except DataError as error:
                 problem = str(error)
-        found.append({"dataset": name, "folder": where, "files": len(files), "problem": problem})
+        listed.append({"dataset": name, "folder": where, "files": len(files), "problem": problem})
     if json_output:
-        print_json({"datasets": found})
+        print_json({"datasets": listed})
         return
-    told = f"in {data}" if data else f"in {os.environ[ENVIRONMENT]}" if os.environ.get(ENVIRONMENT) else "nowhere named"
-    table = Table("data set", "", title=f"data sets ({told})")
+    place = (
+        f"in {data}" if data else f"in {os.environ[ENVIRONMENT]}" if os.environ.get(ENVIRONMENT) else "nowhere named"
+    )
+    table = Table("data set", "", title=f"data sets ({place})")
     table.columns[1].overflow = "fold"
-    for row in found:
+    for row in listed:
         if row["dataset"] == "digits":
             text = "carried by scikit-learn"
         elif row["dataset"] == "arrays":
@@ -133,7 +86,7 @@ def _list(data: Path | None, json_output: bool) -> None:
 
 
 def _show(options: TrainConfig, plot: Path | None, json_output: bool) -> None:
-    """One data set, and the classes of each client's examples."""
+    """Show one data set, and the classes of each client's examples."""
     if plot is not None and plot.suffix.lower() != ".png":
         raise OptionError("plot", str(plot), "a file name that ends in .png")
     train, held, test = splits(options)
@@ -157,8 +110,8 @@ def _show(options: TrainConfig, plot: Path | None, json_output: bool) -> None:
             }
         )
         return
-    kept = "" if held is None else f", {len(held):,} held out"
-    title = f"{options.dataset}: {len(train):,} training examples of {shape}{kept}, {len(test):,} for the test"
+    rest = "" if held is None else f", {len(held):,} held out"
+    title = f"{options.dataset}: {len(train):,} training examples of {shape}{rest}, {len(test):,} for the test"
     narrow = classes <= _WIDEST
     heads = map(str, range(classes)) if narrow else ["classes", "most of one class"]
     table = Table(title=title, box=SIMPLE_HEAD, padding=0)

@@ -10,57 +10,58 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from baffle.cli.common import Json, command_of, option, print_json
+from baffle.cli.common import Json, command_of, print_json
+from baffle.cli.options import Flag, with_flags
 from baffle.core.types import table_size
 from baffle.errors import BundleError, OptionError, require_choice
 from baffle.runfolder.journal import Journal
 from baffle.runtimes.onnx.bundle import Bundle
 from baffle.training.build import bundle_of, model_of, model_of_run, narrowed, splits, vocabulary_of
-from baffle.training.options import TrainConfig, train_config
+from baffle.training.options import train_config
 
-_D = TrainConfig()
 _MODEL, _CLIENT = "Model", "Client"
 _RUNS_OWN = {"dataset", "activation", "norm", "start", "seed"}
 
 
+_FLAGS = [
+    Flag("dataset", _MODEL, "Whose examples it takes, as in 'baffle train'."),
+    Flag("data", _MODEL),
+    Flag("activation", _MODEL),
+    Flag("norm", _MODEL, "group or none."),
+    Flag("start", _MODEL, "Weights: a run folder, or FILE.safetensors."),
+    Flag("trainable", _MODEL, "all, head, scales, or a pattern of names."),
+    Flag("prune", _MODEL, "Share of the weights to prune."),
+    Flag("prune_by", _MODEL, "magnitude, inputs or channels."),
+    Flag("seed", _MODEL, "Seed of the initial weights."),
+    Flag("precision", _CLIENT, "fp32 (OpenVINO also runs it in bf16), fp16, int8-weights or int8."),
+    Flag("branches", _CLIENT, "Rank-1 perturbations beside the weights, in float."),
+]
+
+
+@with_flags(_FLAGS)
 def export_command(
+    *,
     model: Annotated[
         str,
         typer.Argument(metavar="MODEL", help="One of 'baffle models', package.module:builder, or the folder of a run."),
     ],
     to: Annotated[str, typer.Option("--to", help="Kind of graph.")] = "onnx",
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("client.zip"),
-    dataset: Annotated[str | None, option("Whose examples it takes, as in 'baffle train'.", _MODEL, _D.dataset)] = None,
-    data: Annotated[str | None, option("Folder of the official files, or FILE.npz.", _MODEL)] = None,
-    activation: Annotated[str | None, option("hardswish, relu, selu or gelu.", _MODEL, "hardswish")] = None,
-    norm: Annotated[str | None, option("group or none.", _MODEL)] = None,
-    start: Annotated[str | None, option("Weights: a run folder, or FILE.safetensors.", _MODEL)] = None,
-    trainable: Annotated[str | None, option("all, head, scales, or a pattern of names.", _MODEL, _D.trainable)] = None,
-    prune: Annotated[float | None, option("Share of the weights to prune.", _MODEL, _D.prune)] = None,
-    prune_by: Annotated[str | None, option("magnitude, inputs or channels.", _MODEL, _D.prune_by)] = None,
-    seed: Annotated[int | None, option("Seed of the initial weights.", _MODEL, _D.seed)] = None,
-    precision: Annotated[
-        str | None, option("fp32 (OpenVINO also runs it in bf16), fp16, int8-weights or int8.", _CLIENT, "fp32")
-    ] = None,
-    branches: Annotated[
-        bool | None, option("Rank-1 perturbations beside the weights, in float.", _CLIENT, "no")
-    ] = None,
+    flags: dict[str, object],
     json_output: Json = False,
 ) -> None:
-    """Write a client bundle: graph, tensors, preprocessing, weights and hashes, for clients without PyTorch.
+    """Write a client bundle (graph, tensors, preprocessing, weights and hashes) for clients without PyTorch.
 
     Such a client runs 'python -m baffle.client.edge BUNDLE DATA.npz'. A run's bundle has its averaged weights.
     """
     require_choice("to", to, ["onnx"])
-    flags: dict[str, object] = {k: v for k, v in locals().items() if k in TrainConfig.__struct_fields__}
-    flags["runtime"] = "ort"
-    given = {name: value for name, value in flags.items() if value is not None}
     from baffle.models import MODELS
 
+    chosen = {"model": model, "runtime": "ort"} | flags
     if model not in MODELS and Path(model).is_dir():
-        bundle = _of_run(model, given)
+        bundle = _of_run(model, chosen)
     else:
-        options = train_config(None, given)
+        options = train_config(None, chosen)
         train, _, test = splits(options)
         built, masks = model_of(options, train, vocabulary_of(train, test), train)
         bundle = bundle_of(options, built, train, masks)
@@ -70,7 +71,7 @@ def export_command(
         raise BundleError(f"{out}: cannot be written: {error.strerror}") from error
     bundle.save(out)
     manifest = bundle.manifest
-    told = {
+    result = {
         "bundle": str(out),
         "sha256": bundle.sha256,
         "bytes": out.stat().st_size,
@@ -80,7 +81,7 @@ def export_command(
         "inputs": len(manifest.table),
     }
     if json_output:
-        print_json(told | {"tensors": {s.name: list(s.shape) for s in manifest.table}})
+        print_json(result | {"tensors": {s.name: list(s.shape) for s in manifest.table}})
         return
     table = Table(
         "tensor", "shape", "kept", "enters as", title=f"{out}: {manifest.precision}, {out.stat().st_size:,} bytes"
@@ -93,23 +94,23 @@ def export_command(
     console.print(f"sha256 {bundle.sha256}", soft_wrap=True, highlight=False)
 
 
-def _of_run(folder: str, given: dict[str, object]) -> Bundle:
-    """The bundle of a run's model with its averaged weights, pruned and frozen further if that is asked for."""
-    for name in sorted(_RUNS_OWN & given.keys()):
-        raise OptionError(name, given[name], "none with the folder of a run, which has its own")
+def _of_run(folder: str, flags: dict[str, object]) -> Bundle:
+    """The bundle of a run's model with its averaged weights, pruned and frozen further if ``flags`` say so."""
+    for name in sorted(_RUNS_OWN & flags.keys()):
+        raise OptionError(name, flags[name], "none with the folder of a run, which has its own")
     journal = Journal.open(folder)
     options = command_of(journal)
-    if "data" in given:
-        options = msgspec.structs.replace(options, data=str(given["data"]))
+    if "data" in flags:
+        options = msgspec.structs.replace(options, data=str(flags["data"]))
     model, masks = model_of_run(journal, options)
     train, _, _ = splits(options)
-    asked = train_config(None, {"model": options.model, **{k: given[k] for k in given.keys() - {"model", "data"}}})
-    if asked.prune_by == "channels" and masks:
+    chosen = train_config(None, {"model": options.model, **{k: flags[k] for k in flags.keys() - {"model", "data"}}})
+    if chosen.prune_by == "channels" and masks:
         raise OptionError("prune_by", "channels", "magnitude or inputs: the run's weights are pruned one by one")
-    if "trainable" in given and options.trainable != "all":
+    if "trainable" in flags and options.trainable != "all":
         model.requires_grad_(True)
-    model, more = narrowed(asked, model, options.split(train)[0])
+    model, more = narrowed(chosen, model, options.split(train)[0])
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     masks = {name: mask & (masks or {}).get(name, mask) for name, mask in {**(masks or {}), **(more or {})}.items()}
     masks = {name: mask for name, mask in masks.items() if name in trained}
-    return bundle_of(asked, model, train, masks)
+    return bundle_of(chosen, model, train, masks)

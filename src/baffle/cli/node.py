@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import socket
-import sys
 import threading
 from pathlib import Path
 from types import FrameType
@@ -31,16 +29,17 @@ def node_command(
     model: Annotated[
         str | None, typer.Option(metavar="PACKAGE.MODULE:BUILDER", help="Code of your own that the server may name.")
     ] = None,
-    threads: Annotated[int, typer.Option(help="Passes side by side.", min=1)] = 1,
+    threads: Annotated[int, typer.Option(help="Passes at the same time.", min=1)] = 1,
     strategy: Annotated[
         str, typer.Option(help="How PyTorch evaluates: copies, stacked, or streaming, which needs the least memory.")
     ] = "copies",
     memory: Annotated[
         str | None,
-        typer.Option(help="What PyTorch may take besides the model, as 64MB; by default what is fast."),
+        typer.Option(help="Memory for PyTorch, besides the model's, as 64MB; by default what is fastest."),
     ] = None,
     root_certificates: Annotated[
-        Path | None, typer.Option(help="PEM file of the authority behind the SuperLink.", rich_help_panel=_SECURITY)
+        Path | None,
+        typer.Option(help="PEM file of the SuperLink's certificate authority.", rich_help_panel=_SECURITY),
     ] = None,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="No TLS: on this machine only.", rich_help_panel=_SECURITY)
@@ -69,7 +68,7 @@ def node_command(
         ),
     ] = None,
 ) -> None:
-    """Be a client: load the data once, wait for tasks, answer them, for as long as it takes.
+    """Be a client: load the data once, then wait for tasks and answer them until stopped.
 
     Runs no code that comes over the network. What it evaluates is a bundle (a graph) or a model of baffle's own.
     """
@@ -79,6 +78,7 @@ def node_command(
     from baffle.deploy.client_model import Own, builder
     from baffle.deploy.flower.fleet import Fleet
     from baffle.deploy.flower.keys import read_key, secret_of
+    from baffle.deploy.logs import log_to_stderr
     from baffle.deploy.node import run_node
     from baffle.runtimes.onnx.bundle import Bundle
     from baffle.secure.masks import Identity
@@ -100,22 +100,22 @@ def node_command(
     )
     stop = threading.Event()
     _on_signal(stop)
-    _speak()
+    log_to_stderr()
     with Fleet(superlink, root_certificates, own_key) as fleet:
         run_node(fleet, participant, trusted=trusted, stop=stop)
 
 
 def app_command(json_output: Json = False) -> None:
-    """Where the Flower app is that 'flwr run' starts, and the hash that clients trust."""
+    """Print the folder of the Flower app that 'flwr run' starts, and the hash that clients trust."""
     need_flower()
     from baffle.deploy.flower.app_bundle import app_folder, app_sha256
 
     folder = app_folder()
-    found = {"app": str(folder), "sha256": app_sha256(folder)}
+    shown = {"app": str(folder), "sha256": app_sha256(folder)}
     if json_output:
-        print_json(found)
+        print_json(shown)
     else:
-        print(f"{found['app']}\n{found['sha256']}")
+        print(f"{shown['app']}\n{shown['sha256']}")
 
 
 def _own_app() -> str:
@@ -141,18 +141,10 @@ def need_flower() -> None:
 
 
 def _on_signal(stop: threading.Event) -> None:
-    """Sign off on the first signal to end."""
+    """Stop after the current task on SIGTERM or SIGINT."""
 
     def end(number: int, frame: FrameType | None) -> None:
         stop.set()
 
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, end)
-
-
-def _speak() -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    log = logging.getLogger("baffle")
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)

@@ -1,4 +1,4 @@
-"""``baffle report`` and ``baffle compare``: pages to look at."""
+"""``baffle report`` and ``baffle compare``: pages about runs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def compare_command(
     out: Annotated[Path, typer.Option(help="Folder for page and pictures.")] = Path("comparison"),
     json_output: Json = False,
 ) -> None:
-    """One HTML page that lays several runs over one another; baselines with true gradients are welcome."""
+    """One HTML page that overlays several runs, backpropagation baselines included."""
     from baffle.report import compare, read_run, totals
 
     with _progress() as progress:

@@ -1,4 +1,4 @@
-"""``baffle status``: where a run stands and how its clients fare, once or live."""
+"""``baffle status``: progress of a run and state of its clients, once or live."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from baffle.cli.common import Json, RunPath, print_json
 from baffle.report.status import ClientStatus, Status, by_attention, read_status
 
 MOST_CLIENTS = 30
-"""How many a table shows."""
+"""Clients that a table shows."""
 _EVERY = 1.0  # seconds between looks at the run folder
 _LINES_AROUND = 12  # of a screen, that are not clients
 _STYLES = {"waiting": "yellow", "training": "cyan", "done": "bold green", "diverged": "bold red"}
@@ -25,30 +25,29 @@ _STYLES = {"waiting": "yellow", "training": "cyan", "done": "bold green", "diver
 
 def status_command(
     run: RunPath,
-    watch: Annotated[bool, typer.Option("--watch", help="Draw again as it goes, until the run is done.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Keep drawing until the run is done.")] = False,
     json_output: Json = False,
 ) -> None:
-    """Where a run stands: round, loss, bytes, seconds, and each client of a deployment.
+    """Show the progress of a run: round, loss, bytes, seconds, and each client of a deployment.
 
-    Reads the run folder's files alone, so it can be asked at any time, for a run of 'baffle train' too. Of many
-    clients the 30 that need attention most are shown; --json tells of all. With --watch, --json prints a line
-    whenever something has changed.
+    Only reads the run folder, so it works at any time, also for a run of 'baffle train'. Of many clients the 30 that
+    need attention most are shown; --json lists all. With --watch, --json prints a line whenever something changes.
     """
-    found = statuses(run) if watch else iter([read_status(run)])
+    updates = statuses(run) if watch else iter([read_status(run)])
     if json_output:
         before = None
-        for status in found:
+        for status in updates:
             if status != before:
                 print_json(status)
             before = status
     elif watch:
-        show_live(found, Console())
+        show_live(updates, Console())
     else:
-        Console().print(draw(next(found), time.time()))
+        Console().print(draw(next(updates), time.time()))
 
 
 def statuses(run: Path) -> Iterator[Status]:
-    """The status of a run again and again, until it is over."""
+    """Yield the status of a run repeatedly until it is over."""
     while True:
         began = time.monotonic()
         status = read_status(run)
@@ -58,20 +57,20 @@ def statuses(run: Path) -> Iterator[Status]:
         time.sleep(max(_EVERY, 5 * (time.monotonic() - began)))  # a long run takes long to read
 
 
-def show_live(found: Iterator[Status], console: Console) -> None:
-    """Draw each status in place of the one before; where that cannot be, the last one only."""
+def show_live(updates: Iterator[Status], console: Console) -> None:
+    """Draw each status over the previous one; only the last one if the console is not a terminal."""
     if not console.is_terminal:
-        *_, last = found
+        *_, last = updates
         console.print(draw(last, time.time()))
         return
     with Live(console=console, auto_refresh=False) as live:
-        for status in found:
+        for status in updates:
             most = min(MOST_CLIENTS, max(3, console.height - _LINES_AROUND))
             live.update(draw(status, time.time(), most), refresh=True)
 
 
 def draw(status: Status, now: float, most: int = MOST_CLIENTS) -> RenderableType:
-    """A status as text and a table, with at most so many clients. ``now`` is in seconds since 1970."""
+    """A status as text and a table of at most ``most`` clients. ``now`` is in seconds since 1970."""
     head = _head(status, now)
     if status.clients is None:
         return head
@@ -93,7 +92,7 @@ def draw(status: Status, now: float, most: int = MOST_CLIENTS) -> RenderableType
 
 
 def _head(status: Status, now: float) -> Table:
-    """Name and value, a line each."""
+    """The general part: one line per name and value."""
     lines = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     lines.add_column(style="dim")
     lines.add_column()
@@ -165,7 +164,7 @@ def _ago(seconds: float) -> str:
 
 
 def _size(count: float) -> str:
-    """Bytes, to three digits or so.
+    """A number of bytes, to about three digits.
 
     Examples:
         >>> [_size(n) for n in (0, 999, 12345, 2.5e9)]

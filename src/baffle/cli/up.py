@@ -21,8 +21,8 @@ import typer
 
 from baffle.cli.common import Json, errors
 from baffle.cli.node import need_flower
+from baffle.cli.progress import print_summary
 from baffle.cli.status import show_live
-from baffle.cli.train import print_summary
 from baffle.core.checks import require_positive
 from baffle.data import Dataset
 from baffle.errors import FederationError, JournalError, OptionError, require_choice
@@ -34,12 +34,12 @@ from baffle.training.options import TrainConfig, train_config
 if TYPE_CHECKING:
     from baffle.deploy.federation import Federation
 
-_LOOK = 0.5  # seconds between looks at the run folder
-_ASK = 3.0  # seconds without a new round until Flower is asked how the run is
+_LOOK = 0.5  # seconds between two reads of the run folder
+_ASK = 3.0  # seconds without a new round before Flower is asked for the run's state
 _CLIENTS = 2
 _KEYS = "keys"  # in the run folder
 _PATIENCE = 5  # deadlines without a quorum until the run fails; it can be continued
-_SLOW_START = 30.0  # seconds until it is told where to look
+_SLOW_START = 30.0  # seconds before a hint where to look is printed
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _VARIABLES = ("FLWR_HOME", "FLWR_TELEMETRY_ENABLED", "FLWR_DISABLE_UPDATE_CHECK")
 
@@ -64,8 +64,8 @@ def up_command(
 ) -> None:
     """Start a federation on this machine: a SuperLink and warm clients, with parts of the training data.
 
-    With --out it trains, shows how the clients fare, prints the run's summary and ends. Without, it stays up until
-    Ctrl-C and says how to start runs from another shell.
+    With --out it trains, shows the state of the clients, prints the run's summary and ends. Without it, the federation
+    runs until Ctrl-C, and commands to start runs from another shell are printed.
     """
     need_flower()
     from baffle.deploy.flower.app_bundle import app_folder
@@ -96,7 +96,7 @@ def up_command(
         _say("starting the run")
         run = federation.submit(app_folder(), out=str(out.resolve()), **app)
         try:
-            show_live(_told(_follow(federation, run, out)), errors)
+            show_live(_reported(_follow(federation, run, out)), errors)
         except KeyboardInterrupt:
             _say("stopped; the rounds so far are saved: the same command continues")
             raise
@@ -106,7 +106,7 @@ def up_command(
 
 
 def _options(config: Path | None, clients: int | None) -> TrainConfig:
-    """The run's options, checked as far as they can be before anything is started."""
+    """The run's options, checked as far as possible before anything is started."""
     options = train_config(config, {"clients": clients})
     options.method()
     require_runtime(options)
@@ -121,19 +121,19 @@ def _options(config: Path | None, clients: int | None) -> TrainConfig:
 
 
 def _check_keys(out: Path) -> None:
-    """Its clients are known by their keys: without these they would be waited for in vain."""
+    """Refuse a run whose clients' keys are missing: it would wait forever for clients with those keys."""
     if not all((out / _KEYS / f"{member.name}.key").exists() for member in read_members(out)):
         raise OptionError("out", str(out), "a new folder, or a run of 'baffle up', with its clients' keys")
 
 
 def _start(federation: Federation, options: TrainConfig, parts: Sequence[Dataset], out: Path | None) -> None:
-    """SuperLink, SuperExec, and the clients with their data. A run that is continued gets the keys it had."""
+    """Start SuperLink, SuperExec and the clients with their data; a continued run gets the keys it had."""
     _say("starting the SuperLink")
-    if ":" in options.model:  # the user's own, found where the command is typed, as by 'baffle train'
+    if ":" in options.model:  # a module of the user's in the working directory, as for 'baffle train'
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH")]))
     federation.start()
-    if out is not None and (kept := out / _KEYS).is_dir():
-        for key in kept.glob("*.key"):
+    if out is not None and (keys := out / _KEYS).is_dir():
+        for key in keys.glob("*.key"):
             shutil.copy(key, federation.folder)
     for number, part in enumerate(parts):
         name = f"client-{number:04}"
@@ -145,25 +145,25 @@ def _start(federation: Federation, options: TrainConfig, parts: Sequence[Dataset
 
 
 def _follow(federation: Federation, run: int, out: Path) -> Iterator[Status]:
-    """The run's status again and again until Flower says that it is finished. Raises FederationError if it failed."""
-    began = asked = time.monotonic()
+    """Yield the run's status repeatedly until Flower reports its end. Raises FederationError if it failed."""
+    began = checked = time.monotonic()
     seen, hinted = -1, False
     while True:
         time.sleep(_LOOK)
         over = False
-        with suppress(JournalError):  # of a folder that is being made; the server tells what is wrong with another
+        with suppress(JournalError):  # the folder is being created; the server reports any other problem
             status = read_status(out)
             _keep_keys(federation, out)
             if status.round != seen:
-                seen, asked = status.round, time.monotonic()
+                seen, checked = status.round, time.monotonic()
             over = status.over
             yield status
         now = time.monotonic()
         if seen < 0 and not hinted and now - began > _SLOW_START:
             hinted = True
             _say(f"no round yet; what the server says: {_shell(federation, 'log', str(run), 'local')}")
-        if over or now - asked > _ASK:
-            asked = now
+        if over or now - checked > _ASK:
+            checked = now
             _check(federation)
             stage, reason = federation.outcome(run)
             if stage == "finished:completed":
@@ -173,10 +173,10 @@ def _follow(federation: Federation, run: int, out: Path) -> Iterator[Status]:
                 raise FederationError(f"the run failed ({stage.partition(':')[2]}): {reason or 'no reason was given'}")
 
 
-def _told(found: Iterator[Status]) -> Iterator[Status]:
-    """The same, with a line on stderr every tenth of the way where no table can be drawn."""
+def _reported(statuses: Iterator[Status]) -> Iterator[Status]:
+    """Pass statuses on; if stderr is not a terminal, print a line every tenth of the run."""
     tenth = -1
-    for status in found:
+    for status in statuses:
         now = 10 * status.round // status.rounds
         if not errors.is_terminal and status.round >= 0 and now > tenth:
             tenth = now
@@ -187,18 +187,18 @@ def _told(found: Iterator[Status]) -> Iterator[Status]:
 
 
 def _check(federation: Federation) -> None:
-    """Raises FederationError if a part that is needed has ended."""
+    """Raise FederationError if a process that is needed has ended."""
     parts = {"superlink": federation.superlink, "superexec": federation.superexec}
     dead = [name for name, process in parts.items() if process is not None and process.poll() is not None]
     if all(process.poll() is not None for process in federation.nodes.values()):
         dead += federation.nodes
     if dead:
-        said = (federation.folder / f"{dead[0]}.log").read_text(errors="replace").splitlines()
-        raise FederationError(f"{dead[0]} ended: {said[-1] if said else 'it said nothing'}")
+        lines = (federation.folder / f"{dead[0]}.log").read_text(errors="replace").splitlines()
+        raise FederationError(f"{dead[0]} ended: {lines[-1] if lines else 'it said nothing'}")
 
 
 def _keep_keys(federation: Federation, out: Path) -> None:
-    """Copy the clients' keys into the run folder, by which they are known when it is continued."""
+    """Copy the clients' keys into the run folder, to identify them when the run is continued."""
     if not out.exists():
         return
     keys = out / _KEYS
@@ -209,7 +209,7 @@ def _keep_keys(federation: Federation, out: Path) -> None:
 
 
 def _explain(federation: Federation, app: Path, config: Mapping[str, str | int | float | bool]) -> None:
-    """What to type in another shell."""
+    """Print what to type in another shell."""
     out = str(Path("runs/first").resolve())
     values = [f"{name}={msgspec.json.encode(value).decode()}" for name, value in {**config, "out": out}.items()]
     run = _shell(federation, "run", str(app), "local", *(part for v in values for part in ("-c", v)))
@@ -219,16 +219,16 @@ def _explain(federation: Federation, app: Path, config: Mapping[str, str | int |
 
 
 def _shell(federation: Federation, *arguments: str) -> str:
-    """A command of ``flwr`` as it is typed."""
+    """A command of ``flwr`` to type in a shell."""
     environment = federation.environment
-    found = Path(shutil.which("flwr", path=environment["PATH"]) or "flwr")
-    path = "" if shutil.which("flwr") else f'PATH={shlex.quote(str(found.parent))}:"$PATH" '
+    program = Path(shutil.which("flwr", path=environment["PATH"]) or "flwr")
+    path = "" if shutil.which("flwr") else f'PATH={shlex.quote(str(program.parent))}:"$PATH" '
     variables = " ".join(f"{name}={shlex.quote(environment[name])}" for name in _VARIABLES)
     return f"{path}{variables} {shlex.join(['flwr', *arguments])}"
 
 
 def _stay(federation: Federation) -> None:
-    """Until Ctrl-C. Raises FederationError if a part that is needed ends by itself."""
+    """Wait for Ctrl-C. Raises FederationError if a process that is needed ends by itself."""
     with suppress(KeyboardInterrupt):
         while True:
             time.sleep(_LOOK)
@@ -252,7 +252,7 @@ def _place(folder: Path | None) -> Iterator[Path]:
 
 @contextmanager
 def _federation(folder: Path, secure: bool) -> Iterator[Federation]:
-    """A federation that is ended whatever happens, by a second Ctrl-C, too."""
+    """A federation that is always closed, even on a second Ctrl-C."""
     from baffle.deploy.federation import Federation
 
     federation = Federation(folder, secure=secure)
@@ -266,7 +266,7 @@ def _federation(folder: Path, secure: bool) -> Iterator[Federation]:
 
 @contextmanager
 def _ends_on_signals() -> Iterator[None]:
-    """To be told to end is as Ctrl-C: the processes have to be ended, too."""
+    """Treat SIGTERM and SIGHUP like Ctrl-C, so that child processes are stopped."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt

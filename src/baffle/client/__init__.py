@@ -1,1 +1,1 @@
-"""A client: it answers tasks with integers, from forward passes only."""
+"""Clients: they answer tasks with integers, from forward passes only."""

@@ -1,10 +1,10 @@
-"""Which step sigma gives a derivative, for a model, a runtime and a precision: found by measuring.
+"""Measure which finite-difference step sigma suits a model, a runtime and a precision.
 
-A finite difference is wrong in two ways: rounding of the forward pass adds noise that falls as 1/sigma, curvature
-adds an error that grows with sigma. Along the same directions, neighbours on a ladder of sigmas disagree by the
-larger of their errors: the smaller sigma's noise, or the larger one's curvature. So the error of each is the smaller
-of its two disagreements, and no reference is needed: a client that can only infer calibrates itself. Where there is
-a reference, ``compare`` says how good that guess is.
+A finite difference has two errors: rounding in the forward pass adds noise that falls as 1/sigma, curvature adds an
+error that grows with sigma. Along the same directions, neighbours on a ladder of sigmas disagree by the larger of
+their errors: the smaller sigma's noise, or the larger one's curvature. So the error of each sigma is estimated by the
+smaller of its two disagreements. That needs no reference: an inference-only client calibrates itself. Where exact
+derivatives are available, ``compare`` shows how good the estimate is.
 
 After More and Wild, Estimating derivatives of noisy simulations, ACM TOMS 38 (2012), section 3.
 """
@@ -19,19 +19,22 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from baffle.client.respond import finite_differences, perturbations
+from baffle.client.respond import draw, numbers_of, passes_of
+from baffle.core.credit import is_plain, part_of, sizes_of, units_of
 from baffle.core.quantize import row_scales
 from baffle.core.types import Task, Weights
 from baffle.data import Dataset
 from baffle.errors import ReplyError
-from baffle.protocol.messages import Found
+from baffle.protocol.messages import CalibrateResponse
 from baffle.runtimes import Runtime
 
 LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+"""The sigmas to choose from."""
 DIRECTIONS = 16
-"""Directions along which round 0 measures."""
+"""Number of directions along which round 0 measures."""
+_CREDITED_DIRECTIONS = 2
 EXAMPLES = 64
-"""Examples on which it does, at most."""
+"""Maximum number of examples on which round 0 measures."""
 _GOOD = 0.15  # an error that adds two percent to the variance of the estimate
 
 Float64 = npt.NDArray[np.float64]
@@ -39,25 +42,27 @@ Float64 = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Scalars along the same directions for each sigma of the ladder: float64[sigmas, K], and what follows."""
+    """Scalars along the same directions for each sigma of the ladder, and the sigma chosen from them."""
 
     sigmas: tuple[float, ...]
+    """The ladder."""
     scalars: Float64
+    """float64[sigmas, K]; K = 0 if clients measured by themselves."""
     errors: Float64
     """Relative error of each sigma's scalars, estimated without a reference: float64[sigmas]."""
     sigma: float
-    """The one to use."""
+    """The sigma to use."""
     forward_passes: int
     samples_forwarded: int
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How scalars of one sigma compare with derivatives: ``scalars = slope * derivatives + noise``.
+    """Comparison of one sigma's scalars with exact derivatives: ``scalars = slope * derivatives + noise``.
 
-    ``correlation`` is the cosine between them, ``error`` the norm of their difference and ``noise`` that of what the
-    slope leaves, both relative to the derivatives' norm. Scalars that are not all finite agree with nothing, and
-    with derivatives of 0 nothing agrees: correlation and slope are 0, the other two infinite.
+    ``correlation`` is the cosine between them; ``error`` is the norm of their difference and ``noise`` that of the
+    residual, both relative to the derivatives' norm. If scalars are not all finite, or all derivatives are 0,
+    correlation and slope are 0 and the other two infinite.
     """
 
     sigma: float
@@ -70,27 +75,46 @@ class Agreement:
 def calibrate(
     task: Task, runtime: Runtime, weights: Weights, batch: Dataset, num_directions: int = DIRECTIONS, client: int = 0
 ) -> Calibration:
-    """Measure along a task's first directions, at ``weights`` on a batch, for every sigma of the ladder.
+    """Measure a task's scalars for every sigma of the ladder, and choose one.
 
-    On the lattice matrices move by whole codes, whatever sigma; then it is what most of them move by.
+    On the lattice, matrices move by whole codes, independently of sigma. The ladder then has one sigma: the step of
+    the median weight.
+
+    Args:
+        task: whose first directions are used; its own sigma is ignored.
+        runtime: evaluates the passes.
+        weights: float32[n], at which to measure.
+        batch: on which to measure.
+        num_directions: K.
+        client: its number; matters only for per-client directions.
     """
     ladder: tuple[float, ...] = LADDER
     if task.lattice:
         ladder = (_step_of_codes(runtime, weights, task.lattice),)
     rows: list[Float64] = []
     passes = 0
+    if not is_plain(runtime.table):  # each direction brings many numbers
+        num_directions = min(num_directions, _CREDITED_DIRECTIONS)
+    sizes = sizes_of(runtime.table, num_directions)
+    directed = [p for p, unit in zip(part_of(sizes), units_of(runtime.table), strict=True) if unit.kind != "exact"]
     for sigma in ladder:
-        probe = msgspec.structs.replace(task, sigma=sigma, num_directions=num_directions)
-        asked = perturbations(probe, runtime.table, client)
-        rows.append(finite_differences(probe, runtime.losses(weights, asked, batch)))
-        passes += len(asked)
+        probe = msgspec.structs.replace(task, sigma=sigma, num_directions=num_directions, slices=1, sizes=sizes)
+        [numbers] = numbers_of(probe, runtime.table, runtime, weights, [batch], client)
+        rows.append(np.concatenate([numbers[part] for part in directed]))
+        passes += passes_of(probe, runtime.table) // task.local_steps
     scalars = np.stack(rows)
     errors = estimate_errors(scalars)
     return Calibration(ladder, scalars, errors, ladder[choose(errors)], passes, passes * len(batch))
 
 
 def estimate_errors(scalars: Float64) -> Float64:
-    """The relative error of scalars [sigmas, K], from how neighbours disagree; infinite where none is usable.
+    """Estimate relative errors from how neighbours on the ladder disagree.
+
+    Args:
+        scalars: float64[sigmas, K].
+
+    Returns:
+        float64[sigmas]; infinite where no neighbour is usable.
 
     Examples:
         >>> estimate_errors(np.array([[3.0, 1.0], [1.0, 1.0], [1.0, 1.1], [9.0, -9.0]])).round(2).tolist()
@@ -105,9 +129,13 @@ def estimate_errors(scalars: Float64) -> Float64:
 
 
 def choose(errors: Float64) -> int:
-    """The middle of the run of small errors around the smallest: as far from noise as from curvature.
+    """Choose the middle of the range of small errors around the smallest: as far from noise as from curvature.
 
-    Without any usable one, the middle of the ladder.
+    Args:
+        errors: float64[sigmas].
+
+    Returns:
+        Index of the sigma; the middle of the ladder if no error is small.
 
     Examples:
         >>> choose(np.array([0.9, 0.14, 0.01, 0.02, 0.14, 0.5]))
@@ -124,38 +152,58 @@ def choose(errors: Float64) -> int:
     return (low + high + 1) // 2
 
 
-def check_found(task: Task, client: int, found: Found, others: Sequence[Found]) -> None:
-    """Raise ReplyError unless a client measured what it was asked to, as the others did."""
-    expected = others[0].sigmas if others else found.sigmas if task.lattice else LADDER
-    usable = len(found.sigmas) == len(found.errors) and all(0 < s < math.inf for s in found.sigmas)
-    if found.sigmas != expected or len(expected) == 0 or not usable or not all(e >= 0 for e in found.errors):
-        raise ReplyError(f"client {client} measured errors {found.errors} for {found.sigmas}: expected a finite ladder")
+def measure(task: Task, runtime: Runtime, weights: Weights, data: Dataset, client: int) -> CalibrateResponse:
+    """Calibrate as a client: on a mini-batch of its data, as a message to the server."""
+    batch = draw(msgspec.structs.replace(task, batch_size=EXAMPLES), data, client, 0)
+    measured = calibrate(task, runtime, weights, batch, client=client)
+    errors = tuple(float(error) for error in measured.errors)
+    return CalibrateResponse(measured.sigmas, errors, measured.forward_passes, measured.samples_forwarded)
 
 
-def agree(found: Sequence[Found]) -> Calibration:
-    """What clients that measured by themselves agree on: sigma by the median of their errors."""
-    errors = np.median([f.errors for f in found], axis=0)
+def check_measurement(
+    task: Task, client: int, measured: CalibrateResponse, others: Sequence[CalibrateResponse]
+) -> None:
+    """Raise ReplyError unless a client's measurement is well-formed, for the same sigmas as the others'."""
+    expected = others[0].sigmas if others else measured.sigmas if task.lattice else LADDER
+    usable = len(measured.sigmas) == len(measured.errors) and all(0 < s < math.inf for s in measured.sigmas)
+    if measured.sigmas != expected or len(expected) == 0 or not usable or not all(e >= 0 for e in measured.errors):
+        raise ReplyError(
+            f"client {client} measured errors {measured.errors} for {measured.sigmas}: expected a finite ladder"
+        )
+
+
+def agree(measured: Sequence[CalibrateResponse]) -> Calibration:
+    """Combine the measurements of several clients: sigma is chosen by the median of their errors."""
+    errors = np.median([m.errors for m in measured], axis=0)
     return Calibration(
-        sigmas=found[0].sigmas,
+        sigmas=measured[0].sigmas,
         scalars=np.empty((len(errors), 0)),
         errors=errors,
-        sigma=found[0].sigmas[choose(errors)],
-        forward_passes=sum(f.forward_passes for f in found),
-        samples_forwarded=sum(f.samples_forwarded for f in found),
+        sigma=measured[0].sigmas[choose(errors)],
+        forward_passes=sum(m.forward_passes for m in measured),
+        samples_forwarded=sum(m.samples_forwarded for m in measured),
     )
 
 
 def compare(calibration: Calibration, derivatives: Float64) -> tuple[Agreement, ...]:
-    """How each sigma's scalars agree with the derivatives along the same directions, float64[K]."""
+    """Compare each sigma's scalars with the exact derivatives along the same directions.
+
+    Args:
+        calibration: of this process, with its scalars.
+        derivatives: float64[K].
+
+    Returns:
+        One agreement per sigma.
+    """
     size = float(np.linalg.norm(derivatives))
-    found = []
+    agreements = []
     for sigma, scalars in zip(calibration.sigmas, calibration.scalars, strict=True):
         if not 0 < size < math.inf or not np.isfinite(scalars).all():
-            found.append(Agreement(sigma, 0.0, 0.0, math.inf, math.inf))
+            agreements.append(Agreement(sigma, 0.0, 0.0, math.inf, math.inf))
             continue
         slope = float(scalars @ derivatives) / size**2
         norm = float(np.linalg.norm(scalars))
-        found.append(
+        agreements.append(
             Agreement(
                 sigma=sigma,
                 correlation=slope * size / norm if norm else 0.0,
@@ -164,11 +212,11 @@ def compare(calibration: Calibration, derivatives: Float64) -> tuple[Agreement, 
                 error=float(np.linalg.norm(scalars - derivatives)) / size,
             )
         )
-    return tuple(found)
+    return tuple(agreements)
 
 
 def _step_of_codes(runtime: Runtime, weights: Weights, codes: int) -> float:
-    """The step that the median weight of the matrices takes: a float32."""
+    """The step of the matrices' median weight, rounded to float32."""
     matrices = [spec for spec in runtime.table if spec.matrix is not None]
     if not matrices:
         return LADDER[len(LADDER) // 2]

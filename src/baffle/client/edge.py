@@ -1,8 +1,8 @@
-"""A client on a device that can only infer: ``python -m baffle.client.edge BUNDLE DATA.npz``.
+"""A stateless client for an inference-only device: ``python -m baffle.client.edge BUNDLE DATA.npz``.
 
-It needs numpy, onnxruntime (or openvino), msgspec and safetensors: ``pip install 'baffle[ort]'``. Requests come on
-standard input and answers go to standard output (``baffle.protocol.pipes``), so that anything that carries bytes can be
-between it and a server: a pipe, ssh, a serial line. Its data never leaves it: what it sends is K integers a task.
+It needs numpy, onnxruntime (or openvino), msgspec and safetensors: ``pip install 'baffle[ort]'``. It reads requests
+from standard input and writes answers to standard output (``baffle.protocol.pipes``), so that anything that carries
+bytes can connect it to a server: a pipe, ssh, a serial line. Its data never leave it: it sends K integers per task.
 """
 
 from __future__ import annotations
@@ -12,45 +12,53 @@ import os
 import sys
 from typing import BinaryIO, NoReturn
 
-import msgspec
 import numpy as np
 
-from baffle.client.calibrate import EXAMPLES, calibrate
+from baffle.client.calibrate import measure
 from baffle.client.examples import check_labels, load_examples
 from baffle.client.respond import check_task, draw, respond
 from baffle.core.types import Weights, table_size
 from baffle.data import Dataset
 from baffle.errors import BaffleError, ReplyError
-from baffle.protocol.messages import Answer, Failed, Found
-from baffle.protocol.pipes import BESIDES, MARK, Hello, Message, Work, decode, receive_frame, send
+from baffle.protocol.messages import FailedResponse, TrainResponse
+from baffle.protocol.pipes import MARK, MOST_BYTES, Hello, Message, WorkRequest, decode, receive_frame, send
 from baffle.runtimes import Runtime
 from baffle.runtimes.onnx.bundle import Bundle
 from baffle.runtimes.onnx.load import load_runtime
 
-_REASON = 2000  # letters
+_REASON = 2000  # characters
 
 
 def serve(runtime: Runtime, bundle: Bundle, data: Dataset, requests: BinaryIO, answers: BinaryIO) -> None:
-    """Answer requests until they end. What cannot be answered is told to the server, and the next one awaited.
+    """Answer requests until their stream ends. An error is reported to the server as the answer.
 
-    Raises ReplyError if what comes is no frame: where the next one begins is then unknown.
+    Args:
+        runtime: evaluates the bundle.
+        bundle: that the server uses, too.
+        data: the client's examples.
+        requests: stream to read from.
+        answers: stream to write to.
+
+    Raises:
+        DataError: if the model has no output for a label.
+        ReplyError: for a malformed frame, since the start of the next one is then unknown.
     """
     check_labels(runtime, bundle, data)
     answers.write(MARK)
     send(answers, Hello(len(data), bundle.sha256, runtime.plan))
-    longest = 4 * table_size(runtime.table) + BESIDES
+    longest = 4 * table_size(runtime.table) + MOST_BYTES
     while (request := receive_frame(requests, longest)) is not None:
         try:
             answer = _answer(runtime, data, decode(request))
         except BaffleError as error:
-            answer = Failed(str(error)[:_REASON])
-        except Exception as error:  # of numbers that no server asks for
-            answer = Failed(f"{type(error).__name__}: {error}"[:_REASON])
+            answer = FailedResponse(str(error)[:_REASON])
+        except Exception as error:  # for values that no server sends
+            answer = FailedResponse(f"{type(error).__name__}: {error}"[:_REASON])
         send(answers, answer)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point: errors are one line on stderr and exit code 2."""
+    """Run the client. Errors are one line on stderr and exit code 2."""
     parser = _Parser("python -m baffle.client.edge", description="A client that can only infer.")
     parser.add_argument("bundle", metavar="BUNDLE", help="file of 'baffle export'")
     parser.add_argument("data", metavar="DATA.npz", help="arrays x and y, as the bundle's model takes them")
@@ -62,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("standard input or output is closed: expected pipes")
     try:
         with os.fdopen(os.dup(1), "wb") as answers:
-            os.dup2(2, 1)  # what a library prints must not get between the answers
+            os.dup2(2, 1)  # output of a library must not mix with the answers
             bundle = Bundle.load(options.bundle)
             data = load_examples(options.data, bundle)
             runtime = load_runtime(bundle, options.runtime, options.threads, options.precision)
@@ -76,24 +84,23 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors are one line."""
+    """Reports errors on one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (see --help)\n")
 
 
 def _answer(runtime: Runtime, data: Dataset, request: Message) -> Message:
-    if not isinstance(request, Work):
+    if not isinstance(request, WorkRequest):
         raise ReplyError(f"{type(request).__name__}: expected a task")
     task, client = request.task, request.client
     check_task(task)
     weights = _weights(request.weights, table_size(runtime.table))
     if request.calibrate:
-        batch = draw(msgspec.structs.replace(task, batch_size=EXAMPLES), data, client, 0)
-        found = calibrate(task, runtime, weights, batch, client=client)
-        errors = tuple(float(e) for e in found.errors)
-        return Found(found.sigmas, errors, found.forward_passes, found.samples_forwarded)
-    return Answer(respond(task, runtime, weights, lambda step: draw(task, data, client, step), client, len(data)))
+        return measure(task, runtime, weights, data, client)
+    return TrainResponse(
+        respond(task, runtime, weights, lambda step: draw(task, data, client, step), client, len(data))
+    )
 
 
 def _weights(data: bytes, size: int) -> Weights:

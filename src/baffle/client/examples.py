@@ -16,14 +16,37 @@ from baffle.runtimes.onnx.bundle import Bundle
 
 
 def load_examples(path: str | Path, bundle: Bundle) -> Dataset:
-    """A client's examples: the arrays x and y of an .npz file. Bytes of pixels are scaled as the bundle says."""
+    """Load a client's examples from an .npz file, and check that they fit a bundle.
+
+    Args:
+        path: of a file with the arrays x and y.
+        bundle: says how to scale pixel bytes.
+
+    Raises:
+        DataError: if the file cannot be read, or its examples do not fit.
+    """
     data = load_arrays(path, bundle.scaling)
     bundle.check_data(data)
     return data
 
 
 def load_arrays(path: str | Path, scaling: Scaling | None = None) -> Dataset:
-    """The arrays x and y of an .npz file; ``scaling`` is for bytes. Raises DataError."""
+    """Load the arrays x and y of an .npz file.
+
+    Args:
+        path: of the file.
+        scaling: for pixel bytes.
+
+    Raises:
+        DataError: if the file cannot be read, lacks an array, or is empty.
+
+    Examples:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "client.npz"
+        >>> np.savez(path, x=np.zeros((5, 64), np.float32), y=np.arange(5))
+        >>> len(load_arrays(path))
+        5
+    """
     try:
         names, x, y = _arrays(path)
     except (OSError, ValueError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
@@ -49,7 +72,7 @@ def _arrays(path: str | Path) -> tuple[list[str], Array | None, Array | None]:
 
 
 def check_labels(runtime: Runtime, bundle: Bundle, data: Dataset) -> None:
-    """A label that the model has no output for is told now, not in the round that draws it."""
+    """Raise DataError now, not in the round that draws it, for a label that the model has no output for."""
     bundle.check_data(data)
     if data.y.ndim == 1 and data.y.dtype.kind == "i":
         for i in (data.y.argmin(), data.y.argmax()):

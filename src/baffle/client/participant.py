@@ -1,7 +1,8 @@
-"""A client that keeps the replay state between rounds: it catches up from rows, proves it by a hash, then answers.
+"""A stateful client: it keeps the replay state between rounds, catches up from rows and proves it by a hash.
 
-What it has may be of any age, or nothing: if the rows in a question do not lead to the state that the task names, it
-says what it has (``Behind``) and is asked again with what it lacks. The same task asked twice gets the same bytes.
+Its state may be of any age, or missing. If the rows in a request do not lead to the state that the task names, it
+reports the state that it has (``BehindResponse``) and is request again with what it lacks. The same task request twice
+gets the same bytes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import msgspec
 
-from baffle.client.calibrate import EXAMPLES, calibrate
+from baffle.client.calibrate import measure
 from baffle.client.respond import check_task, draw, respond
 from baffle.core.aggregate import counts_of
 from baffle.core.method import replay
@@ -23,47 +24,47 @@ from baffle.data import Dataset
 from baffle.errors import BaffleError, PlanError, ReplyError, SecureSumError
 from baffle.protocol.encoding import decode_row, encode_message
 from baffle.protocol.messages import (
-    CARDS,
     INTRODUCED,
+    PUBLIC_KEYS,
     SETUP,
     STATE,
     WEIGHTS,
-    Advertise,
-    Answer,
-    Ask,
-    Behind,
-    Concealed,
-    Enrol,
-    Failed,
-    Found,
-    Present,
-    Response,
+    AnyResponse,
+    BehindResponse,
+    EnrolRequest,
+    EnrolResponse,
+    FailedResponse,
+    KeysRequest,
+    MaskedTrainResponse,
     Setup,
-    Unmask,
-    decode_cards,
+    TrainRequest,
+    TrainResponse,
+    UnmaskRequest,
     decode_introductions,
-    decode_question,
+    decode_public_keys,
+    decode_request,
     decode_setup,
     encode,
     printable,
 )
 from baffle.protocol.states import unpack_state, unpack_weights
 from baffle.runtimes import Runtime
-from baffle.secure.messages import Card
+from baffle.runtimes.evaluation_plan import EvaluationPlan
+from baffle.secure.messages import PublicKeys
 
 if TYPE_CHECKING:
     from baffle.secure.client import SecureClient
     from baffle.secure.masks import Identity
 
-_REASON = 2000  # letters
+_REASON = 2000  # characters
 
 Build: TypeAlias = Callable[[Setup], tuple[Runtime, Dataset]]
-"""What a setup makes of a client: how it evaluates, on which examples. Raises BaffleError if it cannot, or will not."""
+"""Makes a client's runtime and examples from a setup. Raises BaffleError if it cannot, or refuses to."""
 
 
 @dataclass
 class Memory:
-    """What a process keeps between questions. Participants may share one: they hold the same state."""
+    """The state that a process keeps between requests. Participants may share it, since they hold the same state."""
 
     setup: str = ""
     state: State | None = None
@@ -75,11 +76,17 @@ class Memory:
 
 
 class Participant:
-    """Answers questions about one client's data.
+    """Answers a server's requests with one client's data.
 
-    ``build`` is called with each new setup. No question makes it raise: what goes wrong is told to the server.
-    With an ``identity`` it takes part in secure sums, in cohorts of at least ``minimum``; with ``only_secure`` it
-    refuses to give its scalars in any other way.
+    No request makes it raise: errors are reported to the server.
+
+    Args:
+        name: shown to the operator of the server.
+        build: called with each new setup.
+        memory: to share with other participants of this process; by default its own.
+        identity: keys for secure sums; without them it takes part in plain sums only.
+        minimum: smallest cohort of a secure sum that it takes part in.
+        only_secure: refuse plain sums.
 
     Examples:
         >>> import torch.nn.functional as F
@@ -104,36 +111,45 @@ class Participant:
     ) -> None:
         self._name, self._build, self._memory = name, build, memory or Memory()
         self._identity, self._minimum, self._only_secure = identity, minimum, only_secure
-        self._cards: dict[int, Card] = {}
-        self._secure: dict[tuple[int, int], SecureClient] = {}  # by run key and number; a run's rounds are not repeated
+        self._public_keys: dict[int, PublicKeys] = {}
+        self._secure: dict[tuple[int, int], SecureClient] = {}  # by run key and client number
         self._ready: tuple[str, Runtime, Dataset] | None = None
-        self._last: tuple[bytes, bytes] | None = None  # a task, and what was answered
+        self._last: tuple[bytes, bytes] | None = None  # a request, and its answer
 
-    def answer(self, question: bytes, parcels: Mapping[str, bytes], client: int = 0) -> bytes:
-        """What to say, as client number ``client``, to a question, encoded."""
+    def answer(self, request: bytes, attachments: Mapping[str, bytes], client: int = 0) -> bytes:
+        """Answer a request.
+
+        Args:
+            request: encoded, see ``baffle.protocol.messages``.
+            attachments: of the request, by name.
+            client: this client's number in the run.
+
+        Returns:
+            The encoded response.
+        """
         try:
-            asked = decode_question(question)
-            if isinstance(asked, Enrol):
-                response: Response | bytes = self._enrol(asked, parcels)
-            elif isinstance(asked, Advertise):
-                response = self._advertise(asked, parcels, client)
-            elif isinstance(asked, Unmask):
-                response = self._once(question, lambda: self._sums(asked.key, client).unmask(asked.survivors))
+            message = decode_request(request)
+            if isinstance(message, EnrolRequest):
+                response: AnyResponse | bytes = self._enrol(message, attachments)
+            elif isinstance(message, KeysRequest):
+                response = self._make_keys(message, attachments, client)
+            elif isinstance(message, UnmaskRequest):
+                response = self._once(request, lambda: self._sums(message.key, client).unmask(message.survivors))
             else:
-                response = self._work(asked, parcels, client)
+                response = self._train(message, attachments, client)
             return response if isinstance(response, bytes) else encode(response)
         except BaffleError as error:
-            return encode(Failed(printable(str(error), _REASON)))
-        except Exception as error:  # of numbers that no server sends
-            return encode(Failed(printable(f"{type(error).__name__}: {error}", _REASON)))
+            return encode(FailedResponse(printable(str(error), _REASON)))
+        except Exception as error:  # for values that no server sends
+            return encode(FailedResponse(printable(f"{type(error).__name__}: {error}", _REASON)))
 
-    def _enrol(self, asked: Enrol, parcels: Mapping[str, bytes]) -> Response:
-        ready = self._set_up(asked.setup, parcels)
+    def _enrol(self, request: EnrolRequest, attachments: Mapping[str, bytes]) -> AnyResponse:
+        ready = self._set_up(request.setup, attachments)
         if ready is None:
-            return self._behind(asked.setup)
+            return self._behind(request.setup)
         runtime, data = ready
         state = self._memory.state
-        return Present(
+        return EnrolResponse(
             name=self._name,
             examples=len(data),
             plan=runtime.plan,
@@ -142,89 +158,83 @@ class Participant:
             card=None if self._identity is None else self._identity.card,
         )
 
-    def _work(self, asked: Ask, parcels: Mapping[str, bytes], client: int) -> Response | bytes:
-        ready = self._set_up(asked.setup, parcels)
+    def _train(self, request: TrainRequest, attachments: Mapping[str, bytes], client: int) -> AnyResponse | bytes:
+        ready = self._set_up(request.setup, attachments)
         if ready is None:
-            return self._behind(asked.setup)
+            return self._behind(request.setup)
         runtime, data = ready
-        check_task(asked.task)
-        weights = self._weights(asked, parcels, runtime.table)
+        check_task(request.task)
+        weights = self._weights(request, attachments, runtime.table)
         if weights is None:
-            return self._behind(asked.setup)
-        kept = b"" if WEIGHTS in parcels else asked.task.state_sha256
-        if asked.calibrate:
-            return self._calibrate(asked.task, runtime, data, weights, client)
-        task = asked.task
+            return self._behind(request.setup)
+        sha256 = b"" if WEIGHTS in attachments else request.task.state_sha256
+        if request.calibrate:
+            return measure(request.task, runtime, weights, data, client)
+        task = request.task
         if self._only_secure and not task.secure:
             raise PlanError("a plain sum: this client takes part in secure sums only")
-        introduced = parcels.get(INTRODUCED, b"")
+        introduced = attachments.get(INTRODUCED, b"")
 
-        def answer() -> Response:
+        def answer() -> AnyResponse:
             sums = self._sums(task.key, client) if task.secure else None
             reply = respond(task, runtime, weights, lambda step: draw(task, data, client, step), client, len(data))
-            return Answer(reply, kept) if sums is None else self._conceal(sums, task, reply, introduced, kept)
+            return TrainResponse(reply, sha256) if sums is None else self._mask(sums, task, reply, introduced, sha256)
 
         start = hashlib.sha256(weights.tobytes()).digest()
         return self._once(encode_message(task) + start + client.to_bytes(8, "big") + introduced, answer)
 
-    def _once(self, key: bytes, answer: Callable[[], Response]) -> bytes:
-        """What the same question was answered, or an answer to it."""
+    def _once(self, key: bytes, answer: Callable[[], AnyResponse]) -> bytes:
+        """Answer a request, or repeat the answer if it is the last one again."""
         if self._last is None or self._last[0] != key:
             self._last = key, encode(answer())
         return self._last[1]
 
-    def _advertise(self, asked: Advertise, parcels: Mapping[str, bytes], client: int) -> Response:
+    def _make_keys(self, request: KeysRequest, attachments: Mapping[str, bytes], client: int) -> AnyResponse:
         if self._identity is None:
             raise PlanError("a secure sum: this client has no keys for one")
-        if CARDS in parcels:
-            self._cards |= decode_cards(parcels[CARDS])
-        if any(key == asked.key and number != client for key, number in self._secure):
+        if PUBLIC_KEYS in attachments:
+            self._public_keys |= decode_public_keys(attachments[PUBLIC_KEYS])
+        if any(key == request.key and number != client for key, number in self._secure):
             raise PlanError(f"client number {client}: expected the one that this client had in this run before")
-        if (asked.key, client) not in self._secure:
+        if (request.key, client) not in self._secure:
             from baffle.secure.client import SecureClient  # needs cryptography, which plain sums do without
 
-            self._secure[asked.key, client] = SecureClient(
-                self._identity, client, asked.key, minimum=self._minimum, degree=asked.neighbours
+            self._secure[request.key, client] = SecureClient(
+                self._identity, client, request.key, minimum=self._minimum, degree=request.neighbours
             )
-        return self._secure[asked.key, client].advertise(asked.round, asked.cohort, self._cards)
+        return self._secure[request.key, client].advertise(request.round, request.cohort, self._public_keys)
 
     def _sums(self, key: int, client: int) -> SecureClient:
-        found = self._secure.get((key, client))
-        if found is None:
+        sums = self._secure.get((key, client))
+        if sums is None:
             raise ReplyError("a secure sum that this client has made no keys for")
-        return found
+        return sums
 
-    def _conceal(
+    def _mask(
         self, sums: SecureClient, task: Task, reply: Reply, introduced: bytes, state_sha256: bytes
-    ) -> Concealed:
-        """The reply under masks, and keys for the next round, so that it takes one exchange less."""
-        others = decode_introductions(introduced)
+    ) -> MaskedTrainResponse:
+        """Mask the reply, and add keys for the next round, which saves an exchange."""
         values = unpack(reply.scalars, task.bits, task.local_steps * task.numbers) * reply.weight
+        others = decode_introductions(introduced)
         masked = sums.mask(task.round, others, values, counts_of(reply), task.word)
         try:
-            advert = sums.advertise(task.round + 1, task.next_cohort, self._cards)
-        except SecureSumError:  # not in that cohort, or with neighbours whose cards are not here
+            advert = sums.advertise(task.round + 1, task.next_cohort, self._public_keys)
+        except SecureSumError:  # not in that cohort, or a neighbour's public keys are unknown
             advert = None
-        return Concealed(masked=masked, advert=advert, state_sha256=state_sha256)
+        return MaskedTrainResponse(masked=masked, advert=advert, state_sha256=state_sha256)
 
-    def _calibrate(self, task: Task, runtime: Runtime, data: Dataset, weights: Weights, client: int) -> Found:
-        batch = draw(msgspec.structs.replace(task, batch_size=EXAMPLES), data, client, 0)
-        found = calibrate(task, runtime, weights, batch, client=client)
-        errors = tuple(float(e) for e in found.errors)
-        return Found(found.sigmas, errors, found.forward_passes, found.samples_forwarded)
-
-    def _set_up(self, wanted: str, parcels: Mapping[str, bytes]) -> tuple[Runtime, Dataset] | None:
-        """What the setup makes, built once; None if it is not here."""
+    def _set_up(self, wanted: str, attachments: Mapping[str, bytes]) -> tuple[Runtime, Dataset] | None:
+        """Build what a setup describes, once; None if the setup is not here."""
         if self._ready is not None and self._ready[0] == wanted:
             self._remember_for(wanted)
             return self._ready[1:]
-        if SETUP not in parcels:
+        if SETUP not in attachments:
             return None
-        if hashlib.sha256(parcels[SETUP]).hexdigest() != wanted:
-            raise ReplyError("a setup of another hash than the question says")
-        setup = decode_setup(parcels[SETUP])
+        if hashlib.sha256(attachments[SETUP]).hexdigest() != wanted:
+            raise ReplyError("a setup of another hash than the request says")
+        setup = decode_setup(attachments[SETUP])
         runtime, data = self._build(setup)
-        if runtime.table != setup.table or runtime.plan.get("frozen", "") != setup.frozen:
+        if runtime.table != setup.table or EvaluationPlan.of(runtime.plan).frozen != setup.frozen:
             raise ReplyError(
                 "this client's model has other tensors, or other values in those that are not trained, than the "
                 "server's: expected the same model"
@@ -234,41 +244,50 @@ class Participant:
         return runtime, data
 
     def _remember_for(self, setup: str) -> None:
-        """A state belongs to its setup."""
+        """Drop the state if it belongs to another setup."""
         if self._memory.setup != setup:
             self._memory.setup = setup
             self._memory.keep(None)
 
-    def _weights(self, asked: Ask, parcels: Mapping[str, bytes], table: Table) -> Weights | None:
-        """The weights that the task starts from; None if what is here does not lead to them."""
+    def _weights(self, request: TrainRequest, attachments: Mapping[str, bytes], table: Table) -> Weights | None:
+        """Reach the weights that the task starts from; None if that is impossible with what is here."""
         size = table_size(table)
-        if WEIGHTS in parcels:
-            return unpack_weights(parcels[WEIGHTS], size)
-        memory, wanted = self._memory, asked.task.state_sha256
-        if STATE in parcels:
-            state = unpack_state(parcels[STATE], size)
+        if WEIGHTS in attachments:
+            return unpack_weights(attachments[WEIGHTS], size)
+        memory, wanted = self._memory, request.task.state_sha256
+        if STATE in attachments:
+            state = unpack_state(attachments[STATE], size)
             memory.keep(state, state_sha256(state))
         if memory.state is None:
             return None
-        after = catch_up(memory.state, table, asked.rows) or memory.state
+        after = catch_up(memory.state, table, request.rows) or memory.state
         if after is not memory.state:
-            found = state_sha256(after)
-            memory.keep(after if found == wanted else None, found)
+            reached = state_sha256(after)
+            memory.keep(after if reached == wanted else None, reached)
         if memory.state_sha256 != wanted:
             return None
-        memory.keep(replace(after, round=asked.task.round), wanted)  # rows that changed nothing were not sent
+        memory.keep(replace(after, round=request.task.round), wanted)  # rows that changed nothing were not sent
         return after.weights
 
-    def _behind(self, setup: str) -> Behind:
+    def _behind(self, setup: str) -> BehindResponse:
         state = self._memory.state
         ready = self._ready is not None and self._ready[0] == setup
-        return Behind(0 if state is None else state.round, self._memory.state_sha256, ready)
+        return BehindResponse(0 if state is None else state.round, self._memory.state_sha256, ready)
 
 
 def catch_up(state: State, table: Table, rows: Sequence[bytes]) -> State | None:
-    """The state after those of the rows that are not in it yet.
+    """Replay rows that are not part of a state yet.
 
-    None if there is a gap, or one returns to a state that is no longer here. Raises ReplyError if it is no row.
+    Args:
+        state: to start from.
+        table: the trainable tensors.
+        rows: encoded, in order; those before the state's round are skipped.
+
+    Returns:
+        The state after the last row. None if rows are missing, or one returns to a state that is no longer here.
+
+    Raises:
+        ReplyError: for a malformed row.
     """
     for data in rows:
         try:

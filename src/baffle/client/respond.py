@@ -61,7 +61,7 @@ def finite_differences(task: Task, losses: Losses) -> npt.NDArray[np.float64]:
         return np.asarray(gaps.sum(axis=1) / (losses.shape[1] * width))
 
 
-def measure(
+def numbers_of(
     task: Task,
     table: Table,
     evaluator: Evaluator,
@@ -155,7 +155,7 @@ def respond(
         execution = replace(execution, threads=1)
     steps: list[Encoded] = []
     for step in range(task.local_steps):
-        [numbers] = measure(task, runtime.table, evaluator, weights, [batch(step)], client, step)
+        [numbers] = numbers_of(task, runtime.table, evaluator, weights, [batch(step)], client, step)
         steps.append(encode(task, numbers))
         if step + 1 < task.local_steps:
             weights = local_update(task, runtime.table, weights, steps[-1], step, execution)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import TypeGuard, get_args
+from typing import Annotated, TypeGuard, get_args, get_origin
 
 import msgspec
 
@@ -15,7 +15,8 @@ def keep_floats(options: msgspec.Struct) -> None:
     """Turn integers in float fields into floats, so that ``lr=1`` and ``lr=1.0`` encode to the same bytes."""
     for field in msgspec.structs.fields(options):
         value = getattr(options, field.name)
-        kinds = {field.type, *get_args(field.type)}
+        kind = get_args(field.type)[0] if get_origin(field.type) is Annotated else field.type
+        kinds = {kind, *get_args(kind)}
         if float in kinds and int not in kinds and isinstance(value, int) and not isinstance(value, bool):
             msgspec.structs.force_setattr(options, field.name, float(value))
 

@@ -1,1 +1,1 @@
-"""Training across machines: a SuperLink, warm clients, and the app that runs between them. See ``docs/deploy.md``."""
+"""Training across machines: SuperLink, stateful clients, and the app that runs between them. See ``docs/deploy.md``."""

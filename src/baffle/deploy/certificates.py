@@ -16,9 +16,16 @@ _YEAR = datetime.timedelta(days=365)
 
 
 def make_certificates(folder: Path, hosts: Sequence[str] = ("localhost", "127.0.0.1")) -> Path:
-    """An authority and a server's certificate for a year, unless there are some; the authority's file.
+    """Make an authority and a server's certificate that are valid for a year, unless the folder has them already.
 
-    For one machine: a deployment has certificates of its own.
+    They are for development on one machine: a deployment has its own certificates.
+
+    Args:
+        folder: Where ``ca.crt``, ``server.pem`` and ``server.key`` are written.
+        hosts: Names and addresses that clients connect to.
+
+    Returns:
+        The file of the authority, ``ca.crt``.
     """
     ca_file = folder / "ca.crt"
     if ca_file.exists():
@@ -88,6 +95,6 @@ def private_bytes(
 
 
 def write_secret(file: Path, data: bytes) -> None:
-    """Write a file that only its owner can read."""
+    """Write a file that only its owner can read, mode 0600."""
     with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
         out.write(data)

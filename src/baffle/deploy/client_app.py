@@ -1,4 +1,4 @@
-"""The ClientApp of stock SuperNodes and of Flower's simulation. A stateful client is ``baffle node``."""
+"""The ClientApp of Flower's own SuperNodes and of its simulation: stateless clients. ``baffle node`` is stateful."""
 
 from __future__ import annotations
 
@@ -21,14 +21,17 @@ from baffle.training.build import splits
 _participants: dict[int, Participant] = {}
 
 
-_memory = Memory()  # simulated clients of a process share what they keep: each would have the same
+_memory = Memory()  # shared by the simulated clients of a process: each would keep the same state
 
 
 def answer(message: Message, context: Context) -> Message:
-    """The whole ClientApp, for ``flower-supernode`` and for the simulation.
+    """Answer one message: the whole ClientApp, for ``flower-supernode`` and for the simulation.
 
-    A SuperNode says where its data are: ``--node-config 'data="/srv/examples.npz"'``. A simulated client takes its
-    part of the data set that the options name.
+    A SuperNode is started with the file of its data: ``--node-config 'data="/srv/examples.npz"'``. A simulated client
+    takes its part of the data set that the training options name.
+
+    Raises:
+        OptionError: The node's configuration names no data.
     """
     if context.node_id not in _participants:
         _participants[context.node_id] = _participant(context)
@@ -36,14 +39,14 @@ def answer(message: Message, context: Context) -> Message:
 
 
 def _participant(context: Context) -> Participant:
-    told = context.node_config
-    if "data" in told:
-        data = load_arrays(str(told["data"]))
-    elif "partition-id" in told and "num-partitions" in told:
-        data = _parts(str(context.run_config["config"]), int(told["num-partitions"]))[int(told["partition-id"])]
+    node = context.node_config
+    if "data" in node:
+        data = load_arrays(str(node["data"]))
+    elif "partition-id" in node and "num-partitions" in node:
+        data = _parts(str(context.run_config["config"]), int(node["num-partitions"]))[int(node["partition-id"])]
     else:
-        raise OptionError("node-config", dict(told), 'data="FILE.npz", or partition-id and num-partitions')
-    name = f"client-{told['partition-id']:0>6}" if "partition-id" in told else str(told.get("name", context.node_id))
+        raise OptionError("node-config", dict(node), 'data="FILE.npz", or partition-id and num-partitions')
+    name = f"client-{node['partition-id']:0>6}" if "partition-id" in node else str(node.get("name", context.node_id))
 
     def build(setup: Setup) -> tuple[Runtime, Dataset]:
         runtime = _runtime(encode(setup))
@@ -54,12 +57,12 @@ def _participant(context: Context) -> Participant:
 
 @cache
 def _parts(config: str, parts: int) -> tuple[Dataset, ...]:
-    """The data of all simulated clients, read once a process."""
+    """The data of all simulated clients, read once per process."""
     options = options_of(AppConfig(config=config))
     return msgspec.structs.replace(options, clients=parts).split(splits(options)[0])
 
 
 @lru_cache(maxsize=1)
 def _runtime(setup: bytes) -> Runtime:
-    """The simulated clients of a process evaluate one after another, on one runtime."""
+    """The runtime that the simulated clients of a process share; they evaluate one after another."""
     return runtime_for(decode_setup(setup), Own())

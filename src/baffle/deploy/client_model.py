@@ -1,7 +1,7 @@
-"""What a server tells its clients to evaluate, and what a client makes of it.
+"""What a client evaluates for a server's setup, and what it refuses to evaluate.
 
-With runtime ``ort`` or ``openvino`` that is a client bundle: a graph, no code. With ``torch`` it is the name and the
-options of one of baffle's own models; one of the user's is built only where the client was told to trust its name.
+With runtime ``ort`` or ``openvino`` it is a client bundle: a graph, no code. With ``torch`` it is the name and the
+options of one of baffle's own models. A model in other code is built only if the client's operator named it.
 """
 
 from __future__ import annotations
@@ -25,11 +25,14 @@ from baffle.training.options import TrainConfig
 
 @dataclass(frozen=True)
 class Own:
-    """What a client decides for itself.
+    """What a client decides for itself, whatever the server asks for.
 
-    With ``bundle`` it takes part with that bundle only. ``model`` names the one builder of the user's own,
-    ``package.module:builder``, that it will import. Where PyTorch evaluates, by this ``strategy`` and within so many
-    bytes of ``memory``.
+    Attributes:
+        threads: Passes in parallel; None: one per core.
+        bundle: Take part with this bundle only.
+        model: The one builder of the user's own, ``package.module:builder``, that may be imported.
+        strategy: How PyTorch evaluates: ``copies``, ``stacked`` or ``streaming``.
+        memory: Limit in bytes for evaluation by PyTorch, in addition to the model.
     """
 
     threads: int | None = 1
@@ -40,7 +43,7 @@ class Own:
 
 
 def builder(data: Dataset, own: Own = Own()) -> Build:  # frozen
-    """Build what a setup says for these examples."""
+    """Return the function that a ``Participant`` calls to build runtime and data for a server's setup."""
 
     def build(setup: Setup) -> tuple[Runtime, Dataset]:
         runtime = runtime_for(setup, own)
@@ -50,7 +53,13 @@ def builder(data: Dataset, own: Own = Own()) -> Build:  # frozen
 
 
 def runtime_for(setup: Setup, own: Own) -> Runtime:
-    """What evaluates a setup's model. Raises BundleError or ModelError if it is not one that is trusted here."""
+    """Build the runtime that evaluates a setup's model.
+
+    Raises:
+        BundleError: The setup's bundle, or its lack of one, is not what this client trusts.
+        ModelError: The model is code that this client does not trust.
+        ReplyError: The setup's options are malformed.
+    """
     options = _options(setup)
     if setup.bundle is None:
         if own.bundle is not None:
@@ -65,7 +74,11 @@ def runtime_for(setup: Setup, own: Own) -> Runtime:
 
 
 def data_for(setup: Setup, data: Dataset, runtime: Runtime) -> Dataset:
-    """Examples as a setup's model takes them: bytes of pixels scaled as the server's. Raises DataError."""
+    """Convert examples to what a setup's model takes: integer pixels are scaled as the server's are.
+
+    Raises:
+        DataError: Shapes, types, tokens or labels do not fit the model.
+    """
     data = replace(data, augmented=bool(setup.options.get("augment")))
     if setup.mean and np.issubdtype(data.x.dtype, np.integer):
         if data.x.size and not 0 <= data.x.min() <= data.x.max() <= 255:
@@ -90,7 +103,7 @@ def data_for(setup: Setup, data: Dataset, runtime: Runtime) -> Dataset:
 
 @lru_cache(maxsize=1)
 def _bundle(data: bytes) -> Bundle:
-    """Unpacked and checked once, for the runtime and for all clients of the process."""
+    """Unpack and check a bundle once, for the runtime and for all clients of the process."""
     return Bundle.decode(data)
 
 

@@ -1,8 +1,8 @@
 """A whole federation on this machine, each part a process of its own: for development, the demo, tests and benchmarks.
 
 The processes are those of a deployment (docs/deploy.md): a SuperLink with a database, a SuperExec beside it that
-starts ServerApps (so that these outlive a SuperLink that crashes), and warm clients; with TLS and node
-authentication, or in plain text on the loopback interface.
+starts ServerApps (so that these outlive a SuperLink that crashes), and stateful clients (``baffle node``); with TLS
+and node authentication, or in plain text on the loopback interface.
 """
 
 from __future__ import annotations
@@ -32,9 +32,12 @@ _PATIENCE = 60.0  # seconds for a process to start
 
 
 class Federation:
-    """SuperLink, SuperExec and clients in ``folder``; to be closed, or used in a ``with``.
+    """SuperLink, SuperExec and clients as processes; to be closed, or used in a ``with``.
 
-    With ``secure`` certificates and keys are made, and only registered keys get in.
+    Args:
+        folder: Where keys, certificates, logs and the SuperLink's database are.
+        secure: Make certificates and keys, and let only registered keys in.
+        port: Of the loopback interface; by default a free one.
     """
 
     def __init__(self, folder: Path, *, secure: bool = True, port: int | None = None) -> None:
@@ -66,7 +69,7 @@ class Federation:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What ``flwr`` needs to reach this federation, and to send nothing elsewhere."""
+        """Environment with which ``flwr`` reaches this federation, and sends no telemetry."""
         return {
             **os.environ,
             "PATH": f"{_BIN}{os.pathsep}{os.environ.get('PATH', '')}",  # flwr starts its own commands by name
@@ -84,7 +87,7 @@ class Federation:
         self.superexec = self.start_process("superexec", command)
 
     def start_superlink(self) -> None:
-        """Start the SuperLink, or start it again with the database that it had."""
+        """Start the SuperLink, or restart it with the same database."""
         command: list[str | Path] = [_BIN / "flower-superlink", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--database", self.folder / "superlink.db", "--isolation", "process"]
         command += ["--superexec-auth-secret-file", self._secret, "--disable-runtime-dependency-installation"]
@@ -103,7 +106,7 @@ class Federation:
             time.sleep(0.1)
 
     def make_key(self, name: str, *, register: bool = True) -> Path:
-        """Make a node's key, and register it where the SuperLink asks for that; the file of the private key."""
+        """Make a node's key, and register it if the SuperLink requires that; return the file of the private key."""
         file = self.folder / f"{name}.key"
         if not file.exists():
             key = ec.generate_private_key(ec.SECP384R1())
@@ -122,7 +125,7 @@ class Federation:
     def start_node(
         self, name: str, data: Path, *options: str, register: bool = True, env: Mapping[str, str] | None = None
     ) -> subprocess.Popen[bytes]:
-        """Start a warm client, or start it again as it was."""
+        """Start ``baffle node`` as a process, with a key of its own."""
         key = self.make_key(name, register=register and name not in self._starts)
         command = [sys.executable, "-m", "baffle", "node", "--superlink", self.address, "--data", str(data)]
         command += ["--name", name, "--key", str(key), *map(str, self._tls("--root-certificates")), *options]
@@ -131,12 +134,12 @@ class Federation:
         return self.nodes[name]
 
     def restart_node(self, name: str) -> subprocess.Popen[bytes]:
-        """Start a client again that was killed."""
+        """Start a client again with the same command and key."""
         self.nodes[name] = self.start_process(name, self._starts[name])
         return self.nodes[name]
 
     def flwr(self, *arguments: str) -> str:
-        """Run ``flwr``; what it prints. Raises FederationError if it fails."""
+        """Run ``flwr`` and return what it prints. Raises FederationError if it fails."""
         done = subprocess.run(
             [_BIN / "flwr", *arguments], env=self.environment, capture_output=True, text=True, check=False
         )
@@ -145,33 +148,33 @@ class Federation:
         return done.stdout
 
     def submit(self, app: Path, **config: str | int | float | bool) -> int:
-        """Start a run of an app; its number."""
+        """Start a run of an app and return its number. Raises FederationError."""
         values = [f"{name.replace('_', '-')}={msgspec.json.encode(value).decode()}" for name, value in config.items()]
-        found = self.flwr("run", str(app), "local", "--format", "json", *(part for v in values for part in ("-c", v)))
-        answer = msgspec.json.decode(found[found.index("{") :], type=dict[str, object])
-        if "run-id" not in answer:  # flwr then ends with 0 all the same
+        output = self.flwr("run", str(app), "local", "--format", "json", *(part for v in values for part in ("-c", v)))
+        answer = msgspec.json.decode(output[output.index("{") :], type=dict[str, object])
+        if "run-id" not in answer:  # flwr exits with 0 even then
             raise FederationError(f"flwr run: {answer.get('error-message', answer)}")
         return int(str(answer["run-id"]))
 
     def status(self, run: int) -> str:
-        """Where a run stands, as Flower says it: ``running``, ``finished:completed``."""
+        """Status of a run as Flower reports it: ``running``, ``finished:completed``."""
         return self.outcome(run)[0]
 
     def outcome(self, run: int) -> tuple[str, str]:
-        """Where a run stands, and why it failed if it did."""
-        found = self.flwr("list", "--run-id", str(run), "local", "--format", "json")
+        """Status of a run, and the reason if it failed."""
+        output = self.flwr("list", "--run-id", str(run), "local", "--format", "json")
         try:
-            answer = msgspec.json.decode(found[found.index("{") :], type=_Runs)
-        except (ValueError, msgspec.DecodeError) as error:  # flwr ends with 0 whatever happens
-            raise FederationError(f"flwr list: {' '.join(found.split())[-300:]}") from error
+            answer = msgspec.json.decode(output[output.index("{") :], type=_Runs)
+        except (ValueError, msgspec.DecodeError) as error:  # flwr exits with 0 even if it fails
+            raise FederationError(f"flwr list: {' '.join(output.split())[-300:]}") from error
         return answer.runs[0].status, answer.runs[0].status_details
 
     def server_apps(self) -> list[int]:
-        """Process numbers of the ServerApps that run."""
+        """Process ids of the running ServerApps."""
         return [] if self.superexec is None else [p for p in _descendants(self.superexec.pid) if _is_server_app(p)]
 
     def close(self) -> None:
-        """End all processes: kindly, then by force."""
+        """End all processes: by SIGTERM, and after some seconds by SIGKILL."""
         alive = [
             p for p in (*self.nodes.values(), self.superexec, self.superlink) if p is not None and p.poll() is None
         ]
@@ -193,7 +196,7 @@ class Federation:
     def start_process(
         self, name: str, command: Sequence[str | Path], env: Mapping[str, str] | None = None
     ) -> subprocess.Popen[bytes]:
-        """Start a part of the federation; what it prints goes to ``NAME.log``."""
+        """Start a process of the federation; its output goes to ``NAME.log``."""
         with (self.folder / f"{name}.log").open("ab") as log:
             return subprocess.Popen(
                 [str(part) for part in command],
@@ -202,7 +205,7 @@ class Federation:
                 stderr=log,
                 env={**self.environment, **(env or {})},
                 cwd=self.folder,
-                start_new_session=True,  # Ctrl-C is for whoever started the federation
+                start_new_session=True,  # Ctrl-C goes to the process that started the federation only
             )
 
     def _tls(self, option: str) -> list[str | Path]:
@@ -226,12 +229,12 @@ def free_port() -> int:
 
 
 def _descendants(pid: int) -> list[int]:
-    found: list[int] = []
+    pids: list[int] = []
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):
             for child in map(int, task.read_text().split()):
-                found += [child, *_descendants(child)]
-    return found
+                pids += [child, *_descendants(child)]
+    return pids
 
 
 def _is_server_app(pid: int) -> bool:

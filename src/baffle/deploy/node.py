@@ -1,8 +1,8 @@
-"""A warm client: one process that loads its model and data once, asks the SuperLink for work, and stays.
+"""The loop of ``baffle node``: one process that loads its model and data once, polls the SuperLink for work, and stays.
 
-Whatever happens to the connection, it waits and tries again: for as long as it takes, the same key after a crash
-included. It runs no code that comes over the network: it answers with what is installed here, and only to runs of
-app bundles whose hash it was told to trust.
+Whatever happens to the connection, it waits and retries without a limit; after a crash it also waits until its own key
+is let in again. It runs no code that comes over the network: it answers with what is installed here, and only to runs
+of app bundles whose hash it trusts.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from baffle.deploy.flower.fleet import Fleet, refusal
 from baffle.engines.remote.flower import reply_to
 from baffle.errors import FederationError, OptionError
 
-_FASTEST, _SLOWEST = 0.05, 2.0  # seconds between two looks for work
-_SHARE = 0.15  # of the time since the last answer: so much later than it came a task may be found
-_SHORTEST_WAIT, _LONGEST_WAIT = 0.5, 10.0  # seconds until it is tried again
+_FASTEST, _SLOWEST = 0.05, 2.0  # seconds between two polls
+_SHARE = 0.15  # fraction of the idle time by which polling may lag
+_SHORTEST_WAIT, _LONGEST_WAIT = 0.5, 10.0  # seconds until the next attempt to connect
 _TLS = ("certificate", "wrong version number", "tlsv1 alert")
 
 _log = logging.getLogger("baffle")
@@ -34,9 +34,16 @@ def run_node(
     trusted: Collection[str],
     stop: threading.Event | None = None,
 ) -> None:
-    """Answer until ``stop`` is set. ``trusted`` are SHA-256 of app bundles; runs of others are refused.
+    """Answer requests until ``stop`` is set.
 
-    Raises OptionError if the very first connection fails for its certificates, which no waiting mends.
+    Args:
+        fleet: The connection to the SuperLink.
+        participant: The client that answers.
+        trusted: SHA-256 of app bundles, in hexadecimal digits; runs of other apps are refused.
+        stop: Ends the loop; by default nothing does.
+
+    Raises:
+        OptionError: On a certificate error in the first connection, since retrying cannot help.
     """
     stop = stop or threading.Event()
     wait, connected = _SHORTEST_WAIT, False
@@ -55,9 +62,9 @@ def run_node(
 
 
 def _serve(fleet: Fleet, participant: Participant, trusted: Collection[str], stop: threading.Event) -> None:
-    """Look for work: first when it came last time after an answer, then less and less often.
+    """Poll for work: first when it came last time after a response, then less and less often.
 
-    Each look costs the SuperLink as much as part of a task does, and many clients look.
+    A poll costs the SuperLink as much as a part of a task does, and many clients poll.
     """
     answered, gap = time.monotonic(), 0.0
     while not stop.is_set():
@@ -68,7 +75,7 @@ def _serve(fleet: Fleet, participant: Participant, trusted: Collection[str], sto
             continue
         try:
             fleet.send(_answer(fleet, participant, trusted, message))
-        except FederationError as error:  # its run may have ended: the next message tells
+        except FederationError as error:  # its run may have ended: the next message shows it
             _log.warning("not answered: %s", error)
         fleet.confirm(message)
         answered, gap = time.monotonic(), waited if gap == 0 else 0.5 * (gap + waited)

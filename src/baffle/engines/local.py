@@ -1,8 +1,8 @@
-"""All clients in this process: the simulation of a federation over the same messages as the network.
+"""All clients in this process: simulate a federation with the same messages as over a network.
 
 With shared directions and one local step every participant evaluates the same perturbed models, so their
-batches go through each of them together; otherwise several clients side by side, each on one lane of the runtime.
-What a round costs besides its forward passes grows with the participants, not with the clients.
+batches go through each model together. Otherwise several clients are evaluated side by side, each on one lane of the
+runtime. Apart from its forward passes, the cost of a round grows with the participants, not with all clients.
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from baffle.client.calibrate import EXAMPLES, Calibration, calibrate
-from baffle.client.respond import draw, measure, passes_of, perturbations, reply, respond
+from baffle.client.respond import draw, numbers_of, passes_of, perturbations, reply, respond
 from baffle.core.checks import require_count
+from baffle.core.credit import is_plain
 from baffle.core.rebuild import FAST, Execution
 from baffle.core.scalars import encode, weight_of
 from baffle.core.state import State
 from baffle.core.types import Reply, Table, Task, Weights
 from baffle.data import Dataset, concatenate
 from baffle.engines import Exchange
+from baffle.engines.history import History
 from baffle.errors import DataError, OptionError
-from baffle.protocol.encoding import decode_row, encode_message
+from baffle.protocol.encoding import encode_message
 from baffle.runtimes import Evaluation, Evaluator, Runtime
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 
 
 _TOGETHER = 2**24
-"""Numbers, of inputs or of losses, in batches that go through the models together: 64 MiB in float32."""
+"""Upper limit of the inputs, and of the losses, that go through the models together: 64 MiB in float32."""
 
 
 def require_examples(clients: Sequence[Dataset]) -> None:
@@ -48,17 +50,27 @@ def require_examples(clients: Sequence[Dataset]) -> None:
 
 
 class LocalEngine:
-    """Simulate clients that hold ``clients`` data sets, on one runtime.
+    """Simulate clients on one runtime.
 
-    ``together``: clients with the same directions and one local step go through each perturbed model together, as
-    many as 64 MiB of inputs, or of losses, hold. Where they cannot, ``workers`` of them are evaluated side by side,
-    each on one lane (thread) of the runtime, by default as many as it has lanes; a single one is given all of them.
-    Replies do not depend on the number of workers, but for the last bits where PyTorch stacks directions, since
-    stacks do. Raises DataError if a client has no examples, OptionError for more workers than lanes.
+    Clients with the same directions and one local step go through each perturbed model together, as many at a time as
+    have 64 MiB of inputs, or of losses. Otherwise ``workers`` clients are evaluated side by side, each on one lane
+    (thread) of the runtime; a single worker uses all lanes. Replies do not depend on the number of workers, except
+    for the last bits where PyTorch stacks directions, since the size of a stack does.
 
-    Bytes are counted as a deployment would send them: each reply's and each task's encoded length, plus what
+    Bytes are counted as a deployment would send them: the encoded length of each reply and each task, plus what
     the participant needs to catch up: the rows since it last took part, or the full state (weights and
     optimizer slots) where that is shorter, as at first contact.
+
+    Args:
+        runtime: evaluates the clients' passes, and the server's own data.
+        clients: one data set per client; the index is the client's number.
+        together: evaluate clients together where the task allows it.
+        workers: clients evaluated side by side; by default one per lane of the runtime.
+        execution: how directions are rebuilt on this machine, for several local steps.
+
+    Raises:
+        DataError: if a client has no examples.
+        OptionError: for more workers than lanes.
 
     Examples:
         >>> import torch.nn.functional as F
@@ -90,7 +102,7 @@ class LocalEngine:
                 lanes = f"{len(self._lanes)}, the lanes of the runtime"
                 raise OptionError("workers", workers, f"at most {lanes}; give the runtime as many threads for more")
         self._workers = workers or len(self._lanes)
-        self._history = _History(len(clients))
+        self._downloads = _Downloads(len(clients))
         self._secure: _Secure | None = None
 
     @property
@@ -100,7 +112,7 @@ class LocalEngine:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Examples of each client."""
+        """Number of examples of each client."""
         return self._sizes
 
     @property
@@ -122,7 +134,7 @@ class LocalEngine:
         return self._runtime.evaluate(weights, data)
 
     def calibrate(self, task: Task, participants: Sequence[int], state: State) -> Calibration:
-        """Measure on the first batches of as many participants as make up 64 examples."""
+        """Measure on the first batches of the participants, up to 64 examples."""
         batches: list[Dataset] = []
         for client in participants:
             batches.append(self.batch(task, client, 0))
@@ -141,7 +153,7 @@ class LocalEngine:
         passes = passes_of(task, self.table)
         examples = sum(self._batch_size(task, client) for client in participants)
         state_bytes = sum(a.nbytes for a in (state.weights, *state.slots.values()))
-        caught_up = self._history.catch_up(participants, state_bytes, rows)
+        caught_up = self._downloads.catch_up(participants, state_bytes, rows)
         return Exchange(
             replies=tuple(replies) if secure is None else (),
             forward_passes=passes * len(participants),
@@ -158,7 +170,7 @@ class LocalEngine:
         return draw(task, self._clients[client], client, step)
 
     def _sum(self, task: Task, replies: Sequence[Reply]) -> Summed:
-        """Sum securely, as clients of a deployment do; each run has new ones."""
+        """Sum securely, as clients of a deployment do; each run has new clients."""
         if self._secure is None or self._secure.key != task.key or self._secure.last >= task.round:
             self._secure = _Secure(task.key)
         return self._secure.sum(task, replies)
@@ -167,8 +179,8 @@ class LocalEngine:
         return min(task.batch_size or self._sizes[client], self._sizes[client])
 
     def _answer_apart(self, task: Task, participants: Sequence[int], weights: Weights) -> list[Reply]:
-        """Each participant by itself, as many side by side as there are workers."""
-        workers = min(self._workers, len(participants))
+        """Evaluate each participant by itself, ``workers`` of them side by side."""
+        workers = min(self._workers, len(participants)) if is_plain(self.table) else 1  # lanes give losses alone
         free: SimpleQueue[Evaluator] = SimpleQueue()
         for lane in self._lanes[:workers] if workers > 1 else (self._runtime,):
             free.put(lane)
@@ -198,7 +210,7 @@ class LocalEngine:
         replies: list[Reply] = []
         for group in self._groups(task, participants, len(perturbations(task, self.table, 0))):
             batches = [self.batch(task, client, 0) for client in group]
-            numbers = measure(task, self.table, self._runtime, weights, batches)
+            numbers = numbers_of(task, self.table, self._runtime, weights, batches)
             replies += [
                 reply(task, client, weight_of(self._sizes[client], task.quantum), [encode(task, own)])
                 for client, own in zip(group, numbers, strict=True)
@@ -206,7 +218,7 @@ class LocalEngine:
         return replies
 
     def _groups(self, task: Task, participants: Sequence[int], passes: int) -> Iterator[list[int]]:
-        """Participants in their order, as many at a time as memory is granted to."""
+        """Yield participants in their order, in groups that fit the memory limit."""
         group: list[int] = []
         room = _TOGETHER
         for client in participants:
@@ -221,7 +233,7 @@ class LocalEngine:
 
 
 class _Secure:
-    """The clients' halves of a run's secure sums, made when they first take part."""
+    """The clients' side of a run's secure sums; a client is made when it first takes part."""
 
     def __init__(self, key: int) -> None:
         self.key, self.last = key, -1
@@ -233,32 +245,30 @@ class _Secure:
         from baffle.secure.simulate import sum_together
 
         self.last = task.round
-        cohort = [answered.client for answered in replies]
-        for client in set(cohort) - self._clients.keys():  # the method's minimum was checked by its plan
+        cohort = [answer.client for answer in replies]
+        for client in set(cohort) - self._clients.keys():  # Method.plan has checked the minimum
             self._clients[client] = SecureClient(Identity.make(), client, self.key, minimum=2, degree=task.secure)
         return sum_together(task, {client: self._clients[client] for client in cohort}, replies)
 
 
-class _History:
-    """Bytes of rows that each client lacks, from the journal's rows alone (so it survives a resume)."""
+class _Downloads:
+    """Bytes that clients need to catch up. Computed from the journal's rows alone, so a resumed run counts the same."""
 
     def __init__(self, clients: int) -> None:
-        self._ends = [0]  # cumulative bytes of rows
-        self._has: list[int | None] = [None] * clients  # rounds that a client has replayed
+        self._history = History()
+        self._has: list[int | None] = [None] * clients  # rows that a client has replayed
 
     def catch_up(self, participants: Sequence[int], state_bytes: int, rows: Sequence[bytes]) -> int:
-        if len(rows) < len(self._ends) - 1:  # another run
-            self._ends, self._has = [0], [None] * len(self._has)
-        for index in range(len(self._ends) - 1, len(rows)):
-            self._ends.append(self._ends[-1] + len(rows[index]))
-            row = decode_row(rows[index])
-            if row.restores is not None:  # clients keep no earlier states: everyone needs this one
-                self._has = [None] * len(self._has)
-                continue
+        """Bytes of the rows that the participants lack, or of the whole state where that is shorter."""
+        if len(rows) < self._history.rows:  # another run
+            self._history, self._has = History(), [None] * len(self._has)
+        first = self._history.rows
+        for index, row in enumerate(self._history.read(rows), first):
             for client in row.participants:
                 self._has[client] = index
-        total = 0
-        for client in participants:
-            has = self._has[client]
-            total += state_bytes if has is None else min(state_bytes, self._ends[len(rows)] - self._ends[has])
-        return total
+        return sum(self._bytes(self._has[client], state_bytes) for client in participants)
+
+    def _bytes(self, has: int | None, state_bytes: int) -> int:
+        if has is None or not self._history.leads_from(has):
+            return state_bytes
+        return min(state_bytes, self._history.bytes_after(has))

@@ -1,4 +1,4 @@
-"""Clients in processes of their own, at the other end of pipes: each runs ``python -m baffle.client.edge`` or its like.
+"""Stateless clients in separate processes, over pipes: each runs ``python -m baffle.client.edge`` or an equivalent.
 
 The weights travel with every task, so a client keeps nothing between rounds and can be replaced at any time.
 """
@@ -16,26 +16,33 @@ from typing import IO, BinaryIO, cast
 
 import numpy as np
 
-from baffle.client.calibrate import Calibration, agree, check_found
+from baffle.client.calibrate import Calibration, agree, check_measurement
 from baffle.client.respond import passes_of
 from baffle.core.state import State
 from baffle.core.types import Reply, Table, Task, Weights
 from baffle.data import Dataset
 from baffle.engines import Exchange
 from baffle.errors import DataError, ModelError, OptionError, ReplyError
-from baffle.protocol.messages import Answer, Failed, Found, printable
-from baffle.protocol.pipes import BESIDES, Hello, Message, Work, receive, send, skip_to_mark
+from baffle.protocol.messages import CalibrateResponse, FailedResponse, TrainResponse, printable
+from baffle.protocol.pipes import MOST_BYTES, Hello, Message, WorkRequest, receive, send, skip_to_mark
 from baffle.runtimes import Evaluation, Runtime
 from baffle.runtimes.onnx.bundle import Bundle
 
-_PATIENCE = 3.0  # seconds for clients to end by themselves
+_PATIENCE = 3.0  # seconds until clients that have not ended are killed
 _MOST_EXAMPLES = 2**40
 
 
 class PipeEngine:
-    """Start a process for each of ``commands`` and carry tasks to them; to be closed, or used in a ``with``.
+    """Start one process per client and carry tasks to them. Close it, or use it in a ``with`` statement.
 
-    ``runtime`` evaluates on the server's own data. Raises ReplyError if a client answers wrongly or ends.
+    Args:
+        bundle: that the clients evaluate.
+        commands: one command line per client, such as those of :func:`write_clients`.
+        runtime: evaluates on the server's own data.
+
+    Raises:
+        OptionError: if there are no commands, or one cannot be started.
+        ReplyError: if a client answers wrongly, or ends.
 
     Examples:
         >>> import tempfile, torch.nn.functional as F
@@ -81,7 +88,7 @@ class PipeEngine:
         self.close()
 
     def close(self) -> None:
-        """End the clients' processes: at once if they wait, within seconds if they work."""
+        """End the clients' processes: at once if they are idle, within seconds if they are working."""
         for client in self._clients:
             client.hang_up()
         deadline = time.monotonic() + _PATIENCE
@@ -100,7 +107,7 @@ class PipeEngine:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Examples of each client, as they say."""
+        """Number of examples of each client, as reported at the start."""
         return tuple(hello.examples for hello in self._hellos)
 
     @property
@@ -113,25 +120,25 @@ class PipeEngine:
         return self._runtime.evaluate(weights, data)
 
     def calibrate(self, task: Task, participants: Sequence[int], state: State) -> Calibration:
-        """Let each participant measure; the sigma is chosen by the median of their errors."""
-        found: list[Found] = []
+        """Let each participant measure; sigma is chosen by the median of their errors."""
+        measured: list[CalibrateResponse] = []
         for client, (answer, received, sent) in self._ask(task, participants, state.weights, calibrate=True).items():
-            if not isinstance(answer, Found):
+            if not isinstance(answer, CalibrateResponse):
                 raise ReplyError(f"client {client} sent {type(answer).__name__}: expected errors by sigma")
-            check_found(task, client, answer, found)
-            found.append(answer)
+            check_measurement(task, client, answer, measured)
+            measured.append(answer)
             self._up, self._down = self._up + received, self._down + sent
-        return agree(found)
+        return agree(measured)
 
     def exchange(self, task: Task, participants: Sequence[int], state: State, rows: Sequence[bytes]) -> Exchange:
-        """Send the task and the weights, wait for the replies. Bytes are those on the pipes.
+        """Send the task and the weights, and wait for the replies.
 
-        Those of a calibration count for the round that follows it.
+        Bytes are those on the pipes. Those of a calibration count for the following round.
         """
         replies: list[Reply] = []
         up, down, self._up, self._down = self._up, self._down, 0, 0
         for client, (answer, received, sent) in self._ask(task, participants, state.weights, calibrate=False).items():
-            if not isinstance(answer, Answer) or answer.reply.client != client:
+            if not isinstance(answer, TrainResponse) or answer.reply.client != client:
                 raise ReplyError(f"client {client} sent {type(answer).__name__}: expected its own reply")
             replies.append(answer.reply)
             up, down = up + received, down + sent
@@ -142,28 +149,31 @@ class PipeEngine:
     def _ask(
         self, task: Task, participants: Sequence[int], weights: Weights, *, calibrate: bool
     ) -> dict[int, tuple[Message, int, int]]:
-        """Ask all participants, then gather what they say: client -> message, bytes of it, bytes of the request.
+        """Ask all participants and gather their answers.
 
-        All are listened to before one's failure is raised, so that no answer is left for the next question.
+        All answers are read before a failure is raised, so that none is left in a pipe for the next request.
+
+        Returns:
+            By client: the message, its bytes, the bytes of the request.
         """
         data = weights.astype("<f4", copy=False).tobytes()
-        longest = BESIDES if calibrate else BESIDES + 4 * task.local_steps * task.numbers
+        longest = MOST_BYTES if calibrate else MOST_BYTES + 4 * task.local_steps * task.numbers
         sent: dict[int, int] = {}
-        found: dict[int, tuple[Message, int, int]] = {}
+        answers: dict[int, tuple[Message, int, int]] = {}
         failures: list[ReplyError | ModelError] = []
         for c in participants:
             try:
-                sent[c] = self._clients[c].send(Work(c, task, data, calibrate))
+                sent[c] = self._clients[c].send(WorkRequest(c, task, data, calibrate))
             except ReplyError as error:
                 failures.append(error)
         for c, size in sent.items():
             try:
-                found[c] = (*self._clients[c].receive(longest), size)
+                answers[c] = (*self._clients[c].receive(longest), size)
             except (ReplyError, ModelError) as error:
                 failures.append(error)
         if failures:
             raise failures[0]
-        return found
+        return answers
 
 
 class _Client:
@@ -185,7 +195,7 @@ class _Client:
         return self._process.pid
 
     def hello(self) -> Hello:
-        message, _ = self.receive(BESIDES, first=True)
+        message, _ = self.receive(MOST_BYTES, first=True)
         if not isinstance(message, Hello):
             raise ReplyError(f"client {self.number} began with {type(message).__name__}: expected its greeting")
         return message
@@ -201,22 +211,22 @@ class _Client:
         try:
             if first:
                 skip_to_mark(out)
-            found = receive(out, longest)
+            received = receive(out, longest)
         except ReplyError as error:
             raise ReplyError(f"client {self.number}: {error}") from error
-        if found is None:
+        if received is None:
             raise ReplyError(self._ended())
-        if isinstance(found[0], Failed):
-            raise ModelError(f"client {self.number}: {printable(found[0].reason)}")
-        return found
+        if isinstance(received[0], FailedResponse):
+            raise ModelError(f"client {self.number}: {printable(received[0].reason)}")
+        return received
 
     def hang_up(self) -> None:
         for stream in (self._in, self._out):
-            with contextlib.suppress(OSError):  # what was not sent is lost with its reader
+            with contextlib.suppress(OSError):  # unsent bytes have no reader any more
                 stream.close()
 
     def end(self, patience: float) -> int:
-        """Wait for the end, or bring it about; the exit code."""
+        """Wait for the process to end, kill it after ``patience`` seconds; returns the exit code."""
         try:
             return self._process.wait(max(0.0, patience))
         except subprocess.TimeoutExpired:
@@ -229,7 +239,14 @@ class _Client:
 
 
 def write_clients(bundle: Bundle, clients: Sequence[Dataset], folder: Path) -> list[list[str]]:
-    """Write the bundle and each client's data into a folder; the commands that start the clients with them."""
+    """Write the bundle and each client's data into a folder.
+
+    Returns:
+        One command line per client, for :class:`PipeEngine`.
+
+    Raises:
+        DataError: for augmented data, since clients take batches as they are.
+    """
     bundle.save(folder / "client.zip")
     commands = []
     for number, data in enumerate(clients):

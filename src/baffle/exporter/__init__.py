@@ -12,6 +12,7 @@ from baffle.core.types import Losses, Masks
 from baffle.data import Dataset
 from baffle.errors import MissingExtraError, ModelError, OptionError, PlanError
 from baffle.runtimes import Runtime
+from baffle.runtimes.evaluation_plan import EvaluationPlan
 from baffle.runtimes.onnx.bundle import (
     Bundle,
     Example,
@@ -102,7 +103,7 @@ def export(
         y=_example(data.y.dtype, data.y.shape[1:]),
         pixels=None if data.scaling is None else Pixels(data.scaling.mean, data.scaling.std),
         activations=(),
-        frozen=str(runtime.plan.get("frozen", "")),
+        frozen=EvaluationPlan.of(runtime.plan).frozen,
         files={},
     )
     files = {"model.onnx": graph.SerializeToString()}

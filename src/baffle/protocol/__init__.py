@@ -1,1 +1,1 @@
-"""What travels between server and clients, byte by byte (``docs/protocol.md``)."""
+"""The messages between server and clients, byte by byte (``docs/protocol.md``)."""

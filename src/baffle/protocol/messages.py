@@ -1,7 +1,18 @@
-"""What a server and a client that keeps the state between rounds say to each other: MessagePack maps.
+"""Messages between a server and a stateful client across a network: MessagePack maps, request and response in pairs.
 
-The first key, ``type``, names the kind. Large contents (state, weights, model) travel beside a message as parcels,
-so that a transport can cut them into pieces and send the same piece once to many.
+| request | response | purpose |
+| --- | --- | --- |
+| EnrolRequest | EnrolResponse | learn a client's name, examples and state |
+| TrainRequest | TrainResponse; MaskedTrainResponse in a secure sum | a task: the client's scalars for it |
+| TrainRequest with ``calibrate`` | CalibrateResponse | measure which sigma to use |
+| KeysRequest | KeysResponse | a secure sum: make keys for a round |
+| UnmaskRequest | UnmaskResponse | a secure sum: give shares that unmask the sum |
+| any | BehindResponse, FailedResponse | the client lacks something, or cannot answer |
+
+The first key of a map, ``type``, names its kind. Large contents (state, weights, model) travel beside a message as
+attachments, so that a transport can cut them into pieces and send the same piece once to many clients.
+
+KeysResponse and UnmaskResponse are defined in ``baffle.secure.messages``.
 """
 
 from __future__ import annotations
@@ -12,78 +23,78 @@ import msgspec
 
 from baffle.core.types import Reply, Table, Task
 from baffle.errors import ReplyError
-from baffle.secure.messages import Advert, Card, Introduced, Masked, Survivors, Unmasked
+from baffle.secure.messages import Introduced, KeysResponse, Masked, PublicKeys, Survivors, UnmaskResponse
 
 STATE, WEIGHTS, SETUP = "state", "weights", "setup"
-"""Names of parcels: the replay state, the weights alone, an encoded Setup."""
-CARDS, INTRODUCED = "cards", "introduced"
-"""In a secure sum: the cards of a client's neighbours, by number; what these advertised for it."""
-LONGEST = 2**16
-"""Bytes of a client's message besides its scalars, at most."""
+"""Names of attachments: the replay state, the weights alone, an encoded Setup."""
+PUBLIC_KEYS, INTRODUCED = "cards", "introduced"
+"""Attachments of a secure sum: public keys of a client's neighbours, by number; what the neighbours sent for it."""
+MOST_BYTES = 2**16
+"""Upper limit of a client's message, in bytes, without its scalars."""
 
 
 class Setup(msgspec.Struct, frozen=True, kw_only=True):
-    """What clients evaluate: named by the SHA-256 of its encoding."""
+    """What clients evaluate. Its name is the SHA-256 of its encoding."""
 
     table: Table
     frozen: str
     """Hash of the parameters that are not trained; empty if there are none."""
     shape: tuple[int, ...]
-    """Of one example."""
+    """Shape of one example."""
     classes: int
     vocabulary: int | None
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
-    """How bytes of pixels become numbers, channel by channel: (x / 255 - mean) / std."""
+    """How pixel bytes become numbers, per channel: (x / 255 - mean) / std."""
     options: dict[str, str | int | float | bool | None]
-    """Those of ``baffle train`` that make the model and its runtime."""
+    """The options of ``baffle train`` that determine the model and its runtime."""
     bundle: bytes | None
     """A client bundle, for runtimes that only infer; without one the client builds the model by its name."""
 
 
-class Enrol(msgspec.Struct, frozen=True, tag="enrol"):
-    """Who are you? Beside it, the setup."""
+class EnrolRequest(msgspec.Struct, frozen=True, tag="enrol"):
+    """Ask a node who it is. The setup is attached."""
 
     setup: str
     """SHA-256 of the setup."""
 
 
-class Present(msgspec.Struct, frozen=True, kw_only=True, tag="present"):
-    """The answer: a client that is ready for this setup, and the state that it has, if any."""
+class EnrolResponse(msgspec.Struct, frozen=True, kw_only=True, tag="present"):
+    """A client that is ready for the setup, and the state that it has, if any."""
 
     name: str
     examples: int
     plan: dict[str, str | int]
     state_sha256: bytes
     round: int
-    card: Card | None = None
-    """For secure sums, from a client that can take part in them."""
+    card: PublicKeys | None = None
+    """For secure sums; None from a client that cannot take part in them."""
 
 
-class Ask(msgspec.Struct, frozen=True, kw_only=True, tag="ask"):
-    """A task, and what leads from the state that a client has to the task's.
+class TrainRequest(msgspec.Struct, frozen=True, kw_only=True, tag="ask"):
+    """A task, and the rows that lead from a state that the client has to the task's state.
 
-    ``rows`` continue that state, or the one in the parcel ``state``; with the parcel ``weights`` there is no state.
-    Whoever has the same state is asked the same: the client's number travels beside it.
+    ``rows`` continue the client's state, or the attached one; with attached weights no state is involved.
+    Clients with the same state get byte-identical requests; the client's number travels separately.
     """
 
     setup: str
     task: Task
     rows: tuple[bytes, ...]
     calibrate: bool = False
-    """Find a sigma instead of answering."""
+    """Measure a sigma instead of answering the task."""
 
 
-class Answer(msgspec.Struct, frozen=True, tag="answer"):
+class TrainResponse(msgspec.Struct, frozen=True, tag="answer"):
     """The reply to a task."""
 
     reply: Reply
     state_sha256: bytes = b""
-    """Hash of the replay state that it was evaluated at, from a client that keeps one."""
+    """Hash of the replay state that the task was evaluated at; empty from a stateless client."""
 
 
-class Found(msgspec.Struct, frozen=True, tag="found"):
-    """How large a client finds the relative error of its scalars for each sigma, and what it cost to measure."""
+class CalibrateResponse(msgspec.Struct, frozen=True, tag="found"):
+    """A client's estimate of the relative error of its scalars for each sigma, and what measuring cost."""
 
     sigmas: tuple[float, ...]
     errors: tuple[float, ...]
@@ -91,8 +102,8 @@ class Found(msgspec.Struct, frozen=True, tag="found"):
     samples_forwarded: int
 
 
-class Advertise(msgspec.Struct, frozen=True, kw_only=True, tag="advertise"):
-    """Make keys for a round of a secure sum, and shares of them. Beside it, cards."""
+class KeysRequest(msgspec.Struct, frozen=True, kw_only=True, tag="advertise"):
+    """Make keys for a round of a secure sum, and shares of them. The neighbours' public keys are attached."""
 
     setup: str
     key: int
@@ -101,92 +112,101 @@ class Advertise(msgspec.Struct, frozen=True, kw_only=True, tag="advertise"):
     cohort: tuple[int, ...]
 
 
-class Concealed(msgspec.Struct, frozen=True, kw_only=True, tag="concealed"):
-    """The reply to a task in a secure sum, and an advert for the next round, if the client can make one."""
+class MaskedTrainResponse(msgspec.Struct, frozen=True, kw_only=True, tag="concealed"):
+    """The reply to a task in a secure sum, and keys for the next round, if the client can make them."""
 
     masked: Masked
-    advert: Advert | None
+    advert: KeysResponse | None
     state_sha256: bytes = b""
 
 
-class Unmask(msgspec.Struct, frozen=True, kw_only=True, tag="unmask"):
-    """Give shares, so that the sum of the survivors can be unmasked."""
+class UnmaskRequest(msgspec.Struct, frozen=True, kw_only=True, tag="unmask"):
+    """Ask for shares, so that the sum over the surviving clients can be unmasked."""
 
     setup: str
     key: int
     survivors: Survivors
 
 
-class Behind(msgspec.Struct, frozen=True, tag="behind"):
-    """The client cannot get to the task's state from what it has: which state that is, and whether it has the setup."""
+class BehindResponse(msgspec.Struct, frozen=True, tag="behind"):
+    """The client cannot reach the task's state: the state that it has instead, and whether it has the setup."""
 
     round: int
     state_sha256: bytes
     setup: bool
 
 
-class Failed(msgspec.Struct, frozen=True, tag="failed"):
-    """The client could not do it, and why."""
+class FailedResponse(msgspec.Struct, frozen=True, tag="failed"):
+    """The client could not answer, and the reason."""
 
     reason: str
 
 
-Question: TypeAlias = Enrol | Ask | Advertise | Unmask
-Response: TypeAlias = Present | Answer | Found | Advert | Concealed | Unmasked | Behind | Failed
+AnyRequest: TypeAlias = EnrolRequest | TrainRequest | KeysRequest | UnmaskRequest
+AnyResponse: TypeAlias = (
+    EnrolResponse
+    | TrainResponse
+    | CalibrateResponse
+    | KeysResponse
+    | MaskedTrainResponse
+    | UnmaskResponse
+    | BehindResponse
+    | FailedResponse
+)
 
-_questions = msgspec.msgpack.Decoder(Question)
-_responses = msgspec.msgpack.Decoder(Response)
-_cards = msgspec.msgpack.Decoder(dict[int, Card])
+_requests = msgspec.msgpack.Decoder(AnyRequest)
+_responses = msgspec.msgpack.Decoder(AnyResponse)
+_public_keys = msgspec.msgpack.Decoder(dict[int, PublicKeys])
 _introductions = msgspec.msgpack.Decoder(tuple[Introduced, ...])
 _setups = msgspec.msgpack.Decoder(Setup)
 
 
-def encode(message: Question | Response | Setup) -> bytes:
-    """Bytes of a message.
+def encode(message: AnyRequest | AnyResponse | Setup) -> bytes:
+    """Encode a message or a setup.
 
     Examples:
-        >>> decode_response(encode(Failed("no data")))
-        Failed(reason='no data')
+        >>> decode_response(encode(FailedResponse("no data")))
+        FailedResponse(reason='no data')
     """
     return msgspec.msgpack.encode(message)
 
 
-def decode_question(data: bytes) -> Question:
-    """What a server asks; ReplyError if it is nothing of the kind."""
+def decode_request(data: bytes) -> AnyRequest:
+    """Decode a server's message. Raises ReplyError if it is malformed."""
     try:
-        question: Question = _questions.decode(data)
+        request: AnyRequest = _requests.decode(data)
     except (ValueError, RecursionError) as error:
-        raise ReplyError(f"malformed question: {error}") from error
-    return question
+        raise ReplyError(f"malformed request: {error}") from error
+    return request
 
 
-def decode_response(data: bytes) -> Response:
-    """What a client says; ReplyError if it is nothing of the kind."""
+def decode_response(data: bytes) -> AnyResponse:
+    """Decode a client's message. Raises ReplyError if it is malformed."""
     try:
-        response: Response = _responses.decode(data)
+        response: AnyResponse = _responses.decode(data)
     except (ValueError, RecursionError) as error:
         raise ReplyError(f"malformed response: {error}") from error
     return response
 
 
 def decode_setup(data: bytes) -> Setup:
-    """The setup in ``data``; ReplyError if it is none."""
+    """Decode an attached setup. Raises ReplyError if it is malformed."""
     try:
         return _setups.decode(data)
     except (ValueError, RecursionError) as error:
         raise ReplyError(f"malformed setup: {error}") from error
 
 
-def decode_cards(data: bytes) -> dict[int, Card]:
-    """The parcel of cards; ReplyError if it is none."""
+def decode_public_keys(data: bytes) -> dict[int, PublicKeys]:
+    """Decode attached public keys, by client number. Raises ReplyError if they are malformed."""
     try:
-        return _cards.decode(data)
+        return _public_keys.decode(data)
     except (ValueError, RecursionError) as error:
-        raise ReplyError(f"malformed cards: {error}") from error
+        raise ReplyError(f"malformed public keys: {error}") from error
 
 
 def decode_introductions(data: bytes) -> tuple[Introduced, ...]:
-    """The parcel of introductions; ReplyError if it is none."""
+    """Decode attached introductions. Raises ReplyError if they are malformed."""
     try:
         return _introductions.decode(data)
     except (ValueError, RecursionError) as error:
@@ -194,10 +214,10 @@ def decode_introductions(data: bytes) -> tuple[Introduced, ...]:
 
 
 def printable(text: str, most: int = 2000) -> str:
-    """A foreign text on one line, without control characters.
+    """Make text from another machine safe to log: one line, no control characters, at most ``most`` characters.
 
     Examples:
         >>> printable("no\\x1b[31m\\n data")
         'no [31m data'
     """
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in text[:most]).split())
+    return " ".join("".join(c if c.isprintable() else " " for c in text[:most]).split())

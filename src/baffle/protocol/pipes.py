@@ -1,9 +1,9 @@
-"""What a server and an edge client say to each other over a pipe: framed MessagePack, one request at a time.
+"""Messages between a server and a stateless client over a pipe: framed MessagePack, one request at a time.
 
-A frame is the length of the message (4 bytes, little-endian) and the message. Messages are maps whose first key,
-``type``, names their kind. A client begins with ``MARK``; what comes before it is the greeting of a shell or the like,
-and is skipped. Both sides know how long the next message can be, so that whatever else gets into a stream later is
-noticed by its first four bytes.
+A frame is the length of the message (4 bytes, little-endian), then the message. Messages are maps whose first key,
+``type``, names their kind. A client starts with ``MARK``; anything before it, such as the greeting of a shell, is
+skipped. Both sides know the maximum length of the next message, so that foreign output that gets into the stream
+later is noticed by its first four bytes.
 """
 
 from __future__ import annotations
@@ -14,40 +14,40 @@ import msgspec
 
 from baffle.core.types import Task
 from baffle.errors import ReplyError
-from baffle.protocol.messages import Answer, Failed, Found
+from baffle.protocol.messages import CalibrateResponse, FailedResponse, TrainResponse
 
 MARK = b"\0baffle\n"
-BESIDES = 2**16
-"""Bytes of a message besides weights or scalars, at most."""
+MOST_BYTES = 2**16
+"""Upper limit of a message, in bytes, without its weights or scalars."""
 _AT_ONCE = 2**20
 _MOST_SKIPPED = 2**16
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
-    """The client's first word: how many examples it has, which bundle, how it evaluates."""
+    """The client's first message: its number of examples, its bundle, how it evaluates passes."""
 
     examples: int
     bundle: str
     plan: dict[str, str | int]
 
 
-class Work(msgspec.Struct, frozen=True, tag="work"):
+class WorkRequest(msgspec.Struct, frozen=True, tag="work"):
     """A task for a client, with the weights to start from: float32, little-endian."""
 
     client: int
     task: Task
     weights: bytes
     calibrate: bool = False
-    """Find a sigma instead of answering."""
+    """Measure a sigma instead of answering the task."""
 
 
-Message: TypeAlias = Hello | Work | Answer | Found | Failed
+Message: TypeAlias = Hello | WorkRequest | TrainResponse | CalibrateResponse | FailedResponse
 
 _decoder = msgspec.msgpack.Decoder(Message)
 
 
 def send(stream: BinaryIO, message: Message) -> int:
-    """Write a frame; its length in bytes."""
+    """Write a message as a frame; returns the frame's length in bytes."""
     data = msgspec.msgpack.encode(message)
     stream.write(len(data).to_bytes(4, "little") + data)
     stream.flush()
@@ -55,7 +55,7 @@ def send(stream: BinaryIO, message: Message) -> int:
 
 
 def skip_to_mark(stream: BinaryIO) -> None:
-    """Read up to the end of the mark, or of the stream. Raises ReplyError if it does not come."""
+    """Read up to the end of the mark, or of the stream. Raises ReplyError if no mark comes within 64 KiB."""
     seen = bytearray()
     while not seen.endswith(MARK) and (byte := stream.read(1)):
         seen += byte
@@ -64,16 +64,32 @@ def skip_to_mark(stream: BinaryIO) -> None:
 
 
 def receive(stream: BinaryIO, longest: int) -> tuple[Message, int] | None:
-    """Read a frame: the message and the frame's length; None at the end. Raises ReplyError if it is none.
+    """Read a frame.
 
-    ``longest``: bytes of the message, at most.
+    Args:
+        stream: to read from.
+        longest: upper limit of the message, in bytes.
+
+    Returns:
+        The message and the frame's length in bytes; None at the end of the stream.
+
+    Raises:
+        ReplyError: if the frame is too long, cut short, or holds no valid message.
+
+    Examples:
+        >>> from io import BytesIO
+        >>> stream = BytesIO()
+        >>> send(stream, FailedResponse("no data"))
+        32
+        >>> receive(BytesIO(stream.getvalue()), MOST_BYTES)
+        (FailedResponse(reason='no data'), 32)
     """
     data = receive_frame(stream, longest)
     return None if data is None else (decode(data), 4 + len(data))
 
 
 def receive_frame(stream: BinaryIO, longest: int) -> bytes | None:
-    """Read the bytes of a message; None at the end. After a ReplyError nothing more can be read from the stream."""
+    """Read a message's bytes; None at the end. After a ReplyError nothing more can be read from the stream."""
     head = _read(stream, 4)
     if not head:
         return None
@@ -90,7 +106,7 @@ def receive_frame(stream: BinaryIO, longest: int) -> bytes | None:
 
 
 def decode(data: bytes) -> Message:
-    """The message in ``data``. Raises ReplyError if it is none."""
+    """Decode a message. Raises ReplyError if it is malformed."""
     try:
         message: Message = _decoder.decode(data)
     except (ValueError, RecursionError) as error:  # of msgspec, of text, of depth
@@ -99,7 +115,7 @@ def decode(data: bytes) -> Message:
 
 
 def _read(stream: BinaryIO, size: int) -> bytes:
-    """So many bytes, or fewer at the end. Memory grows with what comes, not with what was announced."""
+    """Read ``size`` bytes, or fewer at the end. Memory grows with the bytes read, not with the announced size."""
     parts: list[bytes] = []
     while size and (part := stream.read(min(size, _AT_ONCE))):
         parts.append(part)

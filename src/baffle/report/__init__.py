@@ -1,10 +1,10 @@
-"""Reports of run folders for people: ``report`` tells of one run, ``compare`` lays several over one another.
+"""Reports of run folders for people: ``report`` describes one run, ``compare`` overlays several.
 
-Both read configuration, metrics and rows; the folder of a baseline with true gradients has no rows, and what rows
-tell is then left out.
+Both read configuration, metrics and rows. A backpropagation baseline has no rows; its report leaves out what only rows
+contain.
 
-Beside them, for a run that is going on: ``status`` and, for TensorBoard, ``events``. These do without matplotlib, so
-it is loaded with the first page.
+``status`` and, for TensorBoard, ``events`` show a run in progress. They do not need matplotlib, which is loaded with
+the first page.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from baffle.report.run import RunLog, read_run, totals
+from baffle.report.run import RecordedRun, read_run, totals
 
 if TYPE_CHECKING:
     from baffle.report.pages import compare, report
 
-__all__ = ["RunLog", "compare", "read_run", "report", "totals"]
+__all__ = ["RecordedRun", "compare", "read_run", "report", "totals"]
 
 
 def __getattr__(name: str) -> object:

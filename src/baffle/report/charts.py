@@ -93,19 +93,19 @@ class Chart:
 
     @property
     def alt(self) -> str:
-        """The chart in words, for who cannot see it."""
+        """The chart in words, for readers who cannot see it."""
         return " ".join([f"{self.title}.", *(self._panel_in_words(panel) for panel in self.panels)])
 
     def _panel_in_words(self, panel: Panel) -> str:
-        told = [f"{panel.label} against {self.xlabel}"]
+        parts = [f"{panel.label} against {self.xlabel}"]
         for line in panel.lines:
             x, y = _finite(line.x, line.y)
             if len(x):
-                told.append(f"{line.label} from {y[0]:.4g} at {x[0]:.4g} to {y[-1]:.4g} at {x[-1]:.4g}")
+                parts.append(f"{line.label} from {y[0]:.4g} at {x[0]:.4g} to {y[-1]:.4g} at {x[-1]:.4g}")
         if panel.columns is not None:
             heights = panel.columns[1]
-            told.append(f"{len(heights)} columns from {heights.min():g} to {heights.max():g}")
-        return "; ".join(told) + "."
+            parts.append(f"{len(heights)} columns from {heights.min():g} to {heights.max():g}")
+        return "; ".join(parts) + "."
 
 
 def draw(chart: Chart) -> bytes:
@@ -136,7 +136,7 @@ def draw(chart: Chart) -> bytes:
 
 
 def drawable(text: str, most: int = 40) -> str:
-    """A text that the font has, on one line, of at most ``most`` characters.
+    """Reduce a text to one line of at most ``most`` characters that the font has.
 
     Examples:
         >>> drawable("a\\nb"), drawable("0123456789", most=7)
@@ -182,7 +182,7 @@ def unit(kind: str, largest: float) -> tuple[float, str]:
 
 @contextmanager
 def _style() -> Iterator[None]:
-    """matplotlib's own defaults and ours, whatever the user's settings are; they are put back."""
+    """Use matplotlib's defaults and ours instead of the user's settings, which are restored afterwards."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rc("font", size=11)
@@ -256,7 +256,7 @@ def _draw_line(ax: Axes, line: Line) -> None:
 
 
 def _labels(chart: Chart) -> dict[str, None]:
-    """What a legend has to explain: marks, and curves that their axis does not name."""
+    """What a legend must explain: marks, and curves whose axis does not name them."""
     curves = [
         line.label
         for panel in chart.panels

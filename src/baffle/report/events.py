@@ -1,8 +1,8 @@
 """Event files for TensorBoard, from the same records as everything else.
 
-They are a view of the run folder: with the first round that is added, the rounds before it are written from
-``metrics.jsonl`` and ``clients.jsonl``, to a new file that takes the place of earlier ones. So a run that is
-continued, repaired, or watched from its middle on has each round once.
+They are a view of the run folder: when the first round is added, the rounds before it are written from
+``metrics.jsonl`` and ``clients.jsonl`` to a new file that replaces earlier ones. So each round occurs once, even if a
+run is continued, repaired, or watched from the middle.
 """
 
 from __future__ import annotations
@@ -41,11 +41,17 @@ _STEM = "events.out.tfevents."  # TensorBoard reads files with this in their nam
 
 
 class EventLog:
-    """Event files in ``folder`` about the run in the folder ``run``; with None as ``folder`` nothing is written.
+    """Event files about a run; to be used in a ``with`` statement.
 
-    To be used in a ``with``. The step of an event is the round. Where ``run`` has a roster, there is what a round
-    took, too: how many clients answered, were late, refused, failed or offline, and the slowest answer. The folder is
-    made with the first round. Raises MissingExtraError without the package ``tensorboard``.
+    The step of an event is the round. For a run with clients on other machines, events also count how many of them
+    responded, were late, refused, failed or offline in a round, and the time of the slowest response.
+
+    Args:
+        folder: Where to write, created with the first round; None to write nothing.
+        run: The run folder; None for no history and no clients.
+
+    Raises:
+        MissingExtraError: The package ``tensorboard`` is not installed.
 
     Examples:
         >>> with EventLog(None, None) as events:
@@ -68,13 +74,13 @@ class EventLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._folder is not None and self._file is None and error is None:  # no round was left to do
+        if self._folder is not None and self._file is None and error is None:  # no round was left to train
             self._file = self._open(self._folder, math.inf)
         if self._file is not None:
             self._file.close()
 
     def add(self, record: Record) -> None:
-        """Write a round, after it is in the run folder; the first time also those before. Raises JournalError."""
+        """Write a round that is in the run folder; the first call also writes those before. Raises JournalError."""
         if self._folder is None:
             return
         if self._file is None:
@@ -87,7 +93,7 @@ class EventLog:
             raise JournalError(f"{self._folder}: cannot write events: {error.strerror}") from error
 
     def _open(self, folder: Path, before: float) -> IO[bytes]:
-        """A file with the rounds before ``before``, in place of those that were there."""
+        """A new file with the rounds before ``before``, which replaces existing ones."""
         try:
             return _begin(folder, _history(self._run, before))
         except OSError as error:
@@ -100,7 +106,7 @@ def _begin(folder: Path, history: Iterable[tuple[Record, RoundLog | None]]) -> I
     temporary = folder / ".unfinished"
     file = temporary.open("wb")
     _write_event(file, wall_time=time.time(), file_version="brain.Event:2")
-    # TensorBoard then drops what it read from an earlier file
+    # makes TensorBoard drop what it read from an earlier file
     _write_event(file, wall_time=time.time(), step=0, session_log={"status": "START"})
     for record, log in history:
         _write(file, record, log, time.time())
@@ -112,7 +118,7 @@ def _begin(folder: Path, history: Iterable[tuple[Record, RoundLog | None]]) -> I
 
 
 class _Tail:
-    """The lines that were added to a run's ``clients.jsonl`` since the last look."""
+    """The lines that were added to a run's ``clients.jsonl`` since the last read."""
 
     def __init__(self, file: Path) -> None:
         self._file, self._position = file, 0
@@ -126,12 +132,12 @@ class _Tail:
             return
         self._position += len(whole) + len(newline)
         for line in whole.splitlines():
-            with suppress(msgspec.DecodeError):  # cut short by a kill
+            with suppress(msgspec.DecodeError):  # truncated by a kill
                 yield msgspec.json.decode(line, type=RoundLog)
 
 
 def _history(run: Path | None, before: float) -> Iterator[tuple[Record, RoundLog | None]]:
-    """The rounds before ``before``, as the run folder has them."""
+    """The rounds before ``before``, from the run folder."""
     if run is None or not (run / "metrics.jsonl").exists():
         return
     logs = {log.round: log for log in read_rounds(run)}
@@ -154,7 +160,7 @@ def _write(file: IO[bytes], record: Record, log: RoundLog | None, now: float) ->
 
 
 def _visits(log: RoundLog) -> Mapping[str, float | None]:
-    """What a round took of whom."""
+    """What a round cost its clients."""
     counts = {f"clients/{kind}": sum(v.outcome == kind for v in log.visits) for kind in _OUTCOMES}
     return {
         **counts,

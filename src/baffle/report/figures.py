@@ -1,4 +1,4 @@
-"""Which charts tell of a run, and of several laid over one another."""
+"""The charts of a run, and of several overlaid."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import numpy as np
 from baffle.core.types import DEFAULT_BITS, limit_of
 from baffle.data import Dataset
 from baffle.report.charts import Chart, Line, Panel, drawable, unit
-from baffle.report.run import Floats, RunLog, cumulative, floats, round_kind
+from baffle.report.run import Floats, RecordedRun, cumulative, floats, round_kind
 from baffle.report.signal_noise import Progress, measure_power, pool
 from baffle.report.text import counted
 
 _AGAINST = {"round": "rounds", "passes": "forward passes", "bytes": "bytes sent", "seconds": "time"}
 _WINDOWS = 8
-_APART = 20.0  # quotient of what runs cost from which on their axis is logarithmic
-_MOST_COLUMNS = 60  # clients with a column each; of more, a histogram
+_APART = 20.0  # ratio of the runs' costs above which their axis is logarithmic
+_MOST_COLUMNS = 60  # clients with one column each; above, a histogram
 _RASTER = (80, 150)  # most rows and columns of the image of who took part
 
 
-def progress_charts(logs: Sequence[RunLog]) -> list[Chart]:
+def progress_charts(logs: Sequence[RecordedRun]) -> list[Chart]:
     """Loss and accuracy of the averaged weights against rounds, passes, bytes and seconds."""
     charts, names = list[Chart](), _legend_names(logs)
     for kind in ("round", "passes", "bytes", "seconds"):
@@ -49,7 +49,7 @@ def progress_charts(logs: Sequence[RunLog]) -> list[Chart]:
         if apart:
             caption += " The axis is logarithmic."
         if baselines:
-            caption += " Runs with true gradients do a backward pass for each of theirs, which is not counted."
+            caption += " Runs with exact gradients do a backward pass after each forward pass, which is not counted."
         if panels:
             title = f"Loss and accuracy against {_AGAINST[kind]}" if len(panels) > 1 else f"Against {_AGAINST[kind]}"
             marks = _marks(logs[0], cumulative(logs[0], kind) / size, kind) if len(logs) == 1 else ()
@@ -57,9 +57,9 @@ def progress_charts(logs: Sequence[RunLog]) -> list[Chart]:
     return charts
 
 
-def signal_charts(logs: Sequence[RunLog], progress: Progress | None = None) -> list[Chart]:
+def signal_charts(logs: Sequence[RecordedRun], progress: Progress | None = None) -> list[Chart]:
     """Signal-to-noise of the estimates against rounds: as measured in windows, and in theory."""
-    lines, told, names = list[Line](), list[str](), _legend_names(logs)
+    lines, sentences, names = list[Line](), list[str](), _legend_names(logs)
     for index, log in enumerate(logs):
         powers = measure_power(log, progress=progress)
         if not powers or sum(p.noise for p in powers) <= 0:
@@ -74,7 +74,7 @@ def signal_charts(logs: Sequence[RunLog], progress: Progress | None = None) -> l
         lines.append(Line(f"{name}theory", rounds, equal, style="dashed", colour=index))
         _, mean, least, most = pool(powers)
         whose = f"{log.name}: over" if len(logs) > 1 else "Over"
-        told.append(
+        sentences.append(
             f"{whose} all {counted(len(powers), 'rebuilt round')} {mean:.3g} (one standard error: {least:.3g} to "
             f"{most:.3g}), in theory {float(np.nanmean(equal)):.3g}."
         )
@@ -92,7 +92,7 @@ def signal_charts(logs: Sequence[RunLog], progress: Progress | None = None) -> l
         Chart(
             "signal",
             "Signal-to-noise of the estimate",
-            caption + " ".join(told),
+            caption + " ".join(sentences),
             "round",
             (Panel("|gradient| / |noise|", tuple(lines), low=0),),
             _marks(logs[0], cumulative(logs[0], "round"), "round") if len(logs) == 1 else (),
@@ -100,7 +100,7 @@ def signal_charts(logs: Sequence[RunLog], progress: Progress | None = None) -> l
     ]
 
 
-def scalar_charts(log: RunLog) -> list[Chart]:
+def scalar_charts(log: RecordedRun) -> list[Chart]:
     """Scalars and their scale, what was clipped, learning rate and step."""
     if not log.records:
         return []
@@ -157,7 +157,7 @@ def scalar_charts(log: RunLog) -> list[Chart]:
     ]
 
 
-def client_charts(log: RunLog) -> list[Chart]:
+def client_charts(log: RecordedRun) -> list[Chart]:
     """Who took part: rounds by client, and clients against rounds where not all took part in all."""
     if not log.rows:
         return []
@@ -204,7 +204,7 @@ def partition_chart(clients: Sequence[Dataset], classes: int) -> Chart:
     return Chart("partition", "Classes of each client's examples", caption, "class", (image,))
 
 
-def time_charts(log: RunLog) -> list[Chart]:
+def time_charts(log: RecordedRun) -> list[Chart]:
     """Seconds of each round."""
     y = floats(record.seconds for record in log.records)
     if not np.isfinite(y).any():
@@ -214,14 +214,14 @@ def time_charts(log: RunLog) -> list[Chart]:
     return [Chart("seconds", "Time of a round", caption, "round", (panel,))]
 
 
-def _legend_names(logs: Sequence[RunLog]) -> list[str]:
-    """The runs' names as a chart can show them, still unlike."""
+def _legend_names(logs: Sequence[RecordedRun]) -> list[str]:
+    """The runs' names as a chart can show them, still distinct."""
     names = [drawable(log.name) for log in logs]
     return [f"{i + 1}: {name}" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
-def _marks(log: RunLog, x: Floats, kind: str) -> tuple[tuple[float, str], ...]:
-    """Rollbacks on every axis; rounds without an update on that of rounds."""
+def _marks(log: RecordedRun, x: Floats, kind: str) -> tuple[tuple[float, str], ...]:
+    """Marks: rollbacks on every axis, rounds without an update on the axis of rounds."""
     marks: list[tuple[float, str]] = []
     for record, position in zip(log.records, x.tolist(), strict=True):
         event = round_kind(record)

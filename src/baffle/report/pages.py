@@ -1,4 +1,4 @@
-"""The pages: one HTML file that needs nothing else, and its charts as PNGs beside it."""
+"""The pages: one self-contained HTML file, and its charts as PNGs beside it."""
 
 from __future__ import annotations
 
@@ -19,9 +19,18 @@ from baffle.report.text import counted, describe, event_sentences, notes, settin
 
 
 def report(run: str | Path, out: str | Path | None = None, progress: Progress | None = None) -> Path:
-    """Write ``report.html`` and its PNGs into ``out`` (by default RUN/report); returns the page's path.
+    """Write a report of a run: ``report.html`` and its charts as PNGs.
 
-    Raises JournalError if the run cannot be read or the report cannot be written.
+    Args:
+        run: The run folder.
+        out: Folder to write to; by default ``RUN/report``.
+        progress: Called with the number of rebuilt estimates, and of all.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        JournalError: The run cannot be read or the report cannot be written.
     """
     log = read_run(run)
     charts = {
@@ -37,9 +46,19 @@ def report(run: str | Path, out: str | Path | None = None, progress: Progress | 
 
 
 def compare(runs: Sequence[str | Path], out: str | Path = "comparison", progress: Progress | None = None) -> Path:
-    """Write ``compare.html`` and its PNGs, which overlay several runs, into ``out``; returns the page's path.
+    """Write a comparison of runs: ``compare.html`` and charts as PNGs that overlay them.
 
-    Raises OptionError without a run, JournalError if one cannot be read or the page cannot be written.
+    Args:
+        runs: The run folders.
+        out: Folder to write to.
+        progress: Called with the number of rebuilt estimates, and of all.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        OptionError: There is no run.
+        JournalError: A run cannot be read or the page cannot be written.
     """
     if not runs:
         raise OptionError("runs", [], "at least one run folder")
@@ -127,7 +146,7 @@ def _wide_table(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Value
 
 
 def _cell(value: Value) -> str:
-    """A table's cell; numbers rounded to be read, and whole in ``data``."""
+    """A table cell; numbers are rounded for reading, and exact in ``data``."""
     if value is None:
         return "<td>unknown</td>"
     if isinstance(value, str):

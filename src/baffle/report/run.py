@@ -1,4 +1,4 @@
-"""What a run folder tells: settings, a record a round, rows; and sums over them."""
+"""A run as read from its folder (settings, one record per round, rows), and sums over it."""
 
 from __future__ import annotations
 
@@ -25,10 +25,16 @@ _COSTS = {"passes": "forward_passes", "bytes": "bytes_up", "seconds": "seconds"}
 
 
 @dataclass(frozen=True)
-class RunLog:
-    """What a folder tells of a run: configuration, a record a round, and the rows (none with true gradients).
+class RecordedRun:
+    """A run as read from its folder.
 
-    ``damage`` says in words what could not be read.
+    Attributes:
+        name: Name to show.
+        path: The folder.
+        config: Settings of the run.
+        records: One record per round.
+        rows: One row per round; none for a backpropagation baseline.
+        damage: What could not be read, in words; None if the folder is intact.
     """
 
     name: str
@@ -40,7 +46,7 @@ class RunLog:
 
     @property
     def backprop(self) -> str | None:
-        """Which baseline with true gradients the run is; None if it trained by forward passes only."""
+        """Which backpropagation baseline the run is; None if it trained by forward passes only."""
         return self.config.backprop
 
     @property
@@ -50,28 +56,28 @@ class RunLog:
 
     @property
     def data(self) -> str:
-        """What data the averaged weights were evaluated on."""
+        """Name of the data that the averaged weights were evaluated on."""
         if self.config.command is None:
             return "evaluation data"
         return "validation data" if self.config.command.get("holdout") else "test data"
 
 
-def read_run(path: str | Path) -> RunLog:
-    """Read a run folder, or that of a baseline, which has no rows. Raises JournalError if it is none."""
+def read_run(path: str | Path) -> RecordedRun:
+    """Read a run folder, or that of a baseline, which has no rows. Raises JournalError if it is not one."""
     path = Path(path)
     name = path.resolve().name or str(path)
-    log = RunLog(name, path, read_config(path), ())
+    log = RecordedRun(name, path, read_config(path), ())
     if log.backprop:
         records, damage = read_records(path / "metrics.jsonl")
         return replace(log, records=records, damage=damage)
     journal = Journal.open(path)
     rows = tuple(decode_row(row) for row in journal.rows)
-    damage = journal.damage or (f"{journal.lost} rows that the metrics tell of are lost" if journal.lost else None)
-    return RunLog(name, path, journal.config, tuple(journal.records), rows, damage)
+    damage = journal.damage or (f"{journal.lost} rows that the metrics mention are lost" if journal.lost else None)
+    return RecordedRun(name, path, journal.config, tuple(journal.records), rows, damage)
 
 
 def unique_names(paths: Sequence[Path]) -> list[str]:
-    """The folders' names, with as many parents as it takes to tell them apart, or a number.
+    """The folders' names, with as many parents as needed to distinguish them, or a number.
 
     Examples:
         >>> unique_names([Path("/runs/a"), Path("/old/a"), Path("/runs/b"), Path("/runs/b")])
@@ -91,11 +97,11 @@ def unique_names(paths: Sequence[Path]) -> list[str]:
     return [f"{n} ({names[: i + 1].count(n)})" if n in names[:i] else n for i, n in enumerate(names)]
 
 
-def totals(log: RunLog) -> dict[str, Value]:
-    """What the run reached and cost; None where unknown. Names and values are those of ``Run.summary``.
+def totals(log: RecordedRun) -> dict[str, Value]:
+    """Results and costs of a run, with the names and values of ``Run.summary``; None where unknown.
 
-    Loss and accuracy are the last that were measured on the way to the final weights; those of test data, in a run
-    that was judged by validation data, are known once it is done.
+    Loss and accuracy are the last ones measured before the final weights. If a run was evaluated on validation data,
+    those on test data are known after its end.
     """
     last, steps = _last_evaluated(log), [0]
     for record in log.records:
@@ -117,7 +123,7 @@ def totals(log: RunLog) -> dict[str, Value]:
 
 
 def round_kind(record: Record) -> str:
-    """What became of a round: "update", "rollback", "calibration", or "empty" (nothing usable came)."""
+    """The outcome of a round: "update", "rollback", "calibration", or "empty" (no usable scalar arrived)."""
     if record.restores is not None:
         return "rollback"
     if record.applied:
@@ -125,7 +131,7 @@ def round_kind(record: Record) -> str:
     return "empty" if record.nonfinite and record.scalar_rms == 0 else "calibration"
 
 
-def cumulative(log: RunLog, kind: str) -> Floats:
+def cumulative(log: RecordedRun, kind: str) -> Floats:
     """The x axis of ``kind`` at each record: the round, or what all rounds so far cost (NaN where unknown)."""
     if kind == "round":
         return np.array([float(record.round) for record in log.records])
@@ -137,8 +143,8 @@ def floats(values: Iterable[float | None]) -> Floats:
     return np.array([math.nan if value is None else value for value in values], np.float64)
 
 
-def _last_evaluated(log: RunLog) -> Record | None:
-    """The last record with an evaluation that led to the run's weights: what a rollback undid did not."""
+def _last_evaluated(log: RecordedRun) -> Record | None:
+    """The last evaluated record that led to the run's weights: rounds that were rolled back did not."""
     index = len(log.records) - 1
     while index >= 0:
         record = log.records[index]
@@ -148,11 +154,11 @@ def _last_evaluated(log: RunLog) -> Record | None:
     return None
 
 
-def _summary(log: RunLog) -> dict[str, Value]:
-    """What the run wrote when it was done; nothing if it is not, or went on since."""
+def _summary(log: RecordedRun) -> dict[str, Value]:
+    """The summary that the run wrote at its end; empty if it has not ended, or was continued since."""
     try:
-        found = msgspec.json.decode((log.path / "summary.json").read_bytes(), type=dict[str, Value])
+        summary = msgspec.json.decode((log.path / "summary.json").read_bytes(), type=dict[str, Value])
     except (OSError, msgspec.DecodeError):
         return {}
     last = log.records[-1].weights_sha256 if log.records else None
-    return found if found.get("weights_sha256") == last else {}
+    return summary if summary.get("weights_sha256") == last else {}

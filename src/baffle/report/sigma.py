@@ -1,4 +1,4 @@
-"""The chart of ``baffle calibrate``: how well finite differences give derivatives, sigma by sigma."""
+"""The chart of ``baffle calibrate``: how well finite differences approximate derivatives, for each sigma."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much of a rebuilt estimate is gradient, and how much the noise of K random directions.
+"""How much of a rebuilt estimate is gradient, and how much is noise of the K random directions.
 
 Let g = sum_v p_v g_v be what is estimated, p_v the weight
 of a source v (a client with directions of its own, a local step), s_vk its K scalars. As E[d dT] = I, the mean of
@@ -24,13 +24,13 @@ from baffle.core.method import examples_per_weight
 from baffle.core.rebuild import estimate
 from baffle.core.scalars import weight_of
 from baffle.core.types import Row, table_size
-from baffle.report.run import RunLog
+from baffle.report.run import RecordedRun
 from baffle.runfolder.config import RunConfig
 
 Progress: TypeAlias = Callable[[int, int], None]
-"""Called with the number of rebuilds that are done, and of all."""
+"""Called with the number of finished rebuilds, and of all."""
 
-_REBUILD_BUDGET = 4e9  # entries of directions that a report draws again: some seconds
+_REBUILD_BUDGET = 4e9  # entries of directions to draw again for a report: takes some seconds
 _FEWEST_REBUILDS, _MOST_REBUILDS = 10, 200
 
 
@@ -54,7 +54,7 @@ class Power:
         return self.estimate - self.noise
 
 
-def measure_power(log: RunLog, samples: int | None = None, progress: Progress | None = None) -> list[Power]:
+def measure_power(log: RecordedRun, samples: int | None = None, progress: Progress | None = None) -> list[Power]:
     """Rebuild the estimates of evenly spaced applied rounds: their power and its noise.
 
     ``samples`` is the number of rounds; by default as many as take some seconds.
@@ -67,7 +67,7 @@ def measure_power(log: RunLog, samples: int | None = None, progress: Progress | 
         entries = max(row.numbers * row.local_steps for row in rows) * n * (10 if gaussian else 1)
         samples = max(_FEWEST_REBUILDS, min(_MOST_REBUILDS, int(_REBUILD_BUDGET / max(entries, 1))))
     chosen = np.unique(np.linspace(0, len(rows) - 1, min(samples, len(rows))).round().astype(int))
-    found: list[Power] = []
+    measured: list[Power] = []
     for done, row in enumerate((rows[i] for i in chosen), 1):
         scaled = row.integers * (2.0 ** row.exponents[0] / max(row.weight_sum, 1) / row.local_steps)
         scatter = float((scaled**2).mean(axis=2).sum())  # sum over the sources of p_v^2 |g_v|^2
@@ -76,21 +76,21 @@ def measure_power(log: RunLog, samples: int | None = None, progress: Progress | 
         noise = (n + 1 if gaussian else n - 1) / (row.num_directions * row.slices) * scatter
         per_direction = scatter / (row.num_directions * row.slices)
         variance = 2 * n * per_direction**2 + 4 * max(power - noise, 0.0) * per_direction
-        found.append(Power(row.round, power, noise, scatter / _concentration(log.config, row), variance))
+        measured.append(Power(row.round, power, noise, scatter / _concentration(log.config, row), variance))
         if progress is not None:
             progress(done, len(chosen))
-    return found
+    return measured
 
 
 def pool(powers: Iterable[Power]) -> tuple[float, float, float, float]:
     """Mean round and √(signal/noise) of several rounds, and that one standard error below and above."""
-    found = list(powers)
-    noise, signal = sum(p.noise for p in found), sum(p.signal for p in found)
-    error = math.sqrt(sum(p.variance for p in found))
+    measured = list(powers)
+    noise, signal = sum(p.noise for p in measured), sum(p.signal for p in measured)
+    error = math.sqrt(sum(p.variance for p in measured))
     if noise <= 0:
         return math.nan, math.nan, math.nan, math.nan
     middle, low, high = (math.sqrt(max(0.0, value) / noise) for value in (signal, signal - error, signal + error))
-    return sum(p.round for p in found) / len(found), middle, low, high
+    return sum(p.round for p in measured) / len(measured), middle, low, high
 
 
 def _concentration(config: RunConfig, row: Row) -> float:

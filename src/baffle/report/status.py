@@ -1,4 +1,4 @@
-"""Where a run stands and how its clients fare, from the run folder's files alone, while it is written or after.
+"""Progress of a run and state of its clients, read from the run folder during the run or after.
 
 ``read_status`` reads, ``summarize`` counts; the command line draws and prints what they give.
 """
@@ -18,74 +18,74 @@ from baffle.runfolder.config import RunConfig, read_config
 from baffle.runfolder.metrics import Record, read_records, total
 
 Stage = Literal["waiting", "training", "done", "diverged"]
-"""Before its first round; between rounds, whether or not a process is at it; at its end; stopped by its guard."""
+"""Before the first round; between rounds, whether or not a process is running; finished; stopped by the guard."""
 
 _RECENT = 20  # rounds whose median says what a round takes now
 
 
 class ClientStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One client of a run, over all rounds it was to take part in."""
+    """One client of a run, over all rounds that it was chosen for."""
 
     number: int
     name: str
     examples: int
     last_seen: float | None = None
-    """When the last round was closed to which something came from it, in seconds since 1970."""
+    """When the last round that it sent something to was closed, in seconds since 1970."""
     asked: int = 0
-    """Rounds in which a question was sent to it."""
+    """Rounds in which it got a request."""
     answered: int = 0
     late: int = 0
     refused: int = 0
     failed: int = 0
     offline: int = 0
-    """Rounds it was to take part in and was not connected."""
+    """Rounds that it was chosen for and was not connected."""
     bytes_up: int = 0
     bytes_down: int = 0
     seconds: float | None = None
-    """From a question to its answer, the median."""
+    """Median time from a request to its response."""
     outcome: str | None = None
-    """What became of the last question."""
+    """Outcome of the last request."""
     reason: str | None = None
-    """Why an answer was refused, or could not be given; the last one told."""
+    """The latest reason why a response was refused or the client failed."""
 
     @property
     def missed(self) -> int:
-        """Rounds it was to take part in, and gave nothing to."""
+        """Rounds that it was chosen for without contributing."""
         return self.late + self.refused + self.failed + self.offline
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a run stands. What is unknown is None."""
+    """Progress of a run; None for what is unknown."""
 
     run: str
     stage: Stage
     round: int
-    """Number of the last round; -1 before the first, which only calibrates and has number 0."""
+    """Number of the last round; -1 before the first, which has number 0 and only measures the scale of scalars."""
     rounds: int
     evaluated: int | None = None
-    """The round that loss and accuracy are of."""
+    """The round after which loss and accuracy were measured."""
     loss: float | None = None
     accuracy: float | None = None
     time: float | None = None
     """When the last round was closed, in seconds since 1970."""
     seconds: float | int | None = None
-    """Of all rounds."""
+    """Total of all rounds."""
     seconds_per_round: float | None = None
-    """The median of the last rounds."""
+    """Median of the last rounds."""
     bytes_up: float | int | None = None
     bytes_down: float | int | None = None
     bytes_up_per_round: float | None = None
     bytes_down_per_round: float | None = None
     rollbacks: int = 0
     late_answers: int = 0
-    """Answers that came after their round was closed."""
+    """Responses that arrived after their round was closed."""
     refused_answers: int = 0
     participants: int | None = None
-    """Clients whose answers the last round used."""
+    """Clients whose responses the last round used."""
     clients: tuple[ClientStatus, ...] | None = None
-    """By number; None for a run in one process, which has no roster."""
+    """By number; None for a run in one process."""
     damage: str | None = None
-    """Which line of the metrics cannot be read."""
+    """Which line of the metrics is malformed."""
 
     @property
     def over(self) -> bool:
@@ -94,16 +94,16 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def seconds_left(self) -> float | None:
-        """What the other rounds will take if they are like the last ones."""
+        """Estimated time of the remaining rounds, from the last ones."""
         if self.seconds_per_round is None or self.over:
             return None
         return self.seconds_per_round * max(0, self.rounds - self.round)
 
 
 def read_status(run: Path) -> Status:
-    """The status of a run folder, of a baseline's too. Raises JournalError if it is none.
+    """Read the status of a run folder, or of a baseline's. Raises JournalError if it is not one.
 
-    The rows' checksums are not looked at: ``baffle replay`` does that.
+    The rows' checksums are not verified: ``baffle replay`` does that.
     """
     config = read_config(run)
     metrics = run / "metrics.jsonl"
@@ -127,12 +127,24 @@ def summarize(
     final_sha256: str | None = None,
     damage: str | None = None,
 ) -> Status:
-    """Count. ``written`` is when the newest record was, for runs without a roster; ``final_sha256`` is the hash of
-    the weights in ``summary.json``: a run that was continued since is not done.
+    """Compute the status from what a run folder holds.
+
+    Args:
+        run: Name to show.
+        config: Settings of the run.
+        records: One record per round.
+        members: The clients on other machines.
+        logs: What each round cost each client.
+        written: When the metrics were last written, for runs in one process, in seconds since 1970.
+        final_sha256: Hash of the weights in ``summary.json``. A run that was continued since is not done.
+        damage: Which line of the metrics is malformed.
+
+    Returns:
+        The status.
     """
     last = records[-1] if records else None
     known = {record.round for record in records}
-    logs = [log for log in logs if log.round in known]  # one in flight when the run was killed counts when it is done
+    logs = [log for log in logs if log.round in known]  # a round that a kill interrupted counts when it is repeated
     evaluated = next((r for r in reversed(records) if r.loss is not None or r.accuracy is not None), None)
     seconds = [r.seconds for r in records[-_RECENT:] if r.seconds is not None]
     up, down = (total(r.bytes_up for r in records), total(r.bytes_down for r in records))
@@ -161,17 +173,17 @@ def summarize(
 
 
 def by_attention(clients: Iterable[ClientStatus]) -> list[ClientStatus]:
-    """Clients whose last question was not answered well first, then by the rounds they missed."""
+    """Sort clients: first those whose last request failed, then by the number of rounds they missed."""
     return sorted(clients, key=lambda c: (c.outcome in ("ok", None), -c.missed, c.number))
 
 
 def _final(run: Path) -> str | None:
-    """The hash that the run wrote at its end, if it has come there."""
+    """The weights' hash that the run wrote at its end; None before."""
     try:
-        found = msgspec.json.decode((run / "summary.json").read_bytes(), type=dict[str, str | int | float | None])
+        summary = msgspec.json.decode((run / "summary.json").read_bytes(), type=dict[str, str | int | float | None])
     except (OSError, msgspec.DecodeError):
         return None
-    return str(found.get("weights_sha256"))
+    return str(summary.get("weights_sha256"))
 
 
 def _stage(config: RunConfig, records: Sequence[Record], final_sha256: str | None) -> Stage:

@@ -1,4 +1,4 @@
-"""A run in words: its settings, what was trained, what happened, what a reader has to know."""
+"""A run in words: its settings, what was trained, what happened, and notes for the reader."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import msgspec
 
 from baffle.core.method import Method
 from baffle.core.types import table_size
-from baffle.report.run import RunLog, Value, round_kind
+from baffle.report.run import RecordedRun, Value, round_kind
 
 _OPTIMIZER = {"lr", "schedule", "momentum", "weight_decay", "clip_scalars", "clip_update"}
 _LOOP = {"clients", "rounds", "seed", "threads", "evaluate_every", "snapshot_every", "backprop"}
-_TOLD_ELSEWHERE = {*Method.__struct_fields__, *_OPTIMIZER, *_LOOP}
-"""Options of the command that method or configuration tell as well."""
+_SHOWN_ELSEWHERE = {*Method.__struct_fields__, *_OPTIMIZER, *_LOOP}
+"""Options of the command that are shown as parts of method or configuration."""
 
 
-def settings(log: RunLog) -> dict[str, Value]:
-    """What the run was made from, by names for people."""
+def settings(log: RecordedRun) -> dict[str, Value]:
+    """Settings of a run, by readable names."""
     config, method, command = log.config, log.config.method, log.config.command or {}
     optimizer = msgspec.to_builtins(method.optimizer)
     schedule = optimizer.pop("schedule")
@@ -27,7 +27,9 @@ def settings(log: RunLog) -> dict[str, Value]:
     chosen: dict[str, Value] = {
         "method": log.backprop or "forward passes only",
         **{
-            name: value for name, value in command.items() if name not in _TOLD_ELSEWHERE and value not in (None, False)
+            name: value
+            for name, value in command.items()
+            if name not in _SHOWN_ELSEWHERE and value not in (None, False)
         },
         "clients": len(sizes),
         "examples a client": f"{min(sizes)}" if len(set(sizes)) == 1 else f"{min(sizes)} to {max(sizes)}",
@@ -66,14 +68,14 @@ def settings(log: RunLog) -> dict[str, Value]:
     return {name: value for name, value in chosen.items() if value is not None}
 
 
-def describe(log: RunLog) -> str:
-    """What was trained, in a sentence."""
+def describe(log: RecordedRun) -> str:
+    """What was trained, in one sentence."""
     command, method = log.config.command or {}, log.config.method
     model = command.get("model") or "A model"
     what = f"{model} of {table_size(log.config.table):,} parameters"
     where = f" on {command['dataset']}" if command.get("dataset") else ""
     how = (
-        f"by {log.backprop} with true gradients (backpropagation)"
+        f"by {log.backprop} with exact gradients (backpropagation)"
         if log.backprop
         else f"by forward passes only: each client returns K = {method.num_directions} numbers a round, along "
         f"{method.sharing} {method.family} directions"
@@ -81,10 +83,10 @@ def describe(log: RunLog) -> str:
     return f"{what}, trained{where} in {counted(len(log.config.clients), 'client')} {how}."
 
 
-def notes(log: RunLog) -> list[str]:
-    """What a reader of the curves has to know, in sentences."""
+def notes(log: RecordedRun) -> list[str]:
+    """What a reader of the curves must know, in sentences."""
     guard = log.config.method.guard
-    told = [
+    sentences = [
         (not log.records, "No round is done yet."),
         (log.damage is not None, f"The run is damaged; what is before the damage is shown. {log.damage}."),
         (
@@ -109,36 +111,36 @@ def notes(log: RunLog) -> list[str]:
         ),
         (
             log.backprop is not None,
-            "This run has true gradients: each forward pass has a backward pass besides, which is not counted.",
+            "This run has exact gradients: each forward pass is followed by a backward pass, which is not counted.",
         ),
         (
             bool(log.records) and not log.backprop and not any(r.applied for r in log.records),
             "No round has updated the weights yet.",
         ),
     ]
-    return [sentence for holds, sentence in told if holds]
+    return [sentence for holds, sentence in sentences if holds]
 
 
-def event_sentences(log: RunLog) -> list[str]:
-    """Rounds that did not update the weights, and returns to an earlier state."""
-    told: list[str] = []
+def event_sentences(log: RecordedRun) -> list[str]:
+    """Sentences about rounds that did not update the weights, and rollbacks."""
+    sentences: list[str] = []
     for kind, group in groupby(log.records, key=round_kind):
         rounds = [r.round for r in group]
         span = f"Round {rounds[0]}" if len(rounds) == 1 else f"Rounds {rounds[0]} to {rounds[-1]}"
         if kind == "calibration":
             what = "evaluated the initial weights" if log.backprop else "measured the scale of the scalars"
-            told.append(f"{span} only {what}: no update.")
+            sentences.append(f"{span} only {what}: no update.")
         elif kind == "empty":
-            told.append(f"{span} brought no usable scalar: no update.")
+            sentences.append(f"{span} brought no usable scalar: no update.")
         elif kind == "rollback":
             for index in rounds:
                 restores = log.records[index].restores
-                told.append(f"Round {index} found divergence and went back to the state after round {restores}.")
-    return told
+                sentences.append(f"Round {index} found divergence and went back to the state after round {restores}.")
+    return sentences
 
 
 def counted(number: int, what: str) -> str:
-    """A number of things, in the plural where it is one."""
+    """A number of things, in the singular if it is one."""
     return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 

@@ -1,1 +1,1 @@
-"""The folder of a run: journal, configuration, metrics, snapshots, clients."""
+"""The folder of a run: configuration, journal of rows, metrics, snapshots, clients."""

@@ -1,7 +1,7 @@
-"""Who takes part in a run on other machines, and what each round cost whom: two files in the run folder.
+"""The clients of a run on other machines, and what each round cost each of them: two files in the run folder.
 
-    clients.json    the clients in the order of their numbers: name, identity, examples; a number is never given twice
-    clients.jsonl   a line a round: seconds, and for each participant what became of its question, seconds, bytes
+    clients.json    the clients in the order of their numbers: name, identity, examples; a number is never used twice
+    clients.jsonl   one line per round: seconds, and for each participant the outcome of its request, seconds, bytes
 
 An identity is what the transport authenticates: with Flower the SHA-256 of a node's public key. The operator's
 table, ``baffle status`` and TensorBoard read the same lines.
@@ -21,31 +21,31 @@ from baffle.errors import CorruptRunError, JournalError
 from baffle.files import write_atomic
 
 Outcome = Literal["ok", "late", "refused", "failed", "offline"]
-"""Answered in time; asked and not answered by the deadline; answered nonsense; could not; was not connected."""
+"""Responded in time; not by the deadline; with a response that was refused; with an error; was not connected."""
 
 _MEMBERS, ROUNDS = "clients.json", "clients.jsonl"
 
 
 class Member(msgspec.Struct, frozen=True):
-    """One client; its number is its place in the roster."""
+    """One client; its number is its position in the registry."""
 
     name: str
     identity: str
     examples: int
     card: str = ""
-    """In hexadecimal digits: its keys for secure sums, 64 bytes; empty: it takes part in plain sums only."""
+    """Its public keys for secure sums, 64 bytes in hexadecimal digits; empty if it takes part in plain sums only."""
 
 
 class Visit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a round's question to one client led to."""
+    """What became of one client in one round."""
 
     client: int
     outcome: Outcome
     seconds: float | None = None
-    """From the question to its answer."""
+    """From the request to its response."""
     bytes_up: int = 0
     bytes_down: int = 0
-    """Of whole messages."""
+    """Bytes of whole messages."""
     reason: str | None = None
 
 
@@ -54,20 +54,21 @@ class RoundLog(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     round: int
     seconds: float
-    """From the first question until the round was closed."""
+    """From the first request until the round was closed."""
     visits: tuple[Visit, ...]
     time: float = 0.0
     """When it was closed, in seconds since 1970."""
     late: int = 0
-    """Answers to earlier rounds that came since the last line."""
+    """Number of responses to earlier rounds that arrived since the last line."""
     refused: int = 0
-    """Answers that were refused since the last line."""
+    """Number of responses that were refused since the last line."""
 
 
 class Roster:
-    """The clients of a run, kept in its folder, or with None in memory only.
+    """The registry of a run's clients, saved in its folder.
 
-    The folder may be made after the roster; what there is to keep is written with the first round.
+    Args:
+        folder: The run folder; None to stay in memory. It may be made later: files are written with the first round.
 
     Examples:
         >>> roster = Roster(None)
@@ -85,25 +86,25 @@ class Roster:
         self._late = self._refused = 0
 
     def number(self, identity: str) -> int | None:
-        """The client with this identity."""
+        """Number of the client with this identity; None if it is not registered."""
         return self._numbers.get(identity)
 
     def add(self, member: Member) -> int:
-        """Give a new client its number."""
+        """Register a new client and return its number."""
         self._numbers.setdefault(member.identity, len(self.members))
         self.members.append(member)
         return len(self.members) - 1
 
     def count_late(self) -> None:
-        """An answer came after its round."""
+        """Count a response that arrived after its round."""
         self._late += 1
 
     def count_refused(self) -> None:
-        """An answer was refused."""
+        """Count a response that was refused."""
         self._refused += 1
 
     def save(self) -> None:
-        """Write who is which client, before a row can name one. Raises JournalError."""
+        """Write the registry; to be called before a row can name a new client. Raises JournalError."""
         if self._folder is None or self._saved == len(self.members):
             return
         try:
@@ -113,7 +114,7 @@ class Roster:
         self._saved = len(self.members)
 
     def close(self, log: RoundLog) -> None:
-        """Write down a round. Raises JournalError."""
+        """Append a round. Raises JournalError."""
         log = msgspec.structs.replace(log, time=round(time.time(), 3), late=self._late, refused=self._refused)
         self.last, self._late, self._refused = log, 0, 0
         if self._folder is None:
@@ -122,14 +123,14 @@ class Roster:
             with (self._folder / ROUNDS).open("a+b") as file:
                 if file.tell():
                     file.seek(-1, os.SEEK_END)
-                cut = file.read(1) not in (b"\n", b"")  # by a kill: its line ends here
+                cut = file.read(1) not in (b"\n", b"")  # a kill truncated the last line
                 file.write(b"\n" * cut + msgspec.json.encode(log) + b"\n")
         except OSError as error:
             raise JournalError(f"{self._folder / ROUNDS}: cannot write: {error.strerror}") from error
 
 
 def read_members(folder: Path) -> tuple[Member, ...]:
-    """The clients of a run; none if it has no roster. Raises CorruptRunError."""
+    """The clients of a run, by number; none for a run in one process. Raises JournalError or CorruptRunError."""
     file = folder / _MEMBERS
     try:
         return msgspec.json.decode(file.read_bytes(), type=tuple[Member, ...])
@@ -142,9 +143,10 @@ def read_members(folder: Path) -> tuple[Member, ...]:
 
 
 def read_rounds(folder: Path) -> tuple[RoundLog, ...]:
-    """What rounds cost whom, by round; of a round that was repeated after a crash, the last line counts.
+    """What each round cost each client, in the order of rounds.
 
-    A line that a kill cut short is left out.
+    For a round that was repeated after a crash the last line counts; lines that a kill truncated are skipped. Raises
+    JournalError if the file cannot be read.
     """
     try:
         lines: Sequence[bytes] = (folder / ROUNDS).read_bytes().splitlines()
@@ -152,11 +154,11 @@ def read_rounds(folder: Path) -> tuple[RoundLog, ...]:
         return ()
     except OSError as error:
         raise JournalError(f"{folder / ROUNDS}: cannot be read: {error.strerror}") from error
-    found: dict[int, RoundLog] = {}
+    by_round: dict[int, RoundLog] = {}
     for line in lines:
         try:
             log = msgspec.json.decode(line, type=RoundLog)
         except ValueError:
             continue
-        found[log.round] = log
-    return tuple(found[round] for round in sorted(found))
+        by_round[log.round] = log
+    return tuple(by_round[round] for round in sorted(by_round))

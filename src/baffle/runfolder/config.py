@@ -1,4 +1,4 @@
-"""A run folder's settings, its files written whole, and its making."""
+"""The settings of a run, ``config.json``, and how a run folder is created."""
 
 from __future__ import annotations
 
@@ -21,26 +21,37 @@ _READABLE = (3, 4)
 
 
 class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All that a run is made from, but for data and model code (which ``command`` names for the CLI)."""
+    """The settings of a run: everything it is made from, except data and model code.
+
+    Attributes:
+        format: Version of the run folder.
+        method: What happens in a round.
+        key: Run key of the directions: the seed.
+        rounds: Number of updates.
+        evaluate_every: Rounds from one evaluation to the next.
+        snapshot_every: Rounds from one saved state to the next.
+        table: The trainable tensors.
+        plan: How forward passes are evaluated, as the engine describes it (``EvaluationPlan`` reads it).
+        clients: Number of examples of each client.
+        backprop: Which backpropagation baseline the run is, if it is one; it has no rows.
+        command: Options of the command line, from which it rebuilds data and model.
+    """
 
     format: int = _FORMAT
     method: Method
     key: UInt64
-    """Run key of the directions (the seed)."""
     rounds: int
     evaluate_every: int
     snapshot_every: int
     table: Table
     plan: dict[str, str | int]
     clients: tuple[int, ...]
-    """Examples of each client."""
     backprop: Literal["fedsgd", "fedavg"] | None = None
-    """A baseline with true gradients, which has no rows."""
     command: dict[str, str | int | float | bool | None] | None = None
 
 
 def create_folder(path: Path, config: RunConfig, initial: Weights, logs: Sequence[str]) -> None:
-    """Make a run folder with empty ``logs``, whole under a temporary name first.
+    """Create a run folder with empty ``logs``, under a temporary name first so that it is never incomplete.
 
     Raises RunExistsError if ``path`` exists, JournalError if it cannot be written.
     """
@@ -62,7 +73,7 @@ def create_folder(path: Path, config: RunConfig, initial: Weights, logs: Sequenc
 
 
 def write_file(file: Path, data: bytes) -> None:
-    """Write a file of a run folder, whole. Raises JournalError."""
+    """Write a file of a run folder atomically. Raises JournalError."""
     try:
         write_atomic(file, data)
     except OSError as error:
@@ -75,7 +86,7 @@ def encode_config(config: RunConfig) -> bytes:
 
 
 def read_config(path: Path) -> RunConfig:
-    """The settings of a run folder. Raises JournalError if it is none, CorruptRunError if they are not whole."""
+    """Read the settings of a run folder. Raises JournalError if it is not one, CorruptRunError if malformed."""
     file = path / "config.json"
     try:
         config = msgspec.json.decode(file.read_bytes(), type=RunConfig)

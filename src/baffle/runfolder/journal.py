@@ -4,10 +4,10 @@
       config.json            method, seed, rounds, tensor table, evaluation plan
       initial.safetensors    the weights that training started from
       rows.bin               length and its complement (4 bytes each), row, chain checksum (32 bytes); repeated
-      metrics.jsonl          a line a round
+      metrics.jsonl          one line per round
       snapshots/*.safetensors  weights, optimizer slots, average; the newest two
-      model.safetensors      the averaged weights, once training is done
-      summary.json           totals, once training is done, as ``baffle train --json`` prints them
+      model.safetensors      the averaged weights, after training
+      summary.json           totals, after training, as ``baffle train --json`` prints them
 
 The journal *is* the run: initial state and rows give every round's weights (``method.replay``). The checksum chain
 (``rowlog``) starts from a hash of the configuration and the initial weights. Rows are flushed to the disk before a
@@ -44,7 +44,33 @@ NEW_IN_4 = frozenset({"slices", "bits"})
 
 
 class Journal:
-    """A run folder. ``Journal.create`` starts one, ``Journal.open`` continues or reads one."""
+    """A run folder and its log of rows, from which every round's weights can be rebuilt.
+
+    ``Journal.create`` starts one, ``Journal.open`` reads or continues one; ``bf.train`` and ``bf.resume`` do so.
+
+    Attributes:
+        path: The folder.
+        config: Settings of the run.
+        initial: Weights that training started from, float32[n].
+        rows: Encoded rows, one per round.
+        records: Records of the rounds, one per row.
+        damage: What is wrong with the folder, in words; None if it is intact.
+        lost: Number of rows that the metrics mention and a truncated ``rows.bin`` no longer holds.
+
+    Examples:
+        >>> import tempfile, torch.nn.functional as F
+        >>> from torch import nn
+        >>> import baffle as bf
+        >>> train, _ = bf.load("digits")
+        >>> out = Path(tempfile.mkdtemp(), "run")
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        >>> run = bf.fit(model, bf.partition(train, clients=3), loss=F.cross_entropy, rounds=2, out=out)
+        >>> journal = Journal.open(out)
+        >>> len(journal.rows), journal.damage
+        (3, None)
+        >>> bool((journal.state().weights == run.weights).all())
+        True
+    """
 
     def __init__(self, path: Path, config: RunConfig, initial: Weights) -> None:
         self.path, self.config, self.initial = path, config, initial
@@ -57,9 +83,16 @@ class Journal:
 
     @classmethod
     def create(cls, path: str | Path, config: RunConfig, initial: Weights) -> Journal:
-        """Make the folder whole under a temporary name, then give it its own.
+        """Create a run folder and open it for writing.
 
-        Raises RunExistsError if ``path`` exists, JournalError if it cannot be written.
+        Args:
+            path: The new folder.
+            config: Settings of the run.
+            initial: Weights that training starts from, float32[n].
+
+        Raises:
+            RunExistsError: ``path`` exists.
+            JournalError: It cannot be written.
         """
         path = Path(path)
         create_folder(path, config, initial, ("rows.bin", "metrics.jsonl"))
@@ -71,16 +104,24 @@ class Journal:
     def open(cls, path: str | Path, *, write: bool = False, repair: bool = False) -> Journal:
         """Read a run folder and check it.
 
-        ``damage`` says what is wrong, if anything; ``rows`` holds the valid prefix, ``records`` one each; ``lost`` is
-        the number of rows that metrics tell of and a shortened ``rows.bin`` has no more. With
-        ``write`` the folder is locked and a round that a kill cut short is dropped, and other damage raises
-        CorruptRunError, unless ``repair``: then the damaged files are kept aside as ``*.damaged``, what follows the
-        last good row is dropped, and lines of metrics that are not right are rebuilt from the rows.
+        Args:
+            path: The folder.
+            write: Lock the folder to continue the run. A round that a kill interrupted is then dropped; other damage
+                raises CorruptRunError.
+            repair: With ``write``, do not raise for damage: keep the damaged files as ``*.damaged``, drop what follows
+                the last intact row, and rebuild malformed lines of metrics from the rows.
+
+        Returns:
+            The journal; its ``rows`` are the intact ones before any damage.
+
+        Raises:
+            JournalError: ``path`` is not a run folder with a journal, or another process is writing it.
+            CorruptRunError: Configuration or initial weights are damaged, or, with ``write``, anything is.
         """
         path = Path(path)
         config = read_config(path)
         if config.backprop:
-            raise JournalError(f"{path}: a baseline of true gradients ({config.backprop}) has no journal")
+            raise JournalError(f"{path}: a backpropagation baseline ({config.backprop}) has no journal")
         try:
             initial = decode_weights(config.table, (path / "initial.safetensors").read_bytes())
         except (OSError, ValueError) as error:
@@ -96,7 +137,7 @@ class Journal:
             return journal
         journal._lock()
         try:
-            for stale in path.rglob(f"{TEMPORARY}*"):  # of a write that a kill cut short
+            for stale in path.rglob(f"{TEMPORARY}*"):  # from a write that a kill interrupted
                 stale.unlink(missing_ok=True)
             torn = journal._read()
             if journal.damage and not journal.rows:
@@ -121,7 +162,7 @@ class Journal:
             self._files = None
 
     def commit(self, row: bytes, record: Record) -> None:
-        """Append a round: the metrics line first, then the row that makes it count. Whole, or not at all.
+        """Append a round: the metrics line first, then the row that makes it count. All or nothing.
 
         Raises JournalError if the disk is full; the folder then holds the rounds before.
         """
@@ -145,7 +186,7 @@ class Journal:
         self.records.append(record)
 
     def snapshot(self, state: State) -> None:
-        """Save a state, so that a resume need not replay from the start; the newest two are kept."""
+        """Save a state, so that a resume need not replay from the start. The newest two are kept."""
         write_file(self.path / f"snapshots/{state.round:08d}.safetensors", encode_state(state))
         files = sorted((self.path / "snapshots").glob("*.safetensors"))
         ahead = [file for file in files if file.stem > f"{state.round:08d}"]
@@ -153,7 +194,7 @@ class Journal:
             old.unlink(missing_ok=True)
 
     def extend(self, *, rounds: int | None = None, clients: tuple[int, ...] | None = None) -> None:
-        """Set a new total of rounds, or write down that clients have joined."""
+        """Record a new total of rounds, or clients that have joined. Raises JournalError."""
         config = self.config
         self.config = msgspec.structs.replace(
             config,
@@ -167,7 +208,7 @@ class Journal:
         write_file(self.path / "model.safetensors", encode_weights(model_table(self.config.table), state.ema_weights))
 
     def state(self, round: int | None = None, execution: Execution = FAST) -> State:
-        """The state after a round, by default the last: the newest snapshot that leads there, then the rows behind."""
+        """The state after a round, by default the last: the newest snapshot before it, then the rows that follow."""
         rounds = len(self.rows) if round is None else round + 1
         targets = {i: row.restores for i, row in enumerate(map(decode_row, self.rows)) if row.restores is not None}
         for file in sorted((self.path / "snapshots").glob("*.safetensors"), reverse=True):
@@ -183,7 +224,7 @@ class Journal:
         return state
 
     def states(self, execution: Execution = FAST) -> Iterator[State]:
-        """Every round's state, rebuilt from the initial weights and the rows alone, each checked by its hash."""
+        """The state after every round, rebuilt from initial weights and rows alone, each checked by its hash."""
         targets = {decode_row(row).restores for row in self.rows}
         return self._replay(self.config.method.init(self.initial), len(self.rows), targets, execution)
 
@@ -192,7 +233,7 @@ class Journal:
         return decode_row(self.rows[-1]) if self.rows else None
 
     def _replay(self, state: State, rounds: int, targets: Set[int | None], execution: Execution) -> Iterator[State]:
-        """The states after ``state`` up to ``rounds``; those that a later row returns to are kept on the way."""
+        """The states after ``state`` up to ``rounds``. Those that a later row returns to are remembered."""
         kept = {state.round - 1: state}
 
         def earlier(round: int) -> State:
@@ -212,7 +253,7 @@ class Journal:
             yield state
 
     def _read(self) -> bool:
-        """Fill rows with the valid prefix, and records; True if a kill left an unfinished tail to drop.
+        """Read intact rows and their records; True if a kill left an unfinished round to drop.
 
         A record whose line is lost is rebuilt from its row.
         """
@@ -226,9 +267,9 @@ class Journal:
         if log.edited:
             what = "the row" if self.rows else "config.json or initial.safetensors, or the row,"
             self.damage = f"{self.path / 'rows.bin'}: round {len(self.rows)} fails its checksum: {what} was edited"
-        told = records_by_round(lines)
+        read = records_by_round(lines)
         for index, row in enumerate(map(decode_row, self.rows)):
-            record = told.get((index, row.weights_sha256.hex()))
+            record = read.get((index, row.weights_sha256.hex()))
             self.records.append(record[1] if record else record_of(row))
             if record is None or record[0] != index:
                 self.damage = (
@@ -236,11 +277,11 @@ class Journal:
                     or f"{self.path / 'metrics.jsonl'}: line {index + 1} is not of round {index}: it was edited"
                 )
         surplus = len([line for line in lines if line]) - len(self.rows)
-        self.lost = 0 if surplus <= 1 or self.damage else surplus  # a kill leaves one line without its row at most
+        self.lost = 0 if surplus <= 1 or self.damage else surplus  # a kill leaves at most one line without its row
         return log.unfinished or surplus > 0
 
     def _cut(self, keep_aside: bool) -> None:
-        """Bring both files back to the valid prefix."""
+        """Truncate both files to the intact rows."""
         try:
             self._cut_files(keep_aside)
         except OSError as error:

@@ -15,16 +15,16 @@ from baffle.errors import (
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
-    """A line of ``metrics.jsonl``: what one round did and cost. Loss and accuracy are of the averaged weights,
-    on validation data if there are any.
+    """A line of ``metrics.jsonl``: what one round did, and its cost.
 
-    What a round cost is unknown (None) where the line was lost and rebuilt from the row.
+    Loss and accuracy are those of the averaged weights, on validation data if there is any. The cost is unknown
+    (None) if the line was lost and rebuilt from the row.
     """
 
     round: int
     applied: bool
     restores: int | None
-    """The run had diverged (``loss`` is what was seen) and took the state after that round again."""
+    """The round whose state the run returned to because it had diverged, with ``loss``; None for other rounds."""
     loss: float | None
     accuracy: float | None
     lr: float
@@ -50,19 +50,19 @@ def encode_record(record: Record) -> bytes:
 
 
 def records_by_round(lines: Sequence[bytes]) -> dict[tuple[int, str], tuple[int, Record]]:
-    """Records by round and hash, with the numbers of their lines; what is none is left out."""
-    found: dict[tuple[int, str], tuple[int, Record]] = {}
+    """Records and their line numbers by round and hash; malformed lines are skipped."""
+    records: dict[tuple[int, str], tuple[int, Record]] = {}
     for number, line in enumerate(lines):
         try:
             record = msgspec.json.decode(line, type=Record)
         except msgspec.DecodeError:
             continue
-        found.setdefault((record.round, record.weights_sha256), (number, record))
-    return found
+        records.setdefault((record.round, record.weights_sha256), (number, record))
+    return records
 
 
 def record_of(row: Row) -> Record:
-    """What a row alone tells of a round whose line was lost."""
+    """Rebuild the record of a round from its row, without evaluation and cost."""
     return Record(
         round=row.round,
         applied=row.applied,
@@ -87,7 +87,7 @@ def record_of(row: Row) -> Record:
 
 
 def read_records(file: Path) -> tuple[tuple[Record, ...], str | None]:
-    """The metrics of a run without rows, up to the first line that is none; a last line cut short is no damage."""
+    """Read metrics up to the first malformed line, and what is wrong with it. A truncated last line is ignored."""
     try:
         lines = file.read_bytes().split(b"\n")
     except OSError as error:

@@ -1,7 +1,7 @@
-"""The framing of ``rows.bin``: length, complement of the length, row, chain checksum; again and again.
+"""The framing of ``rows.bin``: length, complement of the length, row, chain checksum; repeated.
 
-The chain is sha256(previous checksum + row): an edit, a swap or a gap anywhere shows. The complement tells an
-edited length from a record that a kill cut short.
+The chain is sha256(previous checksum + row), so any edit, swap or gap is detected. The complement distinguishes an
+edited length from a record that a kill truncated.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _CHAIN = 32
 
 @dataclass(frozen=True)
 class Scan:
-    """What a log holds: the valid rows, their checksums, and whether an edit or a short write follows them."""
+    """Content of a log: the valid rows, their checksums, and whether an edit or a truncated record follows them."""
 
     rows: tuple[bytes, ...]
     chain: tuple[bytes, ...]
@@ -25,7 +25,7 @@ class Scan:
 
 
 def frame(row: bytes, chain: bytes) -> tuple[bytes, bytes]:
-    """The bytes of a record behind checksum ``chain``, and its own checksum.
+    """The bytes of a record that follows checksum ``chain``, and its own checksum.
 
     Examples:
         >>> record, checksum = frame(b"row", bytes(32))
@@ -37,12 +37,12 @@ def frame(row: bytes, chain: bytes) -> tuple[bytes, bytes]:
 
 
 def size(rows: list[bytes]) -> int:
-    """Length of a log of these rows."""
+    """Length in bytes of a log of these rows."""
     return sum(_HEADER.size + len(row) + _CHAIN for row in rows)
 
 
 def scan(data: bytes, start: bytes) -> Scan:
-    """Read a log whose chain begins at ``start``, up to its end or to the first record that is not right."""
+    """Read a log whose chain starts at ``start``, up to its end or to the first malformed record."""
     rows: list[bytes] = []
     chain: list[bytes] = []
     position, edited = 0, False

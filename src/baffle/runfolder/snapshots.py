@@ -1,4 +1,4 @@
-"""Weights and states as safetensors files, which PyTorch and everything else can read."""
+"""Weights and states as safetensors files, which PyTorch and many other libraries can read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def encode_weights(table: Table, weights: Weights) -> bytes:
 
 
 def decode_weights(table: Table, data: bytes) -> Weights:
-    """The inverse of :func:`encode_weights`; ValueError if the tensors are not those of the table."""
+    """The inverse of :func:`encode_weights`. Raises ValueError if the tensors are not those of the table."""
     try:
         tensors = load(data)
     except SafetensorError as error:
@@ -44,7 +44,7 @@ def encode_state(state: State) -> bytes:
 def load_state(file: Path) -> State | None:
     """The state in a file, or None if it cannot be read or its average was changed.
 
-    Weights and slots are for the caller to check, against the hash in a row.
+    The caller must check weights and slots against the hash in a row.
     """
     try:
         data = file.read_bytes()

@@ -124,10 +124,10 @@ def trial_batch(clients: Sequence[Dataset], batch_size: int | None) -> Dataset:
 
 def seconds_of(runtime: Runtime, batch: Dataset, passes: int, family: Family = "rank1") -> float:
     """Seconds that one call of ``passes`` perturbed passes over a batch takes."""
-    asked = Perturbations(Directions(runtime.table, family, (0, 1)), passes, (1e-3,), baseline=False)
+    perturbations = Perturbations(Directions(runtime.table, family, (0, 1)), passes, (1e-3,), baseline=False)
     weights = runtime.initial_weights()
     started = time.perf_counter()
-    runtime.losses(weights, asked, batch)
+    runtime.losses(weights, perturbations, batch)
     return time.perf_counter() - started
 
 

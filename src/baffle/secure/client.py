@@ -1,7 +1,8 @@
-"""A client's side of the secure sum: keys for a round, its masked vector, its shares; each once, and never again.
+"""A client's side of a secure sum: its keys for a round, its masked vector, its shares; each of them only once.
 
-What it refuses: a round that it answered before, a cohort below its minimum, adverts that their clients did not sign,
-survivors that it was not introduced to, and to give both shares of anyone. It counts the scalars that it has given.
+A client refuses a round that it answered before, a cohort below its minimum, adverts without their clients' signatures
+and surviving clients that it was not introduced to, and it never gives both shares of one client. It counts the
+scalars that it has contributed. Stages are named as in Bonawitz et al. (CCS 2017).
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from baffle.core.aggregate import FEWEST_NEIGHBOURS
 from baffle.core.types import MAX_WEIGHT_SUM, Integers
 from baffle.errors import SecureSumError
 from baffle.secure.graph import MOST_NEIGHBOURS, neighbourhoods, threshold
-from baffle.secure.masks import Card, Identity, mask_key, pack_words, pair_mask, self_mask, verify
+from baffle.secure.masks import Identity, PublicKeys, mask_key, pack_words, pair_mask, self_mask, verify
 from baffle.secure.messages import (
-    Advert,
     Introduced,
+    KeysResponse,
     Masked,
     Survivors,
-    Unmasked,
+    UnmaskResponse,
     commitment,
     context,
     rest_of,
@@ -35,24 +36,37 @@ from baffle.secure.shares import MOST_HOLDERS, SECRET, split
 
 @dataclass
 class _Keys:
-    """What a client knows of one round, until that is over."""
+    """What a client knows about one round, until it is over."""
 
     cohort: frozenset[int]
     around: tuple[int, ...]
+    """The client's neighbourhood."""
     mask_seed: bytes
     self_seed: bytes
     own: bytes
-    """The client's own shares of both."""
-    cards: Mapping[int, Card]
+    """The client's own shares of both seeds."""
+    cards: Mapping[int, PublicKeys]
+    """Public keys of the neighbourhood."""
     held: dict[int, bytes] = field(default_factory=dict)
-    """By client that was introduced: its two shares that this one holds; empty if they were not what it said."""
+    """Introduced client -> the two shares of its seeds that this one holds; empty if they did not fit its advert."""
     masked: bool = False
-    told: tuple[int, ...] | None = None
-    """The survivors that it signed."""
+    """Whether the vector was given."""
+    signed: tuple[int, ...] | None = None
+    """The surviving clients that it signed."""
 
 
 class SecureClient:
-    """One client of one run. ``minimum`` is the smallest cohort that it hides in.
+    """One client of one run.
+
+    Args:
+        identity: the client's long-lived keys.
+        client: its number.
+        key: the run key.
+        minimum: the smallest cohort that it hides in.
+        degree: largest number of neighbours, at least 4.
+
+    Raises:
+        SecureSumError: the degree is too small.
 
     Examples:
         >>> client = SecureClient(Identity.make(), client=0, key=7)
@@ -70,15 +84,24 @@ class SecureClient:
         self._keys: dict[int, _Keys] = {}
         self._last = -1
         self.exposed = 0
-        """Scalars that went into sums so far: projections of this client's gradients, hidden in a cohort."""
+        """Scalars contributed so far: projections of this client's gradients, each hidden in a cohort's sum."""
 
     @property
-    def card(self) -> Card:
+    def card(self) -> PublicKeys:
         """The public half of this client's identity."""
         return self._identity.card
 
-    def advertise(self, round: int, cohort: Sequence[int], cards: Mapping[int, Card]) -> Advert:
-        """Fresh keys for a round, and shares of them for the neighbours. Raises SecureSumError if it is over."""
+    def advertise(self, round: int, cohort: Sequence[int], cards: Mapping[int, PublicKeys]) -> KeysResponse:
+        """AdvertiseKeys and ShareKeys: fresh keys for a round, and shares of them sealed for the neighbours.
+
+        Args:
+            round: number of the round.
+            cohort: its participants.
+            cards: public keys, of the neighbourhood at least.
+
+        Raises:
+            SecureSumError: the round was answered before, or the cohort or its keys are not acceptable.
+        """
         self._check_new(round, cohort)
         around = neighbourhoods(cohort, (self._key, round), self._degree).get(self._client)
         if around is None or any(other not in cards for other in around):
@@ -104,11 +127,12 @@ class SecureClient:
         self_commitment = commitment(here, self_seed)
         rest = rest_of(self_commitment, commitments, sealed)
         own = b"".join(pairs[around.index(self._client)])
+        # keys of the round before may still be needed to unmask it; older ones are forgotten
         self._keys = {r: self._keys[r] for r in sorted(self._keys)[-2:] if r >= round - 1}
         self._keys[round] = _Keys(
             frozenset(cohort), around, mask_seed, self_seed, own, {other: cards[other] for other in around}
         )
-        return Advert(
+        return KeysResponse(
             round=round,
             client=self._client,
             mask_public=public,
@@ -121,7 +145,18 @@ class SecureClient:
     def mask(
         self, round: int, introduced: Sequence[Introduced], values: Integers, counts: Sequence[int], word: int = 32
     ) -> Masked:
-        """The vector of weighted scalars and counts under all masks. A round is answered once."""
+        """MaskedInputCollection: the vector under all masks. A round is answered only once.
+
+        Args:
+            round: number of the round.
+            introduced: the neighbours' adverts, as far as they are for this client.
+            values: weighted scalars, int64[local_steps, K] or flat.
+            counts: weight, clipped, nonfinite, magnitudes.
+            word: bits of a word of the sum; only so many of each masked scalar are sent.
+
+        Raises:
+            SecureSumError: the round was answered before, or the neighbours are too few or not properly signed.
+        """
         keys = self._keys.get(round)
         if keys is None or keys.masked or round <= self._last:
             raise SecureSumError(f"round {round}: answered before, or never advertised: expected a new round")
@@ -134,7 +169,7 @@ class SecureClient:
             pair = context(self._key, round, *sorted((self._client, other.client)))
             mask = pair_mask(private, other.mask_public, pair, plain.size)
             vector = vector + mask if self._client < other.client else vector - mask
-        keys.masked, self._last = True, round
+        keys.masked, self._last = True, round  # only now: a refused introduction leaves the round open
         self.exposed += values.size
         return Masked(
             round=round,
@@ -143,59 +178,72 @@ class SecureClient:
             complaints=tuple(client for client, held in keys.held.items() if not held),
         )
 
-    def unmask(self, told: Survivors) -> Unmasked:
-        """One share of everyone around: never both. When all are given the round's keys are forgotten.
+    def unmask(self, survivors: Survivors) -> UnmaskResponse:
+        """ConsistencyCheck, then Unmasking: one share of each client in the neighbourhood, never both.
 
-        First it gives shares of the survivors' self-masks and signs who they are, once. The others' mask keys it
-        gives when it sees that the threshold around it has signed the same, so that there is one set of survivors.
+        The first call signs the surviving clients, once, and gives shares of their self-mask seeds. If a client
+        dropped out, a second call gives shares of the dropped clients' mask seeds, but only if the threshold of the
+        neighbourhood has signed the same surviving clients; so there can be only one such set. Then the round's keys
+        are forgotten.
+
+        Args:
+            survivors: the clients whose vectors the server has; in the second call, with signatures.
+
+        Raises:
+            SecureSumError: the round is not in progress, or the surviving clients are not acceptable.
         """
-        keys = self._keys.get(told.round)
+        round, keys = survivors.round, self._keys.get(survivors.round)
         if keys is None or not keys.masked:
-            raise SecureSumError(f"round {told.round}: unmasked before, or never masked: expected a round in progress")
-        alive = set(told.clients)
-        if tuple(sorted(alive)) != told.clients or not told.clients or not 0 <= told.clients[0] <= max(alive) < 2**63:
-            raise SecureSumError(
-                f"round {told.round}: {len(told.clients)} survivors: expected each once, in ascending order"
-            )
-        if self._client not in alive or len(alive) < self._minimum:
-            raise SecureSumError(
-                f"round {told.round}: {len(alive)} survivors, with this client or without: expected it among at least "
-                f"{self._minimum}"
-            )
-        known = {**keys.held, self._client: keys.own}
-        if alive - keys.cohort or alive & set(keys.around) - known.keys():
-            raise SecureSumError(f"round {told.round}: survivors that were not introduced: expected those that were")
-        near = sum(other in alive for other in known)
-        if near < threshold(len(keys.around)):
-            raise SecureSumError(f"round {told.round}: {near} survivors around this client: expected the threshold")
-        first, signed = keys.told is None, signed_survivors(self._key, told.round, told.clients)
-        if keys.told is None:
-            keys.told = told.clients
+            raise SecureSumError(f"round {round}: unmasked before, or never masked: expected a round in progress")
+        alive, known = self._check_survivors(survivors, keys), {**keys.held, self._client: keys.own}
+        first, signed = keys.signed is None, signed_survivors(self._key, round, survivors.clients)
+        if keys.signed is None:
+            keys.signed = survivors.clients
             shares = [held[SECRET:] if other in alive else b"" for other, held in sorted(known.items())]
         else:
-            if told.clients != keys.told or not self._agreed(keys, told, signed):
+            if survivors.clients != keys.signed or not self._agreed(keys, survivors, signed):
                 raise SecureSumError(
-                    f"round {told.round}: told of survivors again: expected the same, signed by "
+                    f"round {round}: asked for shares again: expected the same survivors, signed by "
                     f"{threshold(len(keys.around))} around this client"
                 )
             shares = [b"" if other in alive else held[:SECRET] for other, held in sorted(known.items())]
         if not first or alive >= known.keys():
-            del self._keys[told.round]
-        return Unmasked(
-            round=told.round,
+            del self._keys[round]
+        return UnmaskResponse(
+            round=round,
             client=self._client,
             shares=tuple(shares),
             signature=self._identity.signing.sign(signed),
         )
 
-    def _agreed(self, keys: _Keys, told: Survivors, signed: bytes) -> bool:
-        """Whether the threshold of survivors around this client, and itself, signed the survivors that it was told."""
-        given = {c: s for c, s in told.signatures[: len(keys.around)] if c in keys.around and c in told.clients}
-        agreed = {c for c, signature in given.items() if verify(keys.cards[c], signature, signed)} | {self._client}
+    def _check_survivors(self, survivors: Survivors, keys: _Keys) -> set[int]:
+        """The surviving clients, if they are well-formed, enough, and all introduced to this client."""
+        round, clients, alive = survivors.round, survivors.clients, set(survivors.clients)
+        if tuple(sorted(alive)) != clients or not clients or not 0 <= clients[0] <= max(alive) < 2**63:
+            raise SecureSumError(f"round {round}: {len(clients)} survivors: expected each once, in ascending order")
+        if self._client not in alive or len(alive) < self._minimum:
+            raise SecureSumError(
+                f"round {round}: {len(alive)} survivors, with this client or without: expected it among at least "
+                f"{self._minimum}"
+            )
+        introduced = {*keys.held, self._client}
+        if alive - keys.cohort or alive & set(keys.around) - introduced:
+            raise SecureSumError(f"round {round}: survivors that were not introduced: expected those that were")
+        near = len(alive & introduced)
+        if near < threshold(len(keys.around)):
+            raise SecureSumError(f"round {round}: {near} survivors around this client: expected the threshold")
+        return alive
+
+    def _agreed(self, keys: _Keys, survivors: Survivors, signed: bytes) -> bool:
+        """Whether the threshold of the neighbourhood, including this client, signed the same surviving clients."""
+        near = {*keys.around} & {*survivors.clients}
+        # no more signatures than neighbours are looked at, so that a server cannot keep a client busy
+        signatures = {c: s for c, s in survivors.signatures[: len(keys.around)] if c in near}
+        agreed = {c for c, signature in signatures.items() if verify(keys.cards[c], signature, signed)} | {self._client}
         return len(agreed) >= threshold(len(keys.around))
 
     def _meet(self, round: int, keys: _Keys, introduced: Sequence[Introduced]) -> dict[int, bytes]:
-        """Check who is introduced; the shares that each has for this client."""
+        """Check the introduced neighbours, and open the shares that each has for this client."""
         names = [other.client for other in introduced]
         if not set(names) <= set(keys.around) - {self._client} or names != sorted(set(names)):
             raise SecureSumError(
@@ -213,8 +261,8 @@ class SecureClient:
             held[other.client] = self._open(round, other, card)
         return held
 
-    def _open(self, round: int, other: Introduced, card: Card) -> bytes:
-        """Both shares; empty if they are not what their client committed to."""
+    def _open(self, round: int, other: Introduced, card: PublicKeys) -> bytes:
+        """Both shares that a neighbour sealed for this client; empty if they do not fit its commitments."""
         try:
             there = sealing(self._key, round, other.client, self._client, other.mask_public)
             shares = self._identity.open(card, there, other.sealed)

@@ -1,8 +1,8 @@
-"""Who shares masks and secrets with whom: everyone with everyone, or in large cohorts a regular graph.
+"""Which clients share masks and secrets: all pairs, or in large cohorts the neighbours in a random regular graph.
 
-Bell et al. (CCS 2020): with a random k-regular graph, k of the order of log C, the sum stays private and survives
-drop-outs at a cost a client that does not grow with the cohort. Clients are put on a circle in an order that the
-round's key decides, and each is joined to the k / 2 nearest on both sides.
+Bell et al. (CCS 2020): in a random k-regular graph with k of the order of log C, the sum of C clients stays private
+and tolerates drop-outs, at a cost per client that does not grow with the cohort. Clients are placed on a circle in an
+order drawn from run key and round, and each is connected to the k / 2 nearest on either side.
 """
 
 from __future__ import annotations
@@ -14,12 +14,21 @@ import numpy as np
 from baffle.core.philox import Purpose, stream, word3
 
 MOST_NEIGHBOURS = 100
+"""Neighbours of a client, by default; in cohorts of up to 101, all others."""
 
 
 def neighbourhoods(
     cohort: Sequence[int], key: tuple[int, int], degree: int = MOST_NEIGHBOURS
 ) -> dict[int, tuple[int, ...]]:
-    """Each client's neighbours and itself, in ascending order; its secrets are shared among these.
+    """Each client's neighbourhood: its neighbours and itself, which hold the shares of its secrets.
+
+    Args:
+        cohort: the clients of the round.
+        key: (run key, round), which the order on the circle is drawn from.
+        degree: largest number of neighbours; in a graph, an odd one counts as one less.
+
+    Returns:
+        Client -> its neighbourhood in ascending order.
 
     Examples:
         >>> neighbourhoods([4, 7, 9], (0, 1))[7]
@@ -33,7 +42,7 @@ def neighbourhoods(
         return dict.fromkeys(members, tuple(members))
     reach, count = degree // 2, len(members)
     words = stream(key, (0, 0, 0, word3(Purpose.GRAPH)), -(-count // 4)).reshape(-1)[:count]
-    order = np.argsort(words, kind="stable").tolist()  # the same on every machine
+    order = np.argsort(words, kind="stable").tolist()  # a stable sort: the same on every machine
     return {
         members[order[place]]: tuple(
             sorted(members[order[(place + step) % count]] for step in range(-reach, reach + 1))
@@ -43,10 +52,10 @@ def neighbourhoods(
 
 
 def threshold(holders: int) -> int:
-    """How many of so many holders must give their shares: two thirds, rounded up.
+    """How many of ``holders`` shares recombine a secret: two thirds, rounded up, at least 2.
 
-    More than half of holders and colluders together, as long as fewer than a third collude: then no two sets of
-    holders can be told different survivors and both give what they have.
+    As long as fewer than a third of the holders collude with the server, twice the threshold exceeds holders plus
+    colluders. So no two groups of holders that were told of different surviving clients can both reach it.
 
     Examples:
         >>> [threshold(n) for n in (2, 3, 4, 10, 100)]

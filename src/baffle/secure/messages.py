@@ -1,15 +1,16 @@
-"""What clients and server of a secure sum say to each other in a round.
+"""The messages of one round of a secure sum, with the stages of Bonawitz et al. (CCS 2017) that they belong to.
 
-Advert     client -> server   a round's mask key and sealed shares; rides on the reply of the round before
-Introduced server -> client   what the others advertised, as far as it is for this client
-Masked     client -> server   the masked vector
-Survivors  server -> client   whose vectors have come
-Unmasked   client -> server   shares of the self-masks of these, and a signature of who they are
+KeysResponse   client -> server   a round's mask key and sealed shares (AdvertiseKeys, ShareKeys); it can travel with
+                                  the reply of the round before
+Introduced     server -> client   the part of each neighbour's advert that is for this client (ShareKeys)
+Masked         client -> server   the masked vector (MaskedInputCollection)
+Survivors      server -> client   the surviving clients: those whose vectors have arrived (ConsistencyCheck)
+UnmaskResponse client -> server   a signature of the surviving clients, and shares of their self-mask seeds
 
-And if somebody was lost after the introductions:
+And if a client dropped out after the introductions:
 
-Survivors  server -> client   the same, with the signatures of those that were told the same
-Unmasked   client -> server   shares of the mask keys of the lost
+Survivors      server -> client   the same, with the signatures of neighbours that signed the same (ConsistencyCheck)
+UnmaskResponse client -> server   shares of the mask seeds of the dropped clients (Unmasking)
 """
 
 from __future__ import annotations
@@ -19,84 +20,98 @@ import hashlib
 import msgspec
 
 COMMITMENT = 16
-"""Bytes of a commitment to a share or a seed: a hash of 128 random bits, cut to 128."""
+"""Bytes of a commitment to a share or a seed: a hash of 128 random bits, truncated to 128 bits."""
 
 
-class Card(msgspec.Struct, frozen=True):
-    """The public half of an identity: 32 bytes each."""
+class PublicKeys(msgspec.Struct, frozen=True):
+    """The public half of an identity.
+
+    Attributes:
+        signing: Ed25519 key, 32 bytes.
+        sealing: X25519 key, 32 bytes.
+    """
 
     signing: bytes
     sealing: bytes
 
 
-class Advert(msgspec.Struct, frozen=True, kw_only=True, tag="advert"):
-    """One client's keys for one round. Holders are its neighbours and itself, in ascending order."""
+class KeysResponse(msgspec.Struct, frozen=True, kw_only=True, tag="advert"):
+    """One client's keys for one round, and shares of them (AdvertiseKeys and ShareKeys).
+
+    The holders of its shares are its neighbours and itself, in ascending order.
+    """
 
     round: int
     client: int
     mask_public: bytes
-    """X25519, 32 bytes."""
+    """Public mask key: X25519, 32 bytes."""
     self_commitment: bytes
-    """To the self-mask seed."""
+    """Commitment to the self-mask seed."""
     commitments: bytes
-    """For each holder: to its share of the mask seed, to its share of the self-mask seed."""
+    """For each holder, commitments to its share of the mask seed and to its share of the self-mask seed."""
     sealed: tuple[bytes, ...]
-    """For each holder: both shares, encrypted for it; empty for the client itself."""
+    """For each holder, both shares encrypted for it; empty for the client itself."""
     signature: bytes
-    """Of :func:`signed_advert`."""
+    """Signature of :func:`signed_advert`."""
 
 
 class Introduced(msgspec.Struct, frozen=True, kw_only=True):
-    """What another client's advert holds for this one."""
+    """The part of a neighbour's advert that is for one client (the server's half of ShareKeys)."""
 
     client: int
     mask_public: bytes
     rest: bytes
-    """Hash of what else was signed, see :func:`rest_of`."""
+    """Hash of everything else that the neighbour signed, see :func:`rest_of`."""
     signature: bytes
+    """Signature of :func:`signed_advert`."""
     sealed: bytes
+    """Both shares, encrypted for this client."""
     commitments: bytes
-    """To the two shares in ``sealed``."""
+    """Commitments to the two shares in ``sealed``."""
 
 
 class Masked(msgspec.Struct, frozen=True, kw_only=True, tag="masked"):
-    """A client's vector, of which the server learns nothing before the sum."""
+    """A client's masked vector, which looks uniformly random to the server (MaskedInputCollection)."""
 
     round: int
     client: int
     vector: bytes
     """uint32, little-endian: weighted scalars modulo 2^32, then weight, clipped, nonfinite; plus masks."""
     complaints: tuple[int, ...] = ()
-    """Clients whose shares were not what they had committed to."""
+    """Neighbours whose shares were not those that they had committed to."""
 
 
 class Survivors(msgspec.Struct, frozen=True, kw_only=True, tag="survivors"):
-    """Whose masked vectors the server has."""
+    """The surviving clients: those whose masked vectors the server has (ConsistencyCheck)."""
 
     round: int
     clients: tuple[int, ...]
     signatures: tuple[tuple[int, bytes], ...] = ()
-    """Client and signature, of neighbours that were told the same; empty at first."""
+    """Client and signature of each neighbour that signed the same clients; empty at first."""
 
 
-class Unmasked(msgspec.Struct, frozen=True, kw_only=True, tag="unmasked"):
-    """One share of each neighbour that was introduced, and of the client itself, by ascending number."""
+class UnmaskResponse(msgspec.Struct, frozen=True, kw_only=True, tag="unmasked"):
+    """One share of each introduced neighbour and of the client itself, in ascending order of clients.
+
+    The first message has the shares of the surviving clients' self-mask seeds, the second one those of the dropped
+    clients' mask seeds.
+    """
 
     round: int
     client: int
     shares: tuple[bytes, ...]
-    """At first of the self-mask seeds of survivors, then of the mask seeds of others; empty where there is none."""
+    """Empty where this message has no share of a client."""
     signature: bytes
-    """Of :func:`signed_survivors`: what this client was told."""
+    """Signature of :func:`signed_survivors`: the surviving clients as the server named them to this client."""
 
 
 def commitment(context: bytes, secret: bytes) -> bytes:
-    """To 128 random bits; they cannot be found from it, and no others fit."""
+    """Commit to 128 random bits: the commitment does not reveal them, and no other bits fit it."""
     return hashlib.sha256(b"commitment" + context + secret).digest()[:COMMITMENT]
 
 
 def context(key: int, round: int, *clients: int) -> bytes:
-    """What binds a key or a signature to its run, round and clients.
+    """Bytes that bind a key or a signature to its run, round and clients.
 
     Examples:
         >>> len(context(1, 2, 3)), context(1, 2, 3) == context(1, 3, 2)
@@ -106,12 +121,12 @@ def context(key: int, round: int, *clients: int) -> bytes:
 
 
 def sealing(key: int, round: int, dealer: int, holder: int, mask_public: bytes) -> bytes:
-    """What binds shares to their advert: its mask key is new in each, also if a round is advertised again."""
+    """Bytes that bind sealed shares to their advert: the mask key differs even if a client advertises a round twice."""
     return context(key, round, dealer, holder) + mask_public
 
 
 def rest_of(self_commitment: bytes, commitments: bytes, sealed: tuple[bytes, ...]) -> bytes:
-    """Hash of what an advert holds besides its mask key."""
+    """Hash of all of an advert but its mask key, so that neighbours can check the signature without the rest."""
     digest = hashlib.sha256(self_commitment + commitments)
     for part in sealed:
         digest.update(hashlib.sha256(part).digest())
@@ -119,10 +134,10 @@ def rest_of(self_commitment: bytes, commitments: bytes, sealed: tuple[bytes, ...
 
 
 def signed_advert(key: int, round: int, client: int, mask_public: bytes, rest: bytes) -> bytes:
-    """What a client signs of its advert."""
+    """The bytes of an advert that its client signs."""
     return b"baffle advert\0" + context(key, round, client) + mask_public + rest
 
 
 def signed_survivors(key: int, round: int, clients: tuple[int, ...]) -> bytes:
-    """What clients sign when they are told who survived."""
+    """The bytes that clients sign to confirm the set of surviving clients."""
     return b"baffle survivors\0" + context(key, round, *clients)

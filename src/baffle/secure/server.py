@@ -1,8 +1,10 @@
-"""The server's side of one round of the secure sum: who is introduced to whom, who survived, and the sum.
+"""The server's side of one round of a secure sum: introductions, masked vectors, surviving clients, and the sum.
 
-Clients may drop out at every stage, as long as the threshold of each one's neighbours is left: without an advert they
-are not in the round; without a masked vector their mask keys are recombined and their masks taken out; of those whose
-vector came, the self-masks are. A share that is not the one its client committed to names its holder.
+Clients may drop out at every stage, as long as the threshold of each neighbourhood is left. A client that sent no
+advert is not in the round. For one that dropped out before its vector, the mask seed is recombined and its pair masks
+are removed; for one whose vector arrived, the self-mask seed is recombined and its self-mask is removed. Never both:
+together they would reveal a client's vector. A share that its client did not commit to names its holder. Stages are
+named as in Bonawitz et al. (CCS 2017).
 """
 
 from __future__ import annotations
@@ -14,14 +16,14 @@ import numpy as np
 from baffle.core.types import Integers, packed_size
 from baffle.errors import SecureSumError
 from baffle.secure.graph import MOST_NEIGHBOURS, neighbourhoods, threshold
-from baffle.secure.masks import Card, Words, agree, mask_key, pair_mask, self_mask, unpack_words, verify
+from baffle.secure.masks import PublicKeys, Words, agree, mask_key, pair_mask, self_mask, unpack_words, verify
 from baffle.secure.messages import (
     COMMITMENT,
-    Advert,
     Introduced,
+    KeysResponse,
     Masked,
     Survivors,
-    Unmasked,
+    UnmaskResponse,
     commitment,
     context,
     rest_of,
@@ -31,13 +33,21 @@ from baffle.secure.messages import (
 from baffle.secure.shares import SECRET, recombine
 
 COUNTS = 3
-"""Numbers after the scalars of a vector: weight, clipped, nonfinite; magnitudes may follow."""
+"""Numbers that follow the scalars in a vector: weight, clipped, nonfinite; magnitudes may follow."""
 
 
 class SecureRound:
-    """Sum one round's vectors of ``size`` scalars, for a cohort whose identities are known.
+    """Sum the vectors of one round. Methods are called in the order of the stages.
 
-    Raises SecureSumError, naming the client, for what does not fit; the round goes on without it.
+    A message that does not fit raises SecureSumError, which names the client, and leaves the round as it was.
+
+    Args:
+        key: the run key.
+        round: number of the round.
+        cohort: its participants.
+        cards: their public keys.
+        size: scalars in a vector: K times local steps.
+        degree: largest number of neighbours.
     """
 
     def __init__(
@@ -45,7 +55,7 @@ class SecureRound:
         key: int,
         round: int,
         cohort: Sequence[int],
-        cards: Mapping[int, Card],
+        cards: Mapping[int, PublicKeys],
         size: int,
         counts: int = COUNTS,
         *,
@@ -56,21 +66,25 @@ class SecureRound:
         self._counts, self._word = counts, word
         self._around = neighbourhoods(cohort, (key, round), degree)
         self._place = {client: {other: i for i, other in enumerate(near)} for client, near in self._around.items()}
-        self._adverts: dict[int, Advert] = {}
-        self._rests: dict[int, bytes] = {}  # hash of what each advert holds besides its mask key
+        self._adverts: dict[int, KeysResponse] = {}
+        self._rests: dict[int, bytes] = {}  # hash of all of each advert but its mask key
         self._introduced: tuple[int, ...] | None = None
         self._vectors: dict[int, Words] = {}
         self._complaints: set[tuple[int, int]] = set()  # holder, dealer
         self._survivors: tuple[int, ...] | None = None
         self._shares: dict[int, dict[int, bytes]] = {}  # holder -> dealer -> share
-        self._done: set[int] = set()  # holders that have given all
+        self._done: set[int] = set()  # holders that have given all their shares
         self.signatures: dict[int, bytes] = {}
-        """What clients signed of the survivors they were told of."""
+        """Client -> its signature of the surviving clients."""
 
-    # -- adverts -----------------------------------------------------------------------------------------------------
+    # -- AdvertiseKeys and ShareKeys ---------------------------------------------------------------------------------
 
-    def advertise(self, advert: Advert) -> None:
-        """Take an advert in, if its client signed it and it is whole."""
+    def advertise(self, advert: KeysResponse) -> None:
+        """AdvertiseKeys and ShareKeys: accept a client's keys for the round.
+
+        Raises:
+            SecureSumError: the advert is malformed, not signed, or too late.
+        """
         client = advert.client
         around = self._around.get(client)
         where = f"round {self._round}, client {client}"
@@ -93,21 +107,25 @@ class SecureRound:
         self._adverts[client], self._rests[client] = advert, rest
 
     @property
-    def cards(self) -> Mapping[int, Card]:
-        """The keys of the cohort, by client."""
+    def cards(self) -> Mapping[int, PublicKeys]:
+        """Client -> its public keys, for the whole cohort."""
         return self._cards
 
-    def cards_for(self, client: int) -> dict[int, Card]:
-        """The keys of a client's neighbours."""
+    def cards_for(self, client: int) -> dict[int, PublicKeys]:
+        """Client -> its public keys, for one client's neighbourhood."""
         return {other: self._cards[other] for other in self._around[client]}
 
     @property
     def advertised(self) -> frozenset[int]:
-        """Who has advertised."""
+        """Clients that have advertised."""
         return frozenset(self._adverts)
 
     def introduce(self, client: int) -> tuple[Introduced, ...]:
-        """What a client is told of its neighbours. From the first call on the round is closed to newcomers."""
+        """ShareKeys: for one client, its neighbours' keys and shares. The first call closes the round to new adverts.
+
+        Raises:
+            SecureSumError: the client did not advertise.
+        """
         if client not in self._adverts:
             raise SecureSumError(f"round {self._round}, client {client}: did not advertise: expected one that did")
         if self._introduced is None:
@@ -118,16 +136,20 @@ class SecureRound:
             if other != client and other in self._adverts
         )
 
-    # -- vectors -----------------------------------------------------------------------------------------------------
+    # -- MaskedInputCollection ---------------------------------------------------------------------------------------
 
     def add(self, masked: Masked) -> None:
-        """Take a masked vector in. One that comes twice is refused."""
+        """MaskedInputCollection: accept a masked vector, one per client.
+
+        Raises:
+            SecureSumError: the vector is malformed, not from an introduced client, a second one, or too late.
+        """
         where = f"round {self._round}, client {masked.client}"
         if masked.round != self._round or masked.client not in (self._introduced or ()):
             raise SecureSumError(f"{where}: a vector for round {masked.round}: expected one of those introduced")
         if masked.client in self._vectors or self._survivors is not None:
             raise SecureSumError(
-                f"{where}: a second vector, or one too late: expected one, before the survivors are told"
+                f"{where}: a second vector, or one too late: expected one, before the survivors are named"
             )
         words = packed_size(self._size, self._word)
         if len(masked.vector) != words + 4 * self._counts:
@@ -142,13 +164,16 @@ class SecureRound:
 
     @property
     def masked(self) -> frozenset[int]:
-        """Whose vectors have come."""
+        """Clients whose vectors have arrived."""
         return frozenset(self._vectors)
 
-    def survive(self) -> Survivors:
-        """Close the round to further vectors; what to tell those that survived, at first.
+    # -- ConsistencyCheck --------------------------------------------------------------------------------------------
 
-        Raises SecureSumError, and leaves the round open, if some neighbourhood has too few to unmask.
+    def survive(self) -> Survivors:
+        """ConsistencyCheck: close the round to further vectors, and name the surviving clients.
+
+        Raises:
+            SecureSumError: some neighbourhood has too few surviving clients to unmask; the round stays open.
         """
         if not self._vectors:
             raise SecureSumError(f"round {self._round}: no vector came: expected at least the threshold")
@@ -160,28 +185,32 @@ class SecureRound:
         return Survivors(round=self._round, clients=self._survivors)
 
     @property
-    def lost(self) -> frozenset[int]:
-        """Who was introduced and did not survive: those that did are told twice, see :meth:`told`."""
+    def dropped(self) -> frozenset[int]:
+        """Introduced clients without a vector. If there are any, :meth:`survivors_for` is sent twice."""
         return frozenset(self._introduced or ()) - frozenset(self._survivors or ())
 
-    def told(self, client: int) -> Survivors:
-        """What to tell a survivor; once it has signed them, with the signatures around it.
+    def survivors_for(self, client: int) -> Survivors:
+        """ConsistencyCheck: the surviving clients, for one of them; once it has signed, with signatures around it.
 
-        Raises SecureSumError if too few have signed.
+        Raises:
+            SecureSumError: too few neighbours have signed.
         """
-        told = self.survive()
+        survivors = self.survive()
         if client not in self.signatures:
-            return told
+            return survivors
         signed = tuple((other, self.signatures[other]) for other in self._around[client] if other in self.signatures)
         self._require(client, len(signed))
-        return Survivors(round=told.round, clients=told.clients, signatures=signed)
+        return Survivors(round=survivors.round, clients=survivors.clients, signatures=signed)
 
-    # -- shares ------------------------------------------------------------------------------------------------------
+    # -- Unmasking ---------------------------------------------------------------------------------------------------
 
-    def unmask(self, unmasked: Unmasked) -> None:
-        """Take a survivor's shares in: first those of survivors, then those of the lost.
+    def unmask(self, unmasked: UnmaskResponse) -> None:
+        """ConsistencyCheck and Unmasking: accept a surviving client's signature and its shares.
 
-        Raises SecureSumError naming it if one is not what its dealer committed to.
+        The first message brings shares of surviving clients' seeds, the second one those of dropped clients' seeds.
+
+        Raises:
+            SecureSumError: the signature is wrong, or a share is not the one that its dealer committed to.
         """
         holder, survivors = unmasked.client, self._survivors or ()
         where = f"round {self._round}, client {holder}"
@@ -193,43 +222,47 @@ class SecureRound:
         dealers = [dealer for dealer in self._around[holder] if dealer in (self._introduced or ())]
         if len(unmasked.shares) != len(dealers):
             raise SecureSumError(f"{where}: {len(unmasked.shares)} shares: expected {len(dealers)}")
-        found = dict(zip(dealers, unmasked.shares, strict=True))
+        shares = dict(zip(dealers, unmasked.shares, strict=True))
         first = holder not in self.signatures
-        for dealer, share in found.items():
+        for dealer, share in shares.items():
             due = (dealer in survivors) == first and (holder, dealer) not in self._complaints
             if bool(share) != due or (due and not self._fits(dealer, holder, share)):
                 raise SecureSumError(f"{where}: lied about its share of client {dealer}; it is left out")
-        self._shares.setdefault(holder, {}).update({dealer: share for dealer, share in found.items() if share})
+        self._shares.setdefault(holder, {}).update({dealer: share for dealer, share in shares.items() if share})
         self.signatures[holder] = unmasked.signature
-        if not first or not self.lost & set(dealers):
+        if not first or not self.dropped & set(dealers):
             self._done.add(holder)
 
     @property
     def missing(self) -> frozenset[int]:
-        """Survivors that have shares to give, still."""
+        """Surviving clients that still have shares to give."""
         return frozenset(self._survivors or ()) - self._done
 
     @property
     def opened(self) -> bool:
-        """Whether there are enough shares of all survivors, and so enough signatures around each."""
+        """Whether there are enough shares of all surviving clients, and so enough signatures around each."""
         return self._survivors is not None and self._enough(self._survivors)
 
     @property
     def ready(self) -> bool:
-        """Whether there are enough shares of everyone."""
+        """Whether there are enough shares of all introduced clients, so that :meth:`total` can be computed."""
         return self._survivors is not None and self._enough(self._introduced or ())
 
     def _enough(self, dealers: Sequence[int]) -> bool:
         return all(len(self._holders(dealer)) >= threshold(len(self._around[dealer])) for dealer in dealers)
 
     def total(self) -> tuple[Integers, tuple[int, ...]]:
-        """The sum of the survivors' scalars, int64[size], and of their weights, clipped and nonfinite scalars.
+        """Unmasking: recombine the seeds, and remove all masks from the sum of the vectors.
 
-        Raises SecureSumError if there are too few shares, or a client dealt shares that do not fit together.
+        Returns:
+            The sum of the surviving clients' scalars, int64[size], and of their weight, clipped and nonfinite counts.
+
+        Raises:
+            SecureSumError: there are too few shares, or a client dealt shares that do not fit together.
         """
         survivors = self._survivors
         if survivors is None:
-            raise SecureSumError(f"round {self._round}: no survivors yet: expected to have told them")
+            raise SecureSumError(f"round {self._round}: no survivors yet: expected survive() before")
         for dealer in self._introduced or ():
             self._require(dealer, len(self._holders(dealer)))
         seeds = self._recombine()
@@ -245,19 +278,20 @@ class SecureRound:
         return signed, tuple(int(count) for count in total[self._size :])
 
     def _left_over(self, client: int, seed: bytes, size: int) -> Words:
-        """What takes a dropped client's masks out of its neighbours' vectors."""
-        private, found = mask_key(seed), np.zeros(size, np.uint32)
+        """What removes a dropped client's pair masks from the sum of its neighbours' vectors."""
+        private, masks = mask_key(seed), np.zeros(size, np.uint32)
         for other in self._around[client]:
             if other != client and other in self._vectors:
                 pair = context(self._key, self._round, *sorted((client, other)))
                 mask = pair_mask(private, self._adverts[other].mask_public, pair, size)
-                found = found + mask if client < other else found - mask
-        return found
+                masks = masks + mask if client < other else masks - mask
+        return masks
 
     def _recombine(self) -> dict[int, bytes]:
-        """Self-mask seeds of survivors, mask seeds of others, by client."""
+        """Client -> its recombined seed: the self-mask seed of a surviving client, the mask seed of a dropped one."""
         dealers = self._introduced or ()
-        holders = [self._holders(d)[: threshold(len(self._around[d]))] for d in dealers]  # equally many of each
+        # neighbourhoods are equally large, so cut to the threshold there are equally many holders, as recombine needs
+        holders = [self._holders(d)[: threshold(len(self._around[d]))] for d in dealers]
         positions = [[self._place[d][h] + 1 for h in near] for d, near in zip(dealers, holders, strict=True)]
         shares = [[self._shares[h][d] for h in near] for d, near in zip(dealers, holders, strict=True)]
         seeds = dict(zip(dealers, recombine(positions, shares), strict=True))
@@ -275,7 +309,7 @@ class SecureRound:
         return [h for h in self._around[dealer] if dealer in self._shares.get(h, {})]
 
     def _fits(self, dealer: int, holder: int, share: bytes) -> bool:
-        """Whether this is the share that a dealer committed to."""
+        """Whether a share is the one that its dealer committed to."""
         of_self = dealer in (self._survivors or ())
         start = 2 * COMMITMENT * self._place[dealer][holder] + (COMMITMENT if of_self else 0)
         expected = self._adverts[dealer].commitments[start : start + COMMITMENT]
@@ -289,7 +323,7 @@ class SecureRound:
             )
 
 
-def _introduction(advert: Advert, rest: bytes, position: int) -> Introduced:
+def _introduction(advert: KeysResponse, rest: bytes, position: int) -> Introduced:
     return Introduced(
         client=advert.client,
         mask_public=advert.mask_public,

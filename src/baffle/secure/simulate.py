@@ -1,6 +1,6 @@
-"""A whole round of the secure sum in one process: every message is made, and its bytes are counted.
+"""A whole round of a secure sum in one process: every message is made, and its bytes are counted.
 
-What the simulation runs; and what tests run, with clients that are lost at any stage.
+The simulation runs it, and so do tests, with clients that drop out at any stage.
 """
 
 from __future__ import annotations
@@ -17,8 +17,15 @@ from baffle.secure.server import SecureRound
 
 
 @dataclass(frozen=True)
-class Lost:
-    """Clients that are lost before they advertise, before their vector, before their shares of either kind."""
+class Dropped:
+    """Clients that drop out, by the message that they do not send any more.
+
+    Attributes:
+        before_advert: send nothing.
+        before_vector: advertise, and send no masked vector.
+        before_shares: send a masked vector, and no shares.
+        before_last_shares: send shares of self-mask seeds, and none of dropped clients' mask seeds.
+    """
 
     before_advert: Collection[int] = field(default_factory=tuple)
     before_vector: Collection[int] = field(default_factory=tuple)
@@ -28,7 +35,13 @@ class Lost:
 
 @dataclass(frozen=True)
 class Summed:
-    """The sum of the survivors' replies, and what it took: bytes of all clients' messages, and of those to them."""
+    """The sum of the surviving clients' replies, and its cost.
+
+    Attributes:
+        total: the sum.
+        bytes_up: bytes of all messages from clients.
+        bytes_down: bytes of all messages to clients.
+    """
 
     total: Aggregate
     bytes_up: int
@@ -36,9 +49,19 @@ class Summed:
 
 
 def sum_together(
-    task: Task, clients: Mapping[int, SecureClient], replies: Sequence[Reply], lost: Lost = Lost()
+    task: Task, clients: Mapping[int, SecureClient], replies: Sequence[Reply], dropped: Dropped = Dropped()
 ) -> Summed:
-    """Sum replies by the protocol. Raises SecureSumError if too many clients are lost."""
+    """Sum replies by the protocol.
+
+    Args:
+        task: the round's task.
+        clients: the cohort.
+        replies: each client's plain reply.
+        dropped: clients that drop out, and when.
+
+    Raises:
+        SecureSumError: too many clients drop out.
+    """
     cards = {client: secure.card for client, secure in clients.items()}
     cohort = sorted(clients)
     size = task.local_steps * task.numbers
@@ -47,28 +70,28 @@ def sum_together(
     )
     up = down = 0
     for client in cohort:
-        if client not in lost.before_advert:
+        if client not in dropped.before_advert:
             advert = clients[client].advertise(task.round, cohort, cards)
             up += len(msgspec.msgpack.encode(advert))
             here.advertise(advert)
-    given = {reply.client: reply for reply in replies}
+    plain = {reply.client: reply for reply in replies}
     for client in sorted(here.advertised):
         introduced = here.introduce(client)
         down += len(msgspec.msgpack.encode(introduced))
-        if client not in lost.before_vector:
-            reply = given[client]
+        if client not in dropped.before_vector:
+            reply = plain[client]
             values = unpack(reply.scalars, task.bits, size) * reply.weight
             masked = clients[client].mask(task.round, introduced, values, counts_of(reply), task.word)
             up += len(msgspec.msgpack.encode(masked))
             here.add(masked)
     survivors = here.survive()
-    for gone in (lost.before_shares, {*lost.before_shares, *lost.before_last_shares}):
-        for client in sorted(here.missing):  # all, then if somebody was lost all again
-            told = here.told(client)
-            down += len(msgspec.msgpack.encode(told))
-            if client not in gone:
-                unmasked = clients[client].unmask(told)
+    for absent in (dropped.before_shares, {*dropped.before_shares, *dropped.before_last_shares}):
+        for client in sorted(here.missing):  # all; then, if a client dropped out before its vector, all again
+            request = here.survivors_for(client)
+            down += len(msgspec.msgpack.encode(request))
+            if client not in absent:
+                unmasked = clients[client].unmask(request)
                 up += len(msgspec.msgpack.encode(unmasked))
                 here.unmask(unmasked)
-    total, counts = here.total()
-    return Summed(summed(task, total, counts, survivors.clients), up, down)
+    total, sums = here.total()
+    return Summed(summed(task, total, sums, survivors.clients), up, down)

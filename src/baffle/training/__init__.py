@@ -1,1 +1,1 @@
-"""Training: the loop, the short way in, the baseline by backpropagation."""
+"""Training: the loop, ``fit`` as the shortest way to it, and the backpropagation baseline."""

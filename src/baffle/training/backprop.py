@@ -1,8 +1,8 @@
-"""The baseline: the same federation with true gradients by backpropagation.
+"""The backpropagation baseline: the same federation with exact gradients.
 
 FedSGD and FedAvg: McMahan et al., arXiv 1602.05629. Clients, cohorts, mini-batches, weights, optimizer, average and
-records are those of the forward-only run with the same options; only what a client answers differs. A round sends
-n float32 numbers up and down for each participant, and stores activations that an inference does not.
+records are those of the forward-only run with the same options; only the clients' responses differ. A round sends
+n float32 values in each direction per participant, and stores activations that inference does not need.
 """
 
 from __future__ import annotations
@@ -64,11 +64,33 @@ def train_backprop(
     progress: Progress | None = None,
     command: dict[str, str | int | float | bool | None] | None = None,
 ) -> Run:
-    """Train by backpropagation what ``train`` would train by forward passes; ``model`` itself stays as it is.
+    """Train by backpropagation what ``train`` would train by forward passes, for comparison.
 
-    ``fedsgd``: each participant answers with the gradient of its mini-batch. ``fedavg``: with the mean gradient of
-    ``method.local_steps`` SGD steps of its own. The run folder has settings and metrics but no journal: it can be
-    reported and compared, not replayed.
+    The run folder has settings and metrics but no journal: it can be reported and compared, but not replayed.
+
+    Args:
+        kind: ``fedsgd``: each participant returns the gradient of its mini-batch. ``fedavg``: the mean gradient of
+            ``method.local_steps`` local SGD steps.
+        method: As in ``train``; what concerns perturbations is ignored.
+        engine: The clients.
+        model: The model to start from; it is not changed.
+        loss: As in ``fit``.
+        rounds: Number of updates.
+        test: As in ``train``.
+        validation: As in ``train``.
+        seed: As in ``train``.
+        out: New run folder; without it nothing is written.
+        evaluate_every: As in ``train``.
+        progress: Called with the record of each round.
+        command: As in ``train``.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        PlanError: ``kind`` and ``method.local_steps`` contradict each other.
+        ModelError: The model cannot be differentiated.
+        RunExistsError: ``out`` exists.
 
     Examples:
         >>> import torch.nn.functional as F
@@ -150,11 +172,11 @@ class _Gradients:
                 x = x.contiguous(memory_format=torch.channels_last)
         try:
             loss = self._loss(self._model(x), y).mean()
-            found: tuple[Tensor | None, ...] = torch.autograd.grad(loss, self._parameters, allow_unused=True)
+            gradients: tuple[Tensor | None, ...] = torch.autograd.grad(loss, self._parameters, allow_unused=True)
         except Exception as error:  # of the user's own code
             raise ModelError(f"the model cannot be differentiated on inputs {tuple(x.shape)}: {error}") from error
         return self._flat(
-            [torch.zeros_like(p) if g is None else g for p, g in zip(self._parameters, found, strict=True)]
+            [torch.zeros_like(p) if g is None else g for p, g in zip(self._parameters, gradients, strict=True)]
         )
 
     @staticmethod
@@ -166,7 +188,7 @@ class _Gradients:
 def _round(
     method: Method, engine: LocalEngine, gradients: _Gradients, task: Task, cohort: Cohort, state: State
 ) -> tuple[State, float]:
-    """One round: every participant's gradient, weighted; the optimizer's step; the average. And the clip factor."""
+    """One round: weighted sum of the participants' gradients, optimizer step, average. Also returns the clip factor."""
     total = np.zeros(state.weights.size, np.float64)
     for client, weight in cohort.items():
         weights = state.weights

@@ -1,9 +1,9 @@
-"""From options to what training needs: data, clients, model, engine."""
+"""From options to the parts of a run: data, clients, model, runtime, engine."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from baffle.errors import CorruptRunError, DataError, ModelError, OptionError, P
 from baffle.runfolder.journal import Journal
 from baffle.runtimes import Runtime
 from baffle.runtimes.choose import MARGIN, Choice, choose, trial_batch
+from baffle.runtimes.evaluation_plan import EvaluationPlan
 from baffle.runtimes.onnx.bundle import Bundle, Precision
 from baffle.runtimes.onnx.load import load_runtime
 from baffle.training.options import TrainConfig
@@ -33,7 +34,7 @@ _MOST_CLASSES = 2**20  # a larger label is a mistake, not a reason to build such
 
 @dataclass(frozen=True)
 class Setup:
-    """What a training run is made of."""
+    """The parts of a training run in one process."""
 
     clients: tuple[Dataset, ...]
     validation: Dataset | None
@@ -42,12 +43,12 @@ class Setup:
     engine: LocalEngine
     initial: Weights
     choice: Choice | None = None
-    """How passes are evaluated, where that was measured."""
+    """How passes are evaluated, if that was measured."""
 
 
 @dataclass(frozen=True)
 class Server:
-    """What a server of clients on other machines is made of. ``train`` says what examples are like."""
+    """The parts of a server whose clients are on other machines. ``train`` shows what examples look like."""
 
     train: Dataset
     validation: Dataset | None
@@ -60,7 +61,7 @@ class Server:
 
 
 def splits(options: TrainConfig) -> tuple[Dataset, Dataset | None, Dataset]:
-    """(train, held out, test) with checked labels."""
+    """Read the data: (training, held-out, test) examples, with checked labels. Raises DataError."""
     train, test = load(options.dataset, options.data, augmented=options.augment)
     for data in (train, test):
         if not np.issubdtype(data.y.dtype, np.integer) or data.y.ndim != 1:
@@ -91,7 +92,7 @@ def assemble(options: TrainConfig) -> Setup:
 
 
 def assemble_server(options: TrainConfig) -> Server:
-    """Read the server's own data, build the model, and the bundle for clients that only infer."""
+    """Read the server's own data, build the model, and the bundle for inference-only clients."""
     require_runtime(options)
     train, validation, test = splits(options)
     vocabulary = vocabulary_of(train, validation, test)
@@ -113,9 +114,16 @@ def require_runtime(options: TrainConfig) -> None:
 def model_of(
     options: TrainConfig, train: Dataset, vocabulary: int | None, sample: Dataset
 ) -> tuple[nn.Module, Masks | None]:
-    """The model, with its start, frozen where it is not trained, and pruned; the masks of that.
+    """Build the model that the options describe: with its initial weights, pruned, and partly frozen.
 
-    A forward-only score for pruning sees the first examples of ``sample``.
+    Args:
+        options: What to build.
+        train: Training data, for the shape of examples and the number of classes.
+        vocabulary: Number of tokens; None if examples are not tokens.
+        sample: Examples whose first few the forward-only pruning score uses.
+
+    Returns:
+        The model, and the pruning masks of its trainable tensors (None if it is not pruned).
     """
     # PyTorch is imported here, so that --help and replay do not wait for it
     from baffle.models import build
@@ -137,7 +145,7 @@ def model_of(
 
 
 def narrowed(options: TrainConfig, model: nn.Module, sample: Dataset) -> tuple[nn.Module, Masks | None]:
-    """The model pruned, and frozen where it is not to be trained; the masks of what is."""
+    """Prune a model and freeze the part that is not trained; the model, and the masks of the trainable tensors."""
     from baffle.models import train_only
 
     masks: Masks | None = None
@@ -170,9 +178,10 @@ def command_of(journal: Journal) -> TrainConfig:
 
 
 def model_of_run(journal: Journal, options: TrainConfig) -> tuple[nn.Module, Masks | None]:
-    """The model that a run trained, with its averaged weights, and its masks; ``options`` are the run's.
+    """Build the model that a run trained, with its averaged weights; the model and its masks.
 
-    Raises PlanError if they make another model, as with a start that has changed.
+    Raises PlanError if ``options``, which are the run's, now make another model, for example from changed weights to
+    start from.
     """
     from torch.nn.functional import cross_entropy
 
@@ -181,17 +190,17 @@ def model_of_run(journal: Journal, options: TrainConfig) -> tuple[nn.Module, Mas
     train, validation, test = splits(options)
     model, masks = model_of(options, train, vocabulary_of(train, validation, test), options.split(train)[0])
     runtime = TorchRuntime(model, cross_entropy, threads=1, masks=masks)
-    told = (runtime.table, runtime.plan.get("frozen"))
-    if told != (journal.config.table, journal.config.plan.get("frozen")):
+    recorded = EvaluationPlan.of(journal.config.plan)
+    if runtime.table != journal.config.table or EvaluationPlan.of(runtime.plan).frozen != recorded.frozen:
         raise PlanError(f"{journal.path}: the run trained another model than its options make now")
     load_into(model, runtime.table, journal.state().ema_weights)
     return model, masks
 
 
 def runtime_of(options: TrainConfig, model: nn.Module, data: Dataset, masks: Masks | None) -> Runtime:
-    """The runtime that the options name, for a model of class labels; exported if it is not PyTorch's.
+    """Make the runtime that the options name, for a classifier; the model is exported unless the runtime is PyTorch's.
 
-    Without a measurement "auto" is the usual way.
+    "auto" is taken as the default here: nothing is measured.
     """
     from torch.nn.functional import cross_entropy
 
@@ -210,17 +219,17 @@ def runtime_of(options: TrainConfig, model: nn.Module, data: Dataset, masks: Mas
     return load_runtime(bundle_of(options, model, data, masks), options.runtime, options.threads, options.precision)
 
 
-def as_planned(options: TrainConfig, plan: Mapping[str, str | int]) -> TrainConfig:
-    """The options that evaluate as a run did: what was measured then is not measured again."""
-    runtime = str(plan.get("runtime", options.runtime))
-    strategy = str(plan.get("strategy", "copies")) if runtime == "torch" else "auto"
-    return msgspec.structs.replace(options, runtime=runtime, strategy=strategy, threads=plan.get("threads", 1))
+def evaluated_as(options: TrainConfig, plan: EvaluationPlan) -> TrainConfig:
+    """The options that evaluate as a run did, so that nothing is measured again."""
+    runtime = plan.runtime or options.runtime
+    strategy = plan.strategy if runtime == "torch" else "auto"
+    return msgspec.structs.replace(options, runtime=runtime, strategy=strategy, threads=plan.threads)
 
 
 def chosen_of(
     options: TrainConfig, model: nn.Module, data: Dataset, masks: Masks | None, clients: Sequence[Dataset]
 ) -> Choice | None:
-    """The runtime that a short measurement on the clients' first examples finds the fastest; None: it is told."""
+    """Choose the fastest runtime by a short measurement on the clients' first examples; None if options name one."""
     if options.strategy != "auto" or options.runtime not in ("torch", "auto"):
         return None
     ways = {
@@ -236,12 +245,12 @@ def chosen_of(
         trial_batch(clients[:count], options.batch_size),
         num_directions=options.num_directions,
         family=options.family,
-        margin=1.0 if options.runtime == "auto" else MARGIN,  # who asks for it wants the fastest
+        margin=1.0 if options.runtime == "auto" else MARGIN,  # no margin: a user who sets it wants the fastest
     )
 
 
 def bundle_of(options: TrainConfig, model: nn.Module, data: Dataset, masks: Masks | None) -> Bundle:
-    """The client bundle of a model; one for bf16 computes in float32 where the engine is not told otherwise."""
+    """Export a model as a client bundle. For bf16 the bundle is in float32, because bf16 is a setting of the engine."""
     from torch.nn.functional import cross_entropy
 
     from baffle.exporter import export
@@ -254,30 +263,31 @@ def bundle_of(options: TrainConfig, model: nn.Module, data: Dataset, masks: Mask
 def load_start(model: nn.Module, path: Path) -> None:
     """Copy weights into a model by name: the average of a run folder, or the tensors of a .safetensors file.
 
-    The last layer may be missing there, or have another number of classes; it then stays as it is. Raises ModelError
-    if any other tensor is missing, has another shape or is not finite. Buffers are copied where the file has them.
+    The last layer may be missing from the file, or have another number of classes; it is then not changed. Raises
+    ModelError if any other tensor is missing, has another shape or is not finite. Buffers are copied if they are in
+    the file.
     """
     import torch
 
-    found = _tensors(path)
+    tensors = _tensors(path)
     parameters = dict(model.named_parameters())
     last = next(reversed(parameters), "").rpartition(".")[0]
-    if not found.keys() & parameters.keys():
+    if not tensors.keys() & parameters.keys():
         raise ModelError(f"{path}: no tensor of the model: expected {', '.join(list(parameters)[:4])}, ...")
     with torch.no_grad():
-        for name, kept in [*parameters.items(), *model.named_buffers()]:
-            given = found.get(name)
-            if given is not None and given.shape == kept.shape:
-                if not torch.isfinite(given.float()).all():
+        for name, target in [*parameters.items(), *model.named_buffers()]:
+            tensor = tensors.get(name)
+            if tensor is not None and tensor.shape == target.shape:
+                if not torch.isfinite(tensor.float()).all():
                     raise ModelError(f"{path}: {name}: found NaN or infinity: expected finite numbers")
-                kept.copy_(given)
+                target.copy_(tensor)
                 continue
             other = name in parameters and name.rpartition(".")[0] == last
-            if given is None and (other or name not in parameters):
+            if tensor is None and (other or name not in parameters):
                 continue
-            if given is None or not other or given.shape[1:] != kept.shape[1:]:
-                told = "no such tensor" if given is None else f"shape {list(given.shape)}"
-                raise ModelError(f"{path}: {name}: {told}: expected {list(kept.shape)}, as the model has it")
+            if tensor is None or not other or tensor.shape[1:] != target.shape[1:]:
+                problem = "no such tensor" if tensor is None else f"shape {list(tensor.shape)}"
+                raise ModelError(f"{path}: {name}: {problem}: expected {list(target.shape)}, as the model has it")
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
@@ -290,7 +300,8 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{path}: expected a run folder or a .safetensors file ({error})") from error
     journal = Journal.open(path)
-    if journal.config.plan.get("frozen") and journal.config.command is not None:  # its rows tell of a part
+    # the rows of a partly frozen model cover its trainable part only
+    if EvaluationPlan.of(journal.config.plan).frozen and journal.config.command is not None:
         model, _ = model_of_run(journal, command_of(journal))
         return {name: tensor.detach() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
     average = journal.state().ema_weights

@@ -1,4 +1,4 @@
-"""The shortest way in: a PyTorch model, clients' data and a loss -> a trained model."""
+"""``fit``: from a PyTorch model, the clients' data and a loss to a trained model in one call."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ if TYPE_CHECKING:
 
 
 def default_method(rounds: int) -> Method:
-    """100 shared rank-1 directions, forward differences, Adam 1e-2 on a cosine over ``rounds``."""
+    """The method of ``fit``: 100 shared rank-1 directions, forward differences, Adam with lr 0.01 on a cosine schedule.
+
+    Args:
+        rounds: Length of the schedule.
+
+    Returns:
+        The method, for ``fit`` or ``train``.
+    """
     return Method(optimizer=Adam(lr=0.01, schedule=Cosine(rounds)))
 
 
@@ -38,11 +45,29 @@ def fit(
 ) -> Run:
     """Train a copy of ``model`` on clients that run forward passes only, simulated in this process.
 
-    A short measurement says how passes are evaluated; the run's ``config.plan`` has it.
+    The way forward passes are evaluated is chosen by a short measurement and recorded in the run's ``config.plan``.
 
-    ``method`` is by default ``default_method(rounds)``; one of your own brings its own schedule. The model itself
-    stays as it is; ``run.load_into(model)`` brings the result into it. ``loss(output, target)``
-    is any function of ``torch.nn.functional`` or one that gives a number an example.
+    Args:
+        model: The model to start from. It is not changed: ``run.load_into(model)`` copies the result into it.
+        clients: One data set per client, as ``partition`` returns them.
+        loss: ``loss(output, target)``: a function of ``torch.nn.functional``, or one that returns one number per
+            example.
+        test: Data to evaluate on every 10 rounds and at the end; without it, loss and accuracy are None.
+        rounds: Number of updates of the weights.
+        method: What happens in a round; by default ``default_method(rounds)``. A method of your own has its own
+            learning-rate schedule.
+        seed: Seed of everything random; equal seeds give bit-identical runs.
+        out: New run folder; without it nothing is written.
+        progress: Called with the record of each round.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        RunExistsError: ``out`` exists.
+        DataError: A client has no examples.
+        ModelError: The model cannot be evaluated on the clients' examples.
+        DivergedError: Training diverged more often than ``method.guard`` allows.
 
     Examples:
         >>> import torch.nn.functional as F

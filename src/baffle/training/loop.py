@@ -1,9 +1,9 @@
-"""The training loop: plan, exchange, absorb, journal. It knows no engine, no model and no network.
+"""The training loop: plan, exchange, absorb, commit. It knows engines by their protocol only, no model, no network.
 
     for each round:  method.plan -> engine.exchange -> method.absorb -> journal.commit
 
-Round 0 calibrates the scale of the scalars (and, if it was off by far, so do up to three more); the other rounds,
-up to number ``rounds``, update the weights.
+Round 0 measures the scale of the scalars (and up to three more rounds do if it was far off); the other rounds, up
+to number ``rounds``, update the weights.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -29,13 +28,12 @@ from baffle.protocol.encoding import decode_row, encode_message
 from baffle.runfolder.config import RunConfig
 from baffle.runfolder.journal import Journal
 from baffle.runfolder.metrics import Record, record_of
+from baffle.runtimes.evaluation_plan import EvaluationPlan
 from baffle.training.result import Run, evaluate, finish
-from baffle.training.rollback import Lookout
-
-if TYPE_CHECKING:
-    pass
+from baffle.training.rollback import Rollback
 
 Progress = Callable[[Record], None]
+"""Called with the record of each round after it is saved."""
 
 
 def train(
@@ -53,11 +51,35 @@ def train(
     progress: Progress | None = None,
     command: dict[str, str | int | float | bool | None] | None = None,
 ) -> Run:
-    """Train from ``initial`` weights (float32[n]) for ``rounds`` updates.
+    """Train for ``rounds`` updates of the weights with any engine.
 
-    ``out`` names a new run folder; without one nothing is written. Every ``evaluate_every`` rounds, and at the
-    end, the average is evaluated on ``test``; with ``validation`` data the rounds are judged by these, and the test
-    is taken once, at the end. ``progress`` is called with each round's record.
+    Every ``evaluate_every`` rounds and after the last one, the averaged weights are evaluated. The guard of the
+    method judges a run by these evaluations.
+
+    Args:
+        method: What happens in a round.
+        engine: Carries tasks to the clients: ``LocalEngine``, ``PipeEngine``, ``RemoteEngine``, or your own.
+        initial: Weights to start from, float32[n], flat in the order of ``engine.table``.
+        rounds: Number of updates.
+        test: Data to evaluate on. With ``validation``, they are used once, after the last round.
+        validation: Data to evaluate on during training.
+        seed: Seed of everything random, 0 to 2^64 - 1; equal seeds give bit-identical runs.
+        out: New run folder; without it nothing is written.
+        evaluate_every: Rounds from one evaluation to the next.
+        snapshot_every: Rounds from one saved state to the next, which a resume starts from.
+        progress: Called with the record of each round.
+        command: Options to record in ``config.json``, from which the command line can rebuild data and model.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        RunExistsError: ``out`` exists.
+        JournalError: The run folder cannot be written; what was saved before can be resumed.
+        OptionError: A number is out of range.
+        ModelError: ``initial`` does not fit the model, or the model cannot be evaluated on ``test``.
+        PlanError: Method and engine contradict each other.
+        DivergedError: The run diverged more often than the guard allows.
 
     Examples:
         >>> import torch.nn.functional as F
@@ -97,7 +119,7 @@ def train(
     try:
         return _loop(config, engine, state, journal, test, validation, progress)
     except BaffleError as error:
-        if not journal.rows and not isinstance(error, JournalError):  # it never began
+        if not journal.rows and not isinstance(error, JournalError):  # it never started
             shutil.rmtree(journal.path)
         raise
     finally:
@@ -114,9 +136,39 @@ def resume(
     repair: bool = False,
     progress: Progress | None = None,
 ) -> Run:
-    """Continue a run folder where it stopped; the weights that follow are those of an undisturbed run.
+    """Continue a run where it stopped, to bit-identical weights as if it had not stopped.
 
-    ``rounds`` sets a new total. The engine must be made as it was. ``repair`` drops rounds behind damage.
+    Args:
+        path: The run folder.
+        engine: An engine with the same model and the same clients' data as before.
+        test: As in ``train``.
+        validation: As in ``train``.
+        rounds: A new total of rounds; by default the run's own.
+        repair: Whether to drop rounds after damage instead of refusing; damaged files are kept as ``*.damaged``.
+        progress: Called with the record of each new round.
+
+    Returns:
+        The finished run, with the records of all its rounds.
+
+    Raises:
+        JournalError: ``path`` is not the folder of a run, another process writes it, or it cannot be written.
+        CorruptRunError: The folder is damaged and ``repair`` is not set, or no round is intact.
+        PlanError: Model, frozen parameters or clients' data differ from those of the run.
+        OptionError: ``rounds`` is less than what is done.
+        DivergedError: The run diverged more often than the guard allows.
+
+    Examples:
+        >>> import tempfile, torch.nn.functional as F
+        >>> from torch import nn
+        >>> import baffle as bf
+        >>> data, test = bf.load("digits")
+        >>> def engine():
+        ...     runtime = bf.TorchRuntime(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), F.cross_entropy)
+        ...     return bf.LocalEngine(runtime, bf.partition(data, clients=3))
+        >>> out = Path(tempfile.mkdtemp(), "run")
+        >>> run = train(bf.Method(num_directions=4), engine(), np.zeros(650, np.float32), rounds=2, out=out)
+        >>> resume(out, engine(), rounds=4, test=test).summary()["rounds"]
+        4
     """
     journal = Journal.open(path, write=True, repair=repair)
     try:
@@ -126,9 +178,10 @@ def resume(
             raise PlanError(f"{path}: the run trains other tensors than this model has: expected the same model")
         if engine.sizes[: len(journal.config.clients)] != journal.config.clients:  # more may have joined
             raise PlanError(f"{path}: the run has other clients than this engine: expected the same partition")
-        if engine.plan.get("data") != journal.config.plan.get("data"):
+        now, then = EvaluationPlan.of(engine.plan), EvaluationPlan.of(journal.config.plan)
+        if now.data != then.data:
             raise PlanError(f"{path}: the clients' data differ from those of the run: expected the same partition")
-        if engine.plan.get("frozen") != journal.config.plan.get("frozen"):
+        if now.frozen != then.frozen:
             raise PlanError(f"{path}: the frozen parameters differ from those of the run: expected the same model")
         if rounds is not None:
             journal.extend(rounds=_count("rounds", rounds))
@@ -152,8 +205,8 @@ def _loop(
     last = decode_row(rows[-1]) if rows else None
     watched = test if validation is None else validation
     loss, accuracy, evaluated = None, None, False
-    lookout = Lookout.start(method.guard, config.evaluate_every, records, journal)
-    while state.round <= config.rounds and not lookout.exhausted(last):
+    rollback = Rollback.start(method.guard, config.evaluate_every, records, journal)
+    while state.round <= config.rounds and not rollback.exhausted(last):
         index = state.round
         started = time.perf_counter()
         if engine.sizes != config.clients:  # some have joined
@@ -173,13 +226,13 @@ def _loop(
                 samples_forwarded=exchange.samples_forwarded + calibration.samples_forwarded,
             )
         last, state = method.absorb(
-            state, table, task, cohort, exchange.total or exchange.replies, last, checkpoint=lookout.checkpoint
+            state, table, task, cohort, exchange.total or exchange.replies, last, checkpoint=rollback.checkpoint
         )
         due = index % config.evaluate_every == 0
         evaluated = last.restores is None and (due or index == config.rounds)
         loss, accuracy = evaluate(engine, state.ema_weights, watched) if evaluated else (None, None)
-        # the last round's own evaluation is not judged: another total of rounds would not have made it
-        last, state, lookout = lookout.judge(method, last, state, loss, evaluated=evaluated and due)
+        # the guard ignores an evaluation that is only due to the end: with another total it would not exist
+        last, state, rollback = rollback.judge(method, last, state, loss, evaluated=evaluated and due)
         record = _record(last, exchange, loss, accuracy, time.perf_counter() - started)
         if journal is None:
             rows.append(encode_message(last))
@@ -192,13 +245,14 @@ def _loop(
             progress(record)
     if journal is not None:
         journal.finish(state)
-    if last is not None and lookout.exhausted(last):
+    if last is not None and rollback.exhausted(last):
         raise DivergedError(
             f"round {last.round}: the run diverged (number {last.rollbacks}) and stops with the weights it had after "
             f"round {last.restores}. Use a smaller lr than {method.optimizer.lr:g}, or clip_update"
         )
     path = None if journal is None else journal.path
-    if not evaluated or (last is not None and last.restores is not None):  # nothing was left to do, or it went back
+    # no round was left to do, or the last one rolled back
+    if not evaluated or (last is not None and last.restores is not None):
         loss, accuracy = evaluate(engine, state.ema_weights, watched)
     return finish(config, state, records, (loss, accuracy), engine, test, validation, path)
 

@@ -1,9 +1,9 @@
-"""What ``baffle train`` can be told, by flags or by a TOML file, and how it becomes a method."""
+"""The options of ``baffle train``, by flags or in a TOML file, and the method that they describe."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import msgspec
 
@@ -30,57 +30,100 @@ PRUNE_BY = ("magnitude", "inputs", "channels")
 DEFAULT_CLIENTS = 10
 DEFAULT_ALPHA = 0.5
 DEFAULT_SHARDS = 2
+_DATA, _METHOD, _RUN = "Data and clients", "Method", "Run"
+
+
+def _about(group: str, description: str, shown: object = None) -> msgspec.Meta:
+    """What ``--help`` says of an option: under which heading, what it is, and the default if the field's is None."""
+    return msgspec.Meta(description=description, extra={"group": group, "shown": shown})
 
 
 class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Options of a training run. The TOML file has these names, with ``_`` or ``-``."""
+    """Options of a training run. Command-line options and keys of a TOML file have these names, with ``-`` or ``_``.
 
-    dataset: str = "digits"
-    data: str | None = None
-    augment: bool = False
-    holdout: int | None = None
-    model: str = "lenet-small"
-    activation: str | None = None
-    norm: str | None = None
-    start: str | None = None
-    trainable: str = "all"
-    prune: float = 0.0
-    prune_by: str = "magnitude"
-    runtime: str = "torch"
-    precision: str = "fp32"
-    branches: bool = False
-    strategy: str = "auto"
-    memory: str | None = None
-    clients: int | None = None
-    partition: str = "iid"
-    alpha: float | None = None
-    shards: int | None = None
-    participation: float = 1.0
-    batch_size: int = 32
-    num_directions: int = 100
-    family: Family = "rank1"
-    sharing: Sharing = "shared"
-    difference: Difference | None = None
-    sigma: float | Literal["auto"] = "auto"
-    lattice: int = 0
-    optimizer: str = "adam"
-    lr: float = 0.01
-    schedule: str = "cosine"
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    clip_scalars: float | None = None
-    clip_update: float | None = None
-    secure_sum: bool = False
-    ema: float = 0.98
-    guard: str = "rollback"
-    rounds: int = 200
-    local_steps: int = 1
-    local_lr: float | None = None
-    backprop: Literal["fedsgd", "fedavg"] | None = None
-    seed: int = 0
-    threads: int | None = None
-    evaluate_every: int = 10
-    snapshot_every: int = 100
+    Types, defaults and descriptions are written here only; the command line is generated from them.
+
+    Raises:
+        OptionError: A value is out of range, or two options contradict each other.
+
+    Examples:
+        >>> TrainConfig(lr=0.1, optimizer="sgd").method().optimizer.lr
+        0.1
+    """
+
+    dataset: Annotated[str, _about(_DATA, "digits, mnist, fashion-mnist, cifar10, cifar100, or arrays (your own).")] = (
+        "digits"
+    )
+    data: Annotated[str | None, _about(_DATA, "Folder of the official files, or FILE.npz.")] = None
+    augment: Annotated[bool, _about(_DATA, "Augment batches: shift by up to 4 pixels, flip.")] = False
+    holdout: Annotated[int | None, _about(_DATA, "Examples per class to hold out, to evaluate on while training.")] = (
+        None
+    )
+    model: Annotated[str, _about(_DATA, "One of 'baffle models', or package.module:builder.")] = "lenet-small"
+    activation: Annotated[str | None, _about(_DATA, "hardswish, relu, selu or gelu.", "hardswish")] = None
+    norm: Annotated[str | None, _about(_DATA, "group or none; by default the model's own.")] = None
+    start: Annotated[
+        str | None, _about(_DATA, "Weights to start from: a run folder (its average), or FILE.safetensors.")
+    ] = None
+    trainable: Annotated[str, _about(_DATA, "What is trained: all, head, scales, or a pattern of names.")] = "all"
+    prune: Annotated[float, _about(_DATA, "Share of the weights to prune before training.")] = 0.0
+    prune_by: Annotated[
+        str, _about(_DATA, "magnitude, inputs (a forward-only score), or channels (a smaller model).")
+    ] = "magnitude"
+    runtime: Annotated[str, _about(_DATA, "torch, ort or openvino; auto: the faster of torch and openvino.")] = "torch"
+    precision: Annotated[str, _about(_DATA, "fp32, bf16, fp16, int8 or int8-weights, where the runtime has it.")] = (
+        "fp32"
+    )
+    branches: Annotated[bool, _about(_DATA, "Rank-1 perturbations as side branches, in float (ort, openvino).")] = False
+    clients: Annotated[int | None, _about(_DATA, "Number of clients.", DEFAULT_CLIENTS)] = None
+    partition: Annotated[str, _about(_DATA, "iid, dirichlet, shards, or column.")] = "iid"
+    alpha: Annotated[float | None, _about(_DATA, "Dirichlet parameter; smaller is less alike.", DEFAULT_ALPHA)] = None
+    shards: Annotated[int | None, _about(_DATA, "Shards of sorted labels per client.", DEFAULT_SHARDS)] = None
+    participation: Annotated[float, _about(_DATA, "Share of clients that take part in a round.")] = 1.0
+    batch_size: Annotated[int, _about(_DATA, "Examples of a client's mini-batch.")] = 32
+    num_directions: Annotated[int, _about(_METHOD, "K: directions, and numbers a client returns.")] = 100
+    family: Annotated[Family, _about(_METHOD, "rank1, rademacher or gaussian directions.")] = "rank1"
+    sharing: Annotated[Sharing, _about(_METHOD, "shared directions (scalars can be summed), or per-client.")] = "shared"
+    difference: Annotated[
+        Difference | None,
+        _about(_METHOD, "forward (K+1 passes) or central (2K); by default forward in fp32, else central."),
+    ] = None
+    sigma: Annotated[
+        float | Literal["auto"], _about(_METHOD, "Step of the finite difference; auto: clients measure it.")
+    ] = "auto"
+    lattice: Annotated[
+        int, _about(_METHOD, "Perturb matrices by up to this many int8 levels, 1 to 8; 0: by sigma.")
+    ] = 0
+    optimizer: Annotated[str, _about(_METHOD, "sgd, adam or adamw, on the server.")] = "adam"
+    lr: Annotated[float, _about(_METHOD, "Learning rate.")] = 0.01
+    schedule: Annotated[str, _about(_METHOD, "constant, or cosine over the rounds.")] = "cosine"
+    momentum: Annotated[float, _about(_METHOD, "Momentum of sgd.")] = 0.0
+    weight_decay: Annotated[float, _about(_METHOD, "Weight decay.")] = 0.0
+    clip_scalars: Annotated[float | None, _about(_METHOD, "Clients clip each scalar to this.")] = None
+    clip_update: Annotated[float | None, _about(_METHOD, "The server clips the estimate's max-norm to this.")] = None
+    secure_sum: Annotated[bool, _about(_METHOD, "Secure aggregation: the server sees only the clients' sum.")] = False
+    ema: Annotated[float, _about(_METHOD, "Decay of the averaged weights that are evaluated.")] = 0.98
+    guard: Annotated[str, _about(_METHOD, "If training diverges: rollback (with a smaller lr), stop, or off.")] = (
+        "rollback"
+    )
+    rounds: Annotated[int, _about(_RUN, "Updates of the weights.")] = 200
+    local_steps: Annotated[int, _about(_METHOD, "SGD steps on a client in a round.")] = 1
+    local_lr: Annotated[float | None, _about(_METHOD, "Their learning rate; plain sgd: lr / local_steps.")] = None
+    backprop: Annotated[
+        Literal["fedsgd", "fedavg"] | None,
+        _about(_RUN, "Backpropagation baseline, without guard: fedsgd, or fedavg (with local steps)."),
+    ] = None
+    seed: Annotated[int, _about(_RUN, "Seed of everything random.")] = 0
+    threads: Annotated[int | None, _about(_RUN, "Passes at a time, one thread each; by default one per core.")] = None
+    strategy: Annotated[
+        str, _about(_RUN, "How torch evaluates: copies, stacked, streaming; auto: chosen by a short measurement.")
+    ] = "auto"
+    memory: Annotated[
+        str | None,
+        _about(_RUN, "Memory for evaluation besides the model's, as 64MB; by default what is fastest."),
+    ] = None
+    evaluate_every: Annotated[int, _about(_RUN, "Rounds between evaluations.")] = 10
+    snapshot_every: Annotated[int, _about(_RUN, "Rounds between snapshots.")] = 100
 
     def __post_init__(self) -> None:
         keep_floats(self)
@@ -133,17 +176,17 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     @property
     def memory_bytes(self) -> int | None:
-        """The memory that an evaluation may take, in bytes; None: what it needs to be fast."""
+        """Memory limit of an evaluation, in bytes; None for as much as makes it fast."""
         return None if self.memory is None else parse_bytes("memory", self.memory)
 
     @property
     def differences(self) -> Difference:
-        """Forward in float32, else central: where a forward pass rounds, sigma must be large."""
+        """Which finite differences to use; the default is forward in float32, else central, for a large sigma."""
         usual: Difference = "forward" if self.precision == "fp32" and not self.lattice else "central"
         return self.difference or usual
 
     def split(self, train: Dataset) -> tuple[Dataset, ...]:
-        """The clients' examples."""
+        """Split training data among the clients."""
         return partition(
             train,
             self.clients or (None if self.partition == "column" else DEFAULT_CLIENTS),
@@ -192,9 +235,18 @@ _CHOICES = {
 
 
 def train_config(file: Path | None, flags: dict[str, object]) -> TrainConfig:
-    """Options of a TOML file, if there is one, under the flags that were given (None: not given).
+    """Combine the options of a TOML file with flags, which take precedence.
 
-    Raises OptionError naming the option, JournalError if the file cannot be read.
+    Args:
+        file: The TOML file; None for none.
+        flags: Values by field name; None counts as not set.
+
+    Returns:
+        Checked options.
+
+    Raises:
+        OptionError: An option is unknown, has a bad value, or contradicts another one.
+        JournalError: The file cannot be read.
     """
     values: dict[str, object] = {}
     if file is not None:

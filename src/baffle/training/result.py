@@ -1,4 +1,4 @@
-"""What training gives, and its totals."""
+"""The result of training, and its totals."""
 
 from __future__ import annotations
 
@@ -26,11 +26,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What training gave.
+    """A finished run: the trained weights, how good they are, and the record of each round.
 
-    ``average`` is the exponential moving average of the weights, which is what loss and accuracy are of;
-    ``weights`` are the raw ones, whose hash the journal holds. Both flat, float32[n]. ``loss`` and ``accuracy`` are
-    of the test data at the end, the other two of validation data, if there were any.
+    Loss and accuracy are those of the averaged weights (an exponential moving average over the rounds), not of the
+    raw weights, whose hash the journal holds.
+
+    Attributes:
+        config: Everything the run was made from, except data and model code.
+        state: Weights, average and optimizer state after the last round.
+        records: One record per round: what it did, and its cost.
+        loss: Mean loss on the test data at the end; None without test data or if it is not known.
+        accuracy: Share of correct predictions on the test data at the end, 0 to 1.
+        validation_loss: Mean loss on the validation data at the end; None without such data.
+        validation_accuracy: Share of correct predictions on the validation data at the end.
+        path: The run folder; None if nothing was written.
+
+    Examples:
+        >>> import torch.nn.functional as F
+        >>> from torch import nn
+        >>> import baffle as bf
+        >>> train, test = bf.load("digits")
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        >>> run = bf.fit(model, bf.partition(train, clients=3), loss=F.cross_entropy, test=test, rounds=5)
+        >>> len(run.records), run.weights.shape  # round 0 only measures the scale of the scalars
+        (6, (650,))
+        >>> run.load_into(model)
     """
 
     config: RunConfig
@@ -64,7 +84,7 @@ class Run:
         load_into(model, self.config.table, self.average)
 
     def summary(self) -> dict[str, str | int | float | None]:
-        """Totals of the run, as ``baffle train --json`` prints them."""
+        """Totals of the run, as ``baffle train --json`` prints them; None where a value is unknown."""
         method, records = self.config.method, self.records
         return (
             {
@@ -107,7 +127,21 @@ def finish(
     validation: Dataset | None,
     path: Path | None,
 ) -> Run:
-    """The run that is done, last ``measured`` on validation data if there are any; its totals in ``summary.json``."""
+    """Make the finished run, and write its totals to ``summary.json``.
+
+    Args:
+        config: Settings of the run.
+        state: State after the last round.
+        records: One record per round.
+        measured: Loss and accuracy of the last evaluation: on ``validation`` if there is such data, else on ``test``.
+        engine: Evaluates on ``test`` if the last evaluation did not.
+        test: Test data.
+        validation: Validation data.
+        path: The run folder; None to write nothing.
+
+    Returns:
+        The run.
+    """
     if validation is None:
         run = Run(config, state, tuple(records), *measured, path=path)
     else:
@@ -118,7 +152,27 @@ def finish(
 
 
 def evaluate(engine: Engine, weights: Weights, test: Dataset | None) -> tuple[float | None, float | None]:
-    """Mean loss and accuracy on ``test``; None where there is none."""
+    """Evaluate weights on a data set.
+
+    Args:
+        engine: An engine, or any object with such an ``evaluate``, such as a runtime.
+        weights: Flat weights, float32[n].
+        test: The data; None to evaluate nothing.
+
+    Returns:
+        Mean loss (infinite if it is not finite) and share of correct predictions. Both are None without data; the
+        accuracy also where the model predicts no classes.
+
+    Examples:
+        >>> import torch.nn.functional as F
+        >>> from torch import nn
+        >>> import baffle as bf
+        >>> train, test = bf.load("digits")
+        >>> runtime = bf.TorchRuntime(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), F.cross_entropy)
+        >>> loss, accuracy = evaluate(bf.LocalEngine(runtime, [train]), runtime.initial_weights(), test)
+        >>> 0 <= accuracy <= 1
+        True
+    """
     if test is None:
         return None, None
     result = engine.evaluate(weights, test)

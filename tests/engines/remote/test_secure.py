@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,94 +12,78 @@ import pytest
 
 import baffle as bf
 from baffle.client.participant import Participant
-from baffle.engines.remote.transport import Arrival, Letter
+from baffle.engines.remote.transport import Arrival, Request
 from baffle.protocol.encoding import decode_row
 from baffle.protocol.messages import (
     STATE,
-    Advertise,
-    Answer,
-    Ask,
-    Concealed,
-    Question,
-    Unmask,
-    decode_question,
+    AnyRequest,
+    KeysRequest,
+    MaskedTrainResponse,
+    TrainRequest,
+    TrainResponse,
+    UnmaskRequest,
+    decode_request,
     decode_response,
     encode,
 )
 from baffle.runfolder.clients import Roster, read_members, read_rounds
 from baffle.runfolder.metrics import Record
 from baffle.secure.masks import Identity
-from baffle.secure.messages import Advert, Unmasked
+from baffle.secure.messages import KeysResponse, UnmaskResponse
 from remote_helpers import (
     DEADLINE,
     METHOD,
     RUNTIME,
     TRAIN,
-    Clock,
     Federation,
     Node,
-    Office,
     local,
-    patched_clock,
     who_answered,
 )
 
 SECURE = msgspec.structs.replace(METHOD, aggregate=bf.secure_sum())
-clock_for = contextmanager(patched_clock)
-
-
-@pytest.fixture(autouse=True)
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No power fails here."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-
-@pytest.fixture
-def clock() -> Iterator[Clock]:
-    with clock_for() as clock:
-        yield clock
 
 
 class SecureNode(Node):
     """A client with keys for secure sums; they outlive a restart, as the file of a node's key does."""
 
-    def restart(self) -> None:
+    def start(self) -> Participant:
         identity = Identity.make(self.name.encode())
-        self.participant = Participant(self.name, lambda setup: (RUNTIME, self.data), identity=identity)
+        return Participant(self.name, lambda setup: (RUNTIME, self.data), identity=identity)
 
 
 @pytest.fixture
-def fed(clock: Clock) -> Federation:
-    return secure_federation(clock, 5)
+def fed() -> Federation:
+    return secure_federation(5)
 
 
-def secure_federation(clock: Clock, clients: int) -> Federation:
+def secure_federation(clients: int) -> Federation:
     parts = bf.partition(TRAIN, clients, seed=0)
     nodes: list[Node] = [SecureNode(f"client-{i:03d}", 100 + i, data) for i, data in enumerate(parts)]
-    return Federation(clock, nodes, Office(clock, nodes))
+    return Federation.of(nodes)
 
 
-def losing(round: int, kind: type) -> Callable[[Letter, Arrival], list[Arrival]]:
-    """A node whose answers to one kind of question are lost in one round."""
+def losing(round: int, kind: type) -> Callable[[Request, Arrival], list[Arrival]]:
+    """A node whose answers to one kind of request are lost in one round."""
 
-    def twist(letter: Letter, arrival: Arrival) -> list[Arrival]:
-        question = decode_question(letter.question)
-        return [] if isinstance(question, kind) and round_of(question) == round else [arrival]
+    def twist(request: Request, arrival: Arrival) -> list[Arrival]:
+        message = decode_request(request.message)
+        return [] if isinstance(message, kind) and round_of(message) == round else [arrival]
 
     return twist
 
 
-def round_of(question: Question) -> int:
-    if isinstance(question, Ask):
-        return question.task.round
-    if isinstance(question, Unmask):
-        return question.survivors.round
-    return question.round if isinstance(question, Advertise) else -1
+def round_of(message: AnyRequest) -> int:
+    if isinstance(message, TrainRequest):
+        return message.task.round
+    if isinstance(message, UnmaskRequest):
+        return message.survivors.round
+    return message.round if isinstance(message, KeysRequest) else -1
 
 
-def questions(fed: Federation, kind: type) -> list[int]:
-    """The rounds of all questions of a kind."""
-    return [round_of(c.question) for c in fed.office.carried if isinstance(c.question, kind)]
+def requests(fed: Federation, kind: type) -> list[int]:
+    """The rounds of all requests of a kind."""
+    return [round_of(c.message) for c in fed.network.deliveries if isinstance(c.message, kind)]
 
 
 @pytest.mark.parametrize("kind", ["forward", "central", "local steps", "participation", "weights"])
@@ -116,26 +98,26 @@ def test_the_weights_are_those_of_plain_sums(kind: str, fed: Federation, tmp_pat
     run = fed.train(tmp_path / "run", method=method, engine=engine)
     plain = msgspec.structs.replace(method, aggregate=bf.weighted_sum())
     assert run.weights_sha256 == local(fed.data, method=plain).weights_sha256
-    assert not any(isinstance(c.response, Answer) for c in fed.office.carried)
-    for c in fed.office.carried:
-        if isinstance(c.response, Concealed):
+    assert not any(isinstance(c.response, TrainResponse) for c in fed.network.deliveries)
+    for c in fed.network.deliveries:
+        if isinstance(c.response, MaskedTrainResponse):
             assert len(c.response.masked.vector) == 4 * (method.num_directions * method.local_steps + 3)
 
 
 def test_a_round_takes_two_exchanges_once_keys_ride_on_replies(fed: Federation) -> None:
     fed.train(method=SECURE, rounds=6)
-    assert questions(fed, Advertise) == [0] * 5
-    assert sorted(questions(fed, Ask)) == sorted(questions(fed, Unmask)) == sorted(list(range(7)) * 5)
+    assert requests(fed, KeysRequest) == [0] * 5
+    assert sorted(requests(fed, TrainRequest)) == sorted(requests(fed, UnmaskRequest)) == sorted(list(range(7)) * 5)
 
 
-@pytest.mark.parametrize("stage", [Advertise, Ask, Unmask])
+@pytest.mark.parametrize("stage", [KeysRequest, TrainRequest, UnmaskRequest])
 def test_a_client_that_is_lost_at_a_stage_is_out_of_the_sum_or_in_it(
     stage: type, fed: Federation, tmp_path: Path
 ) -> None:
-    victim, lost_in = fed.nodes[2], 0 if stage is Advertise else 3
+    victim, lost_in = fed.nodes[2], 0 if stage is KeysRequest else 3
     victim.twist = losing(lost_in, stage)
     run = fed.train(tmp_path / "run", method=SECURE)
-    counted = stage is Unmask  # its vector was there: the others' shares unmask it
+    counted = stage is UnmaskRequest  # its vector was there: the others' shares unmask it
     there = who_answered(tmp_path / "run")
     out = {r for r in range(7) if 2 not in there[r]}
     # after a missed deadline it is asked but not waited for, once
@@ -147,7 +129,7 @@ def test_a_client_that_is_lost_at_a_stage_is_out_of_the_sum_or_in_it(
 def test_two_of_five_may_be_lost_but_not_more(fed: Federation, tmp_path: Path) -> None:
     """The threshold of five is four: with one lost there is a sum, with two the round is void and the run goes on."""
     for victim in fed.nodes[:2]:
-        victim.twist = losing(3, Unmask)
+        victim.twist = losing(3, UnmaskRequest)
     run = fed.train(tmp_path / "run", method=SECURE)
     there = who_answered(tmp_path / "run")
     assert there[3] == ()
@@ -175,10 +157,10 @@ def test_a_vector_that_comes_too_late_tells_what_its_client_has(fed: Federation,
     fed.train(tmp_path / "run", method=SECURE, rounds=2)
     slow = fed.nodes[1]
 
-    def twist(letter: Letter, arrival: Arrival) -> list[Arrival]:
+    def twist(request: Request, arrival: Arrival) -> list[Arrival]:
         assert arrival.response is not None
-        said = decode_response(arrival.response)
-        slow.seconds = 1.05 * DEADLINE if isinstance(said, Concealed) and said.masked.round == 3 else 0.1
+        answer = decode_response(arrival.response)
+        slow.seconds = 1.05 * DEADLINE if isinstance(answer, MaskedTrainResponse) and answer.masked.round == 3 else 0.1
         return [arrival]
 
     slow.twist = twist
@@ -186,19 +168,19 @@ def test_a_vector_that_comes_too_late_tells_what_its_client_has(fed: Federation,
     there = who_answered(tmp_path / "run")
     assert 1 not in there[3]
     assert 1 in there[6]
-    whole = [STATE in parcels for _, parcels in fed.office.asked(slow)]
+    whole = [STATE in attachments for _, attachments in fed.network.train_requests(slow)]
     assert whole == [True] + [False] * (len(whole) - 1)  # by rows ever after
 
 
 def test_a_client_that_lies_about_its_shares_is_named_and_left_out(
     fed: Federation, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def lie(letter: Letter, arrival: Arrival) -> list[Arrival]:
+    def lie(request: Request, arrival: Arrival) -> list[Arrival]:
         assert arrival.response is not None
-        said = decode_response(arrival.response)
-        if isinstance(said, Unmasked):
-            shares = tuple(bytes(16) for _ in said.shares)
-            return [replace(arrival, response=encode(msgspec.structs.replace(said, shares=shares)))]
+        answer = decode_response(arrival.response)
+        if isinstance(answer, UnmaskResponse):
+            shares = tuple(bytes(16) for _ in answer.shares)
+            return [replace(arrival, response=encode(msgspec.structs.replace(answer, shares=shares)))]
         return [arrival]
 
     fed.nodes[4].twist = lie
@@ -212,11 +194,11 @@ def test_a_client_that_lies_about_its_shares_is_named_and_left_out(
 
 
 def test_an_advert_that_another_signed_is_refused(fed: Federation, tmp_path: Path) -> None:
-    def forge(letter: Letter, arrival: Arrival) -> list[Arrival]:
+    def forge(request: Request, arrival: Arrival) -> list[Arrival]:
         assert arrival.response is not None
-        said = decode_response(arrival.response)
-        if isinstance(said, Advert):
-            return [replace(arrival, response=encode(msgspec.structs.replace(said, mask_public=bytes(32))))]
+        answer = decode_response(arrival.response)
+        if isinstance(answer, KeysResponse):
+            return [replace(arrival, response=encode(msgspec.structs.replace(answer, mask_public=bytes(32))))]
         return [arrival]
 
     fed.nodes[4].twist = forge
@@ -228,16 +210,16 @@ def test_a_resumed_run_skips_a_round_that_clients_have_answered(fed: Federation,
     """The server died between the vectors of round 3 and its row: nobody answers that round again."""
     engine = fed.engine(roster=Roster(tmp_path / "run"))
 
-    def die(letter: Letter, arrival: Arrival) -> list[Arrival]:
-        question = decode_question(letter.question)
-        if isinstance(question, Unmask) and question.survivors.round == 3:
+    def die(request: Request, arrival: Arrival) -> list[Arrival]:
+        message = decode_request(request.message)
+        if isinstance(message, UnmaskRequest) and message.survivors.round == 3:
             raise KeyboardInterrupt
         return [arrival]
 
     fed.nodes[4].twist = die
     with pytest.raises(KeyboardInterrupt):
         fed.train(tmp_path / "run", method=SECURE, engine=engine)
-    fed.nodes[4].twist = lambda letter, arrival: [arrival]
+    fed.nodes[4].twist = lambda request, arrival: [arrival]
     assert len(bf.Journal.open(tmp_path / "run").rows) == 3
     run = bf.resume(tmp_path / "run", fed.engine(roster=Roster(tmp_path / "run")))
     there = who_answered(tmp_path / "run")
@@ -247,8 +229,8 @@ def test_a_resumed_run_skips_a_round_that_clients_have_answered(fed: Federation,
     assert (states[-1].weights == run.weights).all()
 
 
-def test_a_client_may_refuse_plain_sums(clock: Clock) -> None:
-    fed = secure_federation(clock, 4)
+def test_a_client_may_refuse_plain_sums() -> None:
+    fed = secure_federation(4)
     careful = fed.nodes[0]
     careful.participant = Participant(
         careful.name, lambda setup: (RUNTIME, careful.data), identity=Identity.make(b"x"), only_secure=True
@@ -257,8 +239,8 @@ def test_a_client_may_refuse_plain_sums(clock: Clock) -> None:
     assert [record.participants for record in run.records] == [3, 3, 3]
 
 
-def test_clients_without_keys_are_not_part_of_a_secure_sum(clock: Clock) -> None:
-    fed = secure_federation(clock, 4)
+def test_clients_without_keys_are_not_part_of_a_secure_sum() -> None:
+    fed = secure_federation(4)
     plain = fed.nodes[0]
     plain.participant = Participant(plain.name, lambda setup: (RUNTIME, plain.data))
     run = fed.train(method=SECURE, rounds=2)

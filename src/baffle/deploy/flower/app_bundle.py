@@ -1,4 +1,7 @@
-"""Where the Flower app is: in the package where that is installed, in ``apps/`` in a checkout."""
+"""The Flower app's folder, and the hash by which clients trust it.
+
+The folder is in the package if that is installed, and in ``apps/`` in a checkout.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from baffle.errors import OptionError
 
 
 def app_folder() -> Path:
-    """The folder for ``flwr run``. Raises OptionError if it is not there."""
+    """The app's folder, for ``flwr run``. Raises OptionError if it is missing."""
     package = Path(baffle.__file__).parent
     for folder in (package / "app", package.parents[1] / "apps/baffle"):
         if (folder / "pyproject.toml").exists():
@@ -21,7 +24,7 @@ def app_folder() -> Path:
 
 
 def app_sha256(app: Path) -> str:
-    """SHA-256 of the bundle that ``flwr run`` makes of an app's folder."""
+    """SHA-256 of the bundle that ``flwr run`` makes of an app's folder. Raises OptionError if it is no app."""
     try:
         return hashlib.sha256(build_fab_from_disk(app)).hexdigest()
     except (OSError, ValueError) as error:

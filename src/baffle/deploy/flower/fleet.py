@@ -1,7 +1,8 @@
 """A node's connection to a SuperLink, in one process that stays.
 
-Flower's own SuperNode starts a process for every message and sleeps three seconds between looks. The same protocol
-(protobuf over HTTP, requests signed by the node's key) is spoken here."""
+Flower's own SuperNode starts a process for every message and sleeps three seconds between polls. The same protocol
+(protobuf over HTTP, requests signed by the node's key) is spoken here.
+"""
 
 from __future__ import annotations
 
@@ -50,20 +51,22 @@ from baffle.errors import FederationError, OptionError
 from baffle.protocol.messages import printable
 
 HEARTBEAT = 10
-"""Seconds: the shortest interval that Flower allows; a node counts as gone after two."""
-
+"""Interval in seconds: the shortest that Flower allows; a node counts as offline after two."""
 
 _BEAT_EVERY = 4.0
-
-
 _PULL_PATIENCE = 60.0
 
 
 class Fleet:
     """A node's connection to a SuperLink. Every call may raise FederationError: wait, then ``connect`` again.
 
-    ``certificates`` is a PEM file of the authority that signed the SuperLink's certificate; None: no TLS. ``key`` is
-    the node's private key; without one a key is made that lasts as long as this object.
+    Args:
+        superlink: ``HOST:PORT``.
+        certificates: PEM file of the authority that signed the SuperLink's certificate; None: no TLS.
+        key: The node's private key; by default a new one that lasts as long as this object.
+
+    Raises:
+        OptionError: The address is malformed, or the file has no certificates.
     """
 
     def __init__(
@@ -109,14 +112,14 @@ class Fleet:
         self.close()
 
     def connect(self) -> int:
-        """Become a node of the SuperLink, or become so again; its number there."""
+        """Become a node of the SuperLink, or become one again; return the node's number there."""
         if self._heart is not None and self._pulse():
-            return self._node.node_id  # one that is there already cannot be activated
+            return self._node.node_id  # one that is still online cannot be activated
         request = RegisterNodeFleetRequest(public_key=self._public)
         try:
             self._call(self._client.RegisterNode, request)
         except FederationError as error:
-            _log.debug("not registered: %s", error)  # it was before, or an operator has to
+            _log.debug("not registered: %s", error)  # it was registered before, or its operator has to do it
         activate = ActivateNodeRequest(public_key=self._public, heartbeat_interval=HEARTBEAT)
         try:
             self._node = Node(node_id=self._call(self._client.ActivateNode, activate).node_id)
@@ -170,7 +173,7 @@ class Fleet:
                     raise FederationError(f"the SuperLink does not store part {id[:12]} of a message")
 
     def app_of(self, message: Message) -> str:
-        """SHA-256 of the app bundle that a message's run was started with, taken of the bundle itself."""
+        """SHA-256 of the app bundle that a message's run was started with, computed from the bundle itself."""
         run = message.metadata.run_id
         if run not in self._apps:
             info = run_from_proto(self._call(self._client.GetRun, GetRunRequest(node=self._node, run_id=run)).run)
@@ -180,7 +183,7 @@ class Fleet:
         return self._apps[run]
 
     def close(self) -> None:
-        """Tell the SuperLink that this node goes, if it can be told."""
+        """Sign off, if the SuperLink can be reached."""
         self._stop.set()
         if self._heart is not None:
             self._heart.join(timeout=1)
@@ -191,7 +194,7 @@ class Fleet:
         self._client.close()
 
     def _pulse(self) -> bool:
-        """Send a heartbeat; whether this node is one of the SuperLink's."""
+        """Send a heartbeat; return whether the SuperLink knows this node."""
         request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT)
         try:
             return self._call(self._client.SendNodeHeartbeat, request).success
@@ -207,14 +210,14 @@ class Fleet:
         try:
             return patiently(lambda: method(*request))
         except httpx.HTTPStatusError as error:
-            told = FlowerError.from_json(error.response.text)
-            reason = f"{told.message} {told.public_details or ''}" if told is not None else error.response.text
+            details = FlowerError.from_json(error.response.text)
+            reason = f"{details.message} {details.public_details or ''}" if details is not None else error.response.text
             raise FederationError(
                 f"{self._address} refuses ({error.response.status_code}): {printable(reason, 200)}"
             ) from error
         except httpx.HTTPError as error:
             raise FederationError(f"{self._address} cannot be reached: {error}") from error
-        except (ValueError, RuntimeError) as error:  # no protobuf; a client that is being closed
+        except (ValueError, RuntimeError) as error:  # not protobuf; or the client is being closed
             raise FederationError(f"{self._address}: {error}") from error
 
 

@@ -43,27 +43,27 @@ _LINGER = 3.0
 class QuickGrid:
     """The Grid of a ServerApp with fewer requests and shorter waits: of a reply only the records are fetched.
 
-    Raises FederationError for what may go by. What the SuperLink fails to store (its database may be locked for a
-    moment) is sent again; a message of which it does not has no id. A reply whose parts do not come within seconds is
-    an error message in its place. The SuperLink may forget a reply some seconds after it was read: its sender is then
-    done with sending the rest.
+    Raises FederationError for transient failures. Objects that the SuperLink fails to store (its database may be
+    locked for a moment) are sent again; a message that it still does not store gets an empty id. A reply whose parts
+    do not arrive within seconds is replaced by an error message. A reply is confirmed, so that the SuperLink may delete
+    it, only some seconds after it was read: by then its sender has sent the rest of it.
     """
 
     def __init__(self, grid: HttpGrid) -> None:
         self._grid, self._client = grid, grid._runtime_client
-        self._read: deque[tuple[float, str]] = deque()  # replies, and when they were read
+        self._read: deque[tuple[float, str]] = deque()  # when each reply was read, and its id
 
     def get_nodes(self) -> Iterable[NodeInfo]:
-        """Who is connected."""
-        return _told(lambda: self._grid.get_nodes())
+        """The nodes that are connected."""
+        return _transient(lambda: self._grid.get_nodes())
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Send messages; their ids."""
-        return _told(lambda: self._push(messages))
+        """Send messages; return their ids, empty for those that were not stored."""
+        return _transient(lambda: self._push(messages))
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """The replies that have come."""
-        return _told(lambda: self._pull(message_ids))
+        """The replies that have arrived."""
+        return _transient(lambda: self._pull(message_ids))
 
     def _push(self, messages: Iterable[Message]) -> list[str]:
         objects: dict[str, InflatableObject] = {}
@@ -79,26 +79,26 @@ class QuickGrid:
             push = partial(
                 PushObjectRequest, node=self._grid.node, run_id=self._grid.run.run_id, session_id=response.session_id
             )
-            lost = {
+            missing = {
                 id
                 for id in records_last(response.objects_to_push, objects)
                 if not store(self._push_object, push(object_id=id, object_content=objects[id].deflate()))
             }
         parts = ({part.object_id for part in iterate_object_tree(tree)} for tree in trees)
-        return ["" if lost & ids else id for id, ids in zip(response.message_ids, parts, strict=True)]
+        return ["" if missing & ids else id for id, ids in zip(response.message_ids, parts, strict=True)]
 
     def _pull(self, message_ids: Iterable[str]) -> list[Message]:
         request = PullAppMessagesRequest(message_ids=message_ids)
         response = patiently(lambda: self._client.PullMessages(request))
         pairs = zip(response.messages_list, response.message_object_trees, strict=True)
-        found = [self._read_whole(message_from_proto(head), tree) for head, tree in pairs]
+        replies = [self._read_whole(message_from_proto(head), tree) for head, tree in pairs]
         while self._read and self._read[0][0] < time.monotonic() - _LINGER:
             _, id = self._read.popleft()
             node, run = self._grid.node, self._grid.run.run_id
             confirm = ConfirmMessageReceivedRequest(node=node, run_id=run, message_object_id=id)
-            with contextlib.suppress(httpx.HTTPStatusError):  # it is forgotten with the run at the latest
+            with contextlib.suppress(httpx.HTTPStatusError):  # it is deleted with the run at the latest
                 self._client.ConfirmMessageReceived(confirm)
-        return found
+        return replies
 
     def _push_object(self, request: PushObjectRequest) -> PushObjectResponse:
         return patiently(lambda: self._client.PushObject(request))
@@ -117,8 +117,11 @@ class QuickGrid:
         return message
 
 
-def _told(call: Callable[[], Result]) -> Result:
-    """What the SuperLink cannot do now is no reason for the run to end. Connection errors are waited out by Flower."""
+def _transient(call: Callable[[], Result]) -> Result:
+    """Turn temporary SuperLink errors into FederationError, which the round survives.
+
+    Flower itself waits until connection errors are over.
+    """
     try:
         return call()
     except httpx.HTTPStatusError as error:
@@ -126,5 +129,5 @@ def _told(call: Callable[[], Result]) -> Result:
 
 
 def quick(grid: Grid) -> Post:
-    """A quicker grid, where it is one that speaks HTTP; else (in the simulation) itself."""
+    """Make a grid that speaks HTTP quicker; any other (in the simulation) is returned as it is."""
     return QuickGrid(grid) if isinstance(grid, HttpGrid) else grid

@@ -12,7 +12,11 @@ from baffle.errors import OptionError
 
 
 def read_key(file: Path) -> ec.EllipticCurvePrivateKey:
-    """A node's private key: ECDSA, as ``ssh-keygen -t ecdsa -b 384 -N ''`` or openssl make it. Raises OptionError."""
+    """Read a node's private key: ECDSA, as ``ssh-keygen -t ecdsa -b 384 -N ''`` or openssl make it.
+
+    Raises:
+        OptionError: The file cannot be read, has a passphrase, or has another kind of key.
+    """
     expected = "a private key without a passphrase, of 'ssh-keygen -t ecdsa -b 384'"
     try:
         data = file.read_bytes()
@@ -26,5 +30,5 @@ def read_key(file: Path) -> ec.EllipticCurvePrivateKey:
 
 
 def secret_of(key: ec.EllipticCurvePrivateKey) -> bytes:
-    """The number that a private key is: what a node's other long-lived keys are derived from."""
+    """The private key as 66 bytes: a node's other long-lived keys are derived from them."""
     return key.private_numbers().private_value.to_bytes(66, "big")

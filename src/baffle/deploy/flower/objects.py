@@ -1,8 +1,7 @@
-"""The only module that uses Flower's internals: the connection of a node, the hash of an app, shorter waits.
+"""Messages as Flower stores them: trees of objects, which are fetched and stored one by one.
 
-Flower's own SuperNode starts a process for every message and sleeps three seconds between looks. The same protocol
-(protobuf over HTTP, requests signed by the node's key) is spoken here by one process that stays. Written against
-flwr 1.41; ``tests/deploy/flower/test_flower.py`` says what it relies on.
+This folder is the only place that uses Flower's internals. It is written against flwr 1.41; the tests in
+``tests/deploy/flower/`` show what it relies on.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ Result = TypeVar("Result")
 
 
 def patiently(call: Callable[[], Result]) -> Result:
-    """What is asked of the SuperLink, again if it fails inside, as when its database is locked for a moment."""
+    """Call the SuperLink, retrying on 5xx errors such as a briefly locked database."""
     for attempt in range(_ATTEMPTS):
         try:
             return call()
@@ -52,7 +51,16 @@ def patiently(call: Callable[[], Result]) -> Result:
 def fetch(
     call: Callable[[PullObjectRequest], PullObjectResponse], request: PullObjectRequest, patience: float
 ) -> bytes:
-    """An object, as soon as its sender has put it there."""
+    """Fetch an object, waiting until its sender has stored it.
+
+    Args:
+        call: Pulls an object.
+        request: Names it.
+        patience: Seconds to wait.
+
+    Raises:
+        FederationError: The object is unknown, or does not arrive in time.
+    """
     give_up, pause = time.monotonic() + patience, _AGAIN
     while True:
         response = call(request)
@@ -61,16 +69,16 @@ def fetch(
         if not response.object_found or time.monotonic() > give_up:
             raise FederationError(f"part {request.object_id[:12]} of a message is not there")
         time.sleep(pause)
-        pause = min(1.0, 1.5 * pause)  # many may be waiting for the same
+        pause = min(1.0, 1.5 * pause)  # many nodes may be waiting for the same object
 
 
 def records_last(ids: Iterable[str], objects: Mapping[str, InflatableObject]) -> list[str]:
-    """The order in which to send objects: who has the records confirms the message, and all of it is forgotten."""
+    """Order objects for sending, records last: once a receiver has these it confirms, and the rest is deleted."""
     return sorted(ids, key=lambda id: isinstance(objects[id], ConfigRecord))
 
 
 def store(call: Callable[[PushObjectRequest], PushObjectResponse], request: PushObjectRequest) -> bool:
-    """Put an object where the other side fetches it."""
+    """Store an object for the other side, retrying; return whether that worked."""
     for attempt in range(_ATTEMPTS):
         if call(request).stored:
             return True
@@ -79,7 +87,16 @@ def store(call: Callable[[PushObjectRequest], PushObjectResponse], request: Push
 
 
 def message_of(head: Message, tree: ObjectTree, pull: Callable[[str], bytes]) -> Message:
-    """A message from its head and its records. What is not a record of ours is left out."""
+    """Put a message together from its head and its records; other objects are left out.
+
+    Args:
+        head: The message without content.
+        tree: The ids of its objects.
+        pull: Fetches an object by its id.
+
+    Raises:
+        FederationError: A part is missing or malformed.
+    """
     if head.has_error():
         return head
     records = RecordDict()

@@ -49,8 +49,8 @@ def derivatives(
         >>> from baffle.runtimes.pytorch.runtime import TorchRuntime
         >>> model, loss = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), nn.functional.cross_entropy
         >>> runtime = TorchRuntime(model, loss)
-        >>> asked = Perturbations(Directions(runtime.table, "rank1", (0, 1)), 4, (1e-3,), baseline=True)
-        >>> a, b = derivatives(model, loss, runtime.initial_weights(), asked, load("digits")[1])
+        >>> some = Perturbations(Directions(runtime.table, "rank1", (0, 1)), 4, (1e-3,), baseline=True)
+        >>> a, b = derivatives(model, loss, runtime.initial_weights(), some, load("digits")[1])
         >>> bool(np.allclose(a, b, atol=1e-7))
         True
     """
