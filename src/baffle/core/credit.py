@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from baffle.core.types import ParamSpec, Table
+from baffle.core.types import Credit, ParamSpec, Table
 from baffle.errors import ModelError
 
 
@@ -116,5 +117,5 @@ def is_plain(table: Table) -> bool:
 
 
 def model_table(table: Table) -> Table:
-    """The tensors that belong to the model itself, without those that exist for training alone."""
-    return tuple(spec for spec in table if not spec.credit.auxiliary)
+    """The model's own tensors, whatever their credit; those that exist for training alone are left out."""
+    return tuple(msgspec.structs.replace(spec, credit=Credit()) for spec in table if not spec.credit.auxiliary)

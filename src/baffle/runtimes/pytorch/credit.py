@@ -87,7 +87,7 @@ class CreditRuntime:
         self._loss, self._dtype, self._credit = per_example(loss), _DTYPES[precision], credit
         self._device = torch.device("cpu")
         self._threads = max(1, len(self._inner.lanes))
-        x, _ = to_tensors(sample.take(np.arange(_TRIED) % len(sample)), self._device)
+        x = examples_like(to_tensors(sample.take(np.arange(1)), self._device)[0])
         chain = find_chain(model, x, credit == "local")
         if credit == "global":
             chain = replace(chain, segments=(), heads=(chain.heads[-1],))
@@ -361,6 +361,14 @@ class _Part:
 
     number: int
     examples: slice
+
+
+def examples_like(example: Tensor) -> Tensor:
+    """Examples to find a model's chain on, the same on every machine: only the shape and type of [1, ...] count."""
+    shape = (_TRIED, *example.shape[1:])
+    if example.is_floating_point():
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return (torch.arange(_TRIED * example[0].numel()).reshape(shape) % 2).to(example.dtype)
 
 
 def credited(table: Table, weights: Weights, chain: Chain) -> tuple[Table, Weights]:
