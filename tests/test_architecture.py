@@ -86,7 +86,8 @@ def test_the_internals_of_flower_are_used_in_one_folder() -> None:
 def imports_of_the_package(package: Path = PACKAGE) -> dict[str, set[str]]:
     """Each module of the package, and the modules of the package that it imports, inside functions too.
 
-    Imports for type checking alone do not count: they never run. The package's own ``__init__`` and ``__main__``, which import the rest by its names, are left out.
+    Imports for type checking alone do not count: they never run. The package's own ``__init__`` and ``__main__``, which
+    import the rest by its names, are left out.
     """
     files = {module_name(file, package): file for file in package.rglob("*.py")}
     graph: dict[str, set[str]] = {}

@@ -143,7 +143,6 @@ def _task(options: TrainConfig, codes: int) -> Task:
         sigma=1.0,
         lattice=codes,
         exponents=(0,),
-        sizes=(options.num_directions,),
         clip=None,
         batch_size=options.batch_size,
         local_steps=1,

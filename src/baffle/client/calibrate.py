@@ -98,7 +98,7 @@ def calibrate(
     sizes = sizes_of(runtime.table, num_directions)
     directed = [p for p, unit in zip(part_of(sizes), units_of(runtime.table), strict=True) if unit.kind != "exact"]
     for sigma in ladder:
-        probe = msgspec.structs.replace(task, sigma=sigma, num_directions=num_directions, slices=1, sizes=sizes)
+        probe = msgspec.structs.replace(task, sigma=sigma, num_directions=num_directions, slices=1, unit_sizes=sizes)
         [numbers] = numbers_of(probe, runtime.table, runtime, weights, [batch], client)
         rows.append(np.concatenate([numbers[part] for part in directed]))
         passes += passes_of(probe, runtime.table) // task.local_steps

@@ -125,7 +125,7 @@ def local_update(
 ) -> Weights:
     """One local step of plain SGD on the numbers as encoded, so that the sums describe every client's path."""
     directions = Directions.of(task, table, 0, step)  # local steps need shared directions
-    estimate = gradient([(directions, encoded.integers)], task, 1.0, execution)
+    estimate = gradient([(directions, encoded.integers)], task, 1, execution)
     with np.errstate(over="ignore", invalid="ignore"):  # losses that are not finite follow, and are counted
         return weights - np.float32(task.local_lr) * estimate
 

@@ -36,6 +36,8 @@ FEWEST_NEIGHBOURS = 4
 """Of a client in a secure sum. With two or three a circle falls apart where clients are lost, and each part has a sum
 of its own."""
 _CALIBRATION_ROUNDS = 4
+_LOW = 15
+"""Bits of the lower part of a magnitude in a secure sum: with 2**17 participants its sum has 32."""
 
 
 class WeightedSum(msgspec.Struct, frozen=True, tag="weighted_sum"):
@@ -154,15 +156,30 @@ def word_bits(bits: int, weight_sum: int) -> int:
 
 
 def counts_of(reply: Reply) -> tuple[int, ...]:
-    """What a client adds to a secure sum beside its integers: weight, two counts, and the magnitudes."""
-    return (reply.weight, reply.clipped, reply.nonfinite, *reply.magnitudes)
+    """What a client adds to a secure sum beside its integers: weight, two counts, and the magnitudes.
+
+    Words of the sum have 32 bits, and sums of magnitudes can have more: each is added as its lowest 15 bits and the
+    rest, whose sums fit whatever the cohort.
+
+    Examples:
+        >>> counts_of(Reply(round=1, client=0, weight=3, scalars=b"", magnitudes=(70000,), clipped=1, nonfinite=0))
+        (3, 1, 0, 4464, 2)
+    """
+    halves = (half for m in reply.magnitudes for half in (m & (1 << _LOW) - 1, m >> _LOW))
+    return (reply.weight, reply.clipped, reply.nonfinite, *halves)
+
+
+def number_of_counts(task: Task) -> int:
+    """How many counts a client adds to a secure sum (:func:`counts_of`)."""
+    return 3 + 2 * len(task.sizes)
 
 
 def summed(task: Task, values: Integers, counts: Sequence[int], participants: tuple[int, ...]) -> Aggregate:
     """A secure sum as an aggregate: int64[local_steps x numbers], and the sums of the clients' ``counts_of``."""
-    weight, clipped, nonfinite, *magnitudes = counts
+    weight, clipped, nonfinite, *halves = counts
+    magnitudes = tuple(low + (high << _LOW) for low, high in zip(halves[::2], halves[1::2], strict=True))
     vectors = values.reshape(1, task.local_steps, task.numbers)
-    return Aggregate(vectors, participants, weight, tuple(magnitudes), clipped, nonfinite)
+    return Aggregate(vectors, participants, weight, magnitudes, clipped, nonfinite)
 
 
 def nothing(task: Task) -> Aggregate:
@@ -252,9 +269,11 @@ def next_exponents(table: Table, bits: int, last: Row | None, clip: float | None
     if last is None:
         return (FIRST_EXPONENT,) * len(sizes_of(table, 1))
     widest = 60 if clip is None else math.ceil(math.log2(clip / limit_of(bits)))
+    # all rounded to nothing: far too coarse, unless no client answered or the numbers were not finite
+    too_coarse = -8 if last.participants and not last.nonfinite else 0
     exponents = []
     for exponent, magnitude in zip(last.exponents, typical_magnitudes(last), strict=True):
-        shift = round(math.log2(magnitude / target_magnitude(bits))) if magnitude > 0 else 0
+        shift = round(math.log2(magnitude / target_magnitude(bits))) if magnitude > 0 else too_coarse
         exponents.append(max(-60, min(60, widest, exponent + shift)))
     return tuple(exponents)
 
@@ -265,5 +284,5 @@ def measures_scale(last: Row | None, bits: int) -> bool:
         return True
     if last.applied or last.round + 1 >= _CALIBRATION_ROUNDS:
         return False
-    target = target_magnitude(bits)
-    return any(m and not target / 64 < m < target * 4 for m in typical_magnitudes(last))
+    target, measured = target_magnitude(bits), [m for m in typical_magnitudes(last) if m]
+    return not measured or any(not target / 64 < m < target * 4 for m in measured)  # none: a void round, say

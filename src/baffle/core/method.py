@@ -211,7 +211,7 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
             slices=self.slices,
             bits=self.bits,
             exponents=next_exponents(table, self.bits, last, clip),
-            sizes=sizes_in_reply,
+            unit_sizes=() if is_plain(table) else sizes_in_reply,
             clip=clip,
             batch_size=self.batch_size,
             local_steps=self.local_steps,

@@ -111,11 +111,11 @@ def estimate(table: Table, row: Row, execution: Execution = FAST) -> Weights:
     for vector, steps in enumerate(row.integers):
         client = row.participants[vector] if row.sharing == "per-client" else 0  # shared: one vector, of all clients
         terms += [(Directions.of(row, table, client, step), integers) for step, integers in enumerate(steps)]
-    return gradient(terms, row, 1 / (row.local_steps * max(row.weight_sum, 1)), execution)
+    return gradient(terms, row, row.local_steps * max(row.weight_sum, 1), execution)
 
 
-def gradient(terms: Terms, round: Task | Row, factor: float, execution: Execution = FAST) -> Weights:
-    """factor x the sum over terms of what their numbers say of the gradient: float32[n].
+def gradient(terms: Terms, round: Task | Row, divisor: int, execution: Execution = FAST) -> Weights:
+    """The sum over terms of what their numbers say of the gradient, divided by ``divisor``: float32[n].
 
     g = 1/D sum_k s_k d_k for one scalar per direction (D = directions of all slices); row by row for rows that are
     credited one by one, g_r = 1/D sum_k s_kr d_kr; and the numbers themselves where they are exact.
@@ -123,7 +123,7 @@ def gradient(terms: Terms, round: Task | Row, factor: float, execution: Executio
     Args:
         terms: directions, and the integers int64[numbers] of a reply, or a sum of them.
         round: says how many directions there are, and each unit's scale.
-        factor: 1 / (weights x local steps).
+        divisor: sum of weights x local steps. Exact numbers are divided once, as in the protocol.
         execution: how to compute it; no choice changes a bit of the result.
     """
     table, total = terms[0][0].table, round.num_directions * round.slices
@@ -131,11 +131,10 @@ def gradient(terms: Terms, round: Task | Row, factor: float, execution: Executio
     parts = part_of(sizes_of(table, total))
     for unit, part, exponent in zip(units_of(table), parts, round.exponents, strict=True):
         own = [(directions, integers[part]) for directions, integers in terms]
-        scale = factor * 2.0**exponent
         if unit.kind == "exact":
-            rebuild_exact(table, unit, [integers for _, integers in own], scale, out)
+            rebuild_exact(table, unit, [integers for _, integers in own], 2.0**exponent / divisor, out)
             continue
-        scale *= terms[0][0].unit / total
+        scale = terms[0][0].unit * 2.0**exponent / (total * divisor)
         if unit.kind == "rows":
             rebuild_rows(unit, own, scale, out, execution.threads or cores())
         elif execution.slow:
@@ -144,6 +143,23 @@ def gradient(terms: Terms, round: Task | Row, factor: float, execution: Executio
                 out[table[tensor].slice] = slow[table[tensor].slice]
         else:
             _rebuild(own, scale, out, execution, unit.tensors)
+    return out
+
+
+def scaled(table: Table, terms: Terms, factor: float, execution: Execution = FAST) -> Weights:
+    """``factor`` times the exact sum of one scalar per direction for all tensors, rounded once: float32[n].
+
+    Examples:
+        >>> from baffle.core.types import make_table
+        >>> d = Directions(make_table({"w": (2, 3)}), "rank1", key=(7, 1))
+        >>> scaled(d.table, [(d, np.array([10, 1]))], 0.5).tolist()
+        [-4.5, -5.5, 4.5, 5.5, 4.5, -5.5]
+    """
+    out = np.zeros(table_size(table), np.float32)
+    if execution.slow:
+        out[:] = sum((combine_slowly(*term) for term in terms), np.zeros(len(out))) * factor
+    elif terms:
+        _rebuild(terms, factor, out, execution)
     return out
 
 

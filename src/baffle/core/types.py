@@ -179,8 +179,8 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     """Bits of one encoded number, with its sign; 1: the sign alone."""
     exponents: tuple[int, ...]
     """Numbers of each unit travel as integers in units of 2**exponent."""
-    sizes: tuple[int, ...]
-    """How many numbers a reply has of each unit, per local step."""
+    unit_sizes: tuple[int, ...] = ()
+    """How many numbers a reply has of each unit, per local step; empty: one unit, one number per direction."""
     clip: float | None
     """Clipping norm of one scalar, a directional derivative of the loss; None: only the range limits it."""
     batch_size: int | None
@@ -198,6 +198,11 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     """In a secure sum, the participants of the next round, so that their keys for it can come with the reply."""
     state_sha256: bytes
     """Hash of the replay state that the round starts from."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many numbers a reply has of each unit, per local step."""
+        return self.unit_sizes or (self.num_directions * self.slices,)
 
     @property
     def numbers(self) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from baffle.core.aggregate import counts_of, summed
+from baffle.core.aggregate import counts_of, number_of_counts, summed
 from baffle.core.types import Aggregate, Reply, Task, unpack
 from baffle.secure.client import SecureClient
 from baffle.secure.server import SecureRound
@@ -66,7 +66,7 @@ def sum_together(
     cohort = sorted(clients)
     size = task.local_steps * task.numbers
     here = SecureRound(
-        task.key, task.round, cohort, cards, size, 3 + len(task.sizes), degree=task.secure, word=task.word
+        task.key, task.round, cohort, cards, size, number_of_counts(task), degree=task.secure, word=task.word
     )
     up = down = 0
     for client in cohort:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
-from baffle.core.aggregate import summed
+from baffle.core.aggregate import number_of_counts, summed
 from baffle.core.types import Aggregate, Cohort, Task
 from baffle.engines.remote.mailbox import Stage
 from baffle.errors import FederationError, ReplyError, SecureSumError
@@ -88,7 +88,7 @@ class SecureSum:
         from baffle.secure.server import SecureRound  # needs cryptography, which plain sums do without
 
         self._task, self._cohort, self._need, self._early = task, cohort, need, early
-        size, counts = task.local_steps * task.numbers, 3 + len(task.sizes)
+        size, counts = task.local_steps * task.numbers, number_of_counts(task)
         self._round: SecureRound = SecureRound(
             task.key, task.round, tuple(keys), keys, size, counts, degree=task.secure, word=task.word
         )

@@ -14,6 +14,7 @@ like: what all features together say.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -130,7 +131,8 @@ def exported(model: nn.Module, x: Tensor) -> torch.export.ExportedProgram:
     """The model's graph for a batch of any size, without writes in place. Raises ModelError if it has none."""
     batch = torch.export.Dim("batch", min=1, max=2**20)
     try:
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what the exporter itself uses
             program = torch.export.export(model, (x.clone(),), dynamic_shapes=({0: batch},), strict=False)
             if any(_name(n).endswith("_") for n in program.graph.nodes if n.op == "call_function"):
                 program = program.run_decompositions({})
