@@ -17,7 +17,7 @@ from torch import nn
 
 import baffle as bf
 from baffle.client import edge
-from baffle.core.types import Reply, Weights
+from baffle.core.types import DEFAULT_BITS, Reply, Weights, packed_size
 from baffle.engines.pipe import PipeEngine, write_clients
 from baffle.protocol.messages import TrainResponse
 from baffle.protocol.pipes import (
@@ -70,7 +70,8 @@ def hello(fleet: Fleet, **changes: object) -> Hello:
 
 
 def answer(**changes: object) -> TrainResponse:
-    zeros = Reply(round=0, client=0, weight=100, scalars=bytes(4 * 6), clipped=0, nonfinite=0)
+    scalars = bytes(packed_size(6, DEFAULT_BITS))
+    zeros = Reply(round=0, client=0, weight=100, scalars=scalars, magnitudes=(0,), clipped=0, nonfinite=0)
     return TrainResponse(msgspec.structs.replace(zeros, **changes))
 
 

@@ -15,7 +15,7 @@ import baffle as bf
 from baffle.core.directions import Directions
 from baffle.core.method import examples_per_weight
 from baffle.core.scalars import weight_of
-from baffle.core.types import Family, Row, Sharing, Table, make_table, pack_int32
+from baffle.core.types import Family, Row, Sharing, Table, bits_of, make_table, pack
 from baffle.report import RecordedRun
 from baffle.runfolder.config import RunConfig
 from baffle.runfolder.metrics import Record
@@ -85,6 +85,7 @@ def make_rows(gradients: Sequence[Vector], family: Family, sharing: Sharing, rou
             scalars = entries @ gradient + noise * rng.standard_normal(count)
             vectors.append(weight * np.rint(scalars * 2.0**-exponent).astype(np.int64))
         stacked = np.stack(vectors)[:, None]
+        sums = stacked if sharing == "per-client" else stacked.sum(axis=0, keepdims=True)
         rows.append(
             Row(
                 round=round,
@@ -98,11 +99,14 @@ def make_rows(gradients: Sequence[Vector], family: Family, sharing: Sharing, rou
                 difference="central",
                 sigma=1.0,
                 lattice=0,
-                exponent=exponent,
+                exponents=(exponent,),
                 local_steps=1,
+                numbers=count,
+                bits=bits_of(sums),
+                magnitudes=(0,),
                 participants=(0, 1, 2),
                 weight_sum=sum(weights),
-                scalars=pack_int32(stacked if sharing == "per-client" else stacked.sum(axis=0, keepdims=True)),
+                scalars=pack(sums, bits_of(sums)),
                 clipped=0,
                 nonfinite=0,
                 clip_factor=1.0,

@@ -11,7 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from baffle.core.types import LIMIT, Integers, Reply, Task, pack_int32
+from baffle.core.aggregate import word_bits
+from baffle.core.scalars import MOST_MAGNITUDE
+from baffle.core.types import DEFAULT_BITS, Integers, Reply, Task, limit_of, pack, unpack
 from baffle.errors import SecureSumError
 from baffle.secure.client import SecureClient
 from baffle.secure.masks import Identity
@@ -28,23 +30,30 @@ def make_clients(count: int, *, minimum: int = 2, degree: int = 100, key: int = 
     return {3 * i: SecureClient(Identity.make(), 3 * i, key, minimum=minimum, degree=degree) for i in range(count)}
 
 
-def make_task(size: int, *, round: int = 0, degree: int = 100) -> Task:
-    return msgspec.structs.replace(TASK, key=KEY, round=round, num_directions=size, secure=degree)
+def make_task(
+    size: int, *, round: int = 0, degree: int = 100, bits: int = DEFAULT_BITS, weight_sum: int | None = None
+) -> Task:
+    """``weight_sum``: the words are as short as these weights allow; None: they have 32 bits."""
+    word = 32 if weight_sum is None else word_bits(bits, weight_sum)
+    return msgspec.structs.replace(TASK, key=KEY, round=round, num_directions=size, secure=degree, bits=bits, word=word)
 
 
-def make_replies(clients: Collection[int], size: int, *, round: int = 0, seed: int = 0) -> list[Reply]:
-    """With the largest integers of both signs."""
-    rng = np.random.default_rng(seed)
+def make_replies(
+    clients: Collection[int], size: int, *, round: int = 0, seed: int = 0, bits: int = DEFAULT_BITS
+) -> list[Reply]:
+    """With the largest integers of both signs, and magnitudes up to the largest."""
+    rng, limit = np.random.default_rng(seed), limit_of(bits)
     replies = []
     for client in clients:
         weight = int(rng.integers(1, 256))
-        values = rng.choice([-LIMIT, -1, 0, 1, LIMIT, 77], size) * weight
+        values = rng.choice([-limit, limit] if bits == 1 else [-limit, -1, 0, 1, limit, min(limit, 77)], size)
         replies.append(
             Reply(
                 round=round,
                 client=client,
                 weight=weight,
-                scalars=pack_int32(values.astype(np.int64)),
+                scalars=pack(values.astype(np.int64), bits),
+                magnitudes=(weight * int(rng.choice([0, 1, 2**15, int(rng.integers(2**24)), MOST_MAGNITUDE])),),
                 clipped=int(rng.integers(0, size + 1)),
                 nonfinite=int(rng.integers(0, size + 1)),
             )
@@ -52,13 +61,22 @@ def make_replies(clients: Collection[int], size: int, *, round: int = 0, seed: i
     return replies
 
 
-def values_of(reply: Reply) -> Integers:
-    return np.frombuffer(reply.scalars, "<i4").astype(np.int64)
+def size_of(reply: Reply) -> int:
+    """How many integers of the usual bits a reply has."""
+    return len(reply.scalars) * 8 // DEFAULT_BITS
 
 
-def plain_sum(replies: Sequence[Reply], clients: Collection[int]) -> tuple[list[int], tuple[int, int, int]]:
+def values_of(reply: Reply, task: Task | None = None) -> Integers:
+    """A reply's weighted integers; ``task`` says their number and bits, if they have others than usual."""
+    bits, size = (DEFAULT_BITS, size_of(reply)) if task is None else (task.bits, task.numbers)
+    return unpack(reply.scalars, bits, size) * reply.weight
+
+
+def plain_sum(
+    replies: Sequence[Reply], clients: Collection[int], task: Task | None = None
+) -> tuple[list[int], tuple[int, int, int]]:
     chosen = [reply for reply in replies if reply.client in clients]
-    total = sum((values_of(reply) for reply in chosen), np.zeros(len(replies[0].scalars) // 4, np.int64))
+    total = sum((values_of(reply, task) for reply in chosen), np.zeros_like(values_of(replies[0], task)))
     counts = (sum(r.weight for r in chosen), sum(r.clipped for r in chosen), sum(r.nonfinite for r in chosen))
     return total.tolist(), counts
 
@@ -81,7 +99,7 @@ class Driver:
     def __post_init__(self) -> None:
         self.cohort = sorted(self.clients)
         self.cards = {client: secure.card for client, secure in self.clients.items()}
-        size = len(self.replies[0].scalars) // 4
+        size = size_of(self.replies[0])
         self.server = SecureRound(KEY, self.round, self.cohort, self.cards, size, degree=self.degree)
 
     def advertise(self, clients: Sequence[int] | None = None) -> None:

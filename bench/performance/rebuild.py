@@ -28,7 +28,7 @@ from rich.progress import Progress
 from baffle.core.cores import cores
 from baffle.core.directions import Directions
 from baffle.core.rebuild import combine_slowly, scaled
-from baffle.core.types import LIMIT, Family, Integers, Table, Weights, make_table, table_size
+from baffle.core.types import Family, Integers, Table, Weights, limit_of, make_table, table_size
 from baffle.models import build
 from bench.performance.results import in_turn
 
@@ -103,7 +103,7 @@ def case(
     progress: Progress,
     *,
     reference: bool = False,
-    largest: int = LIMIT,
+    largest: int = limit_of(15),
 ) -> dict[str, Any]:
     """Measure one rebuild: seconds a turn, bits, memory; with R5 in turn if asked.
 

@@ -76,7 +76,7 @@ def task(num_directions: int, sharing: Sharing) -> Task:
         num_directions=num_directions,
         sigma=SIGMA,
         lattice=0,
-        exponent=-12,
+        exponents=(-12,),
         clip=None,
         batch_size=32,
         local_steps=1,

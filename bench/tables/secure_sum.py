@@ -22,7 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from baffle.core.types import LIMIT
+from baffle.core.types import limit_of
 from baffle.secure.client import SecureClient
 from baffle.secure.graph import MOST_NEIGHBOURS
 from baffle.secure.masks import Identity
@@ -55,7 +55,7 @@ def measure(count: int, scalars: int, lost: int, sample: int) -> dict[str, int |
     cohort, dropped = sorted(clients), set(range(0, count, count // lost)) if lost else set[int]()
     alive = [c for c in cohort if c not in dropped]
     chosen = set(alive[:: max(1, len(alive) // sample)])
-    values = np.random.default_rng(0).integers(-LIMIT, LIMIT, (count, scalars)) * _WEIGHT
+    values = np.random.default_rng(0).integers(-limit_of(15), limit_of(15), (count, scalars)) * _WEIGHT
     server = SecureRound(_KEY, _ROUND, cohort, cards, scalars)
     up = down = 0
 

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from baffle.pruning import masks_of, prune, shrink
     from baffle.runtimes.onnx.openvino import OpenVinoRuntime
     from baffle.runtimes.onnx.ort import OrtRuntime
+    from baffle.runtimes.pytorch.credit import CreditRuntime
     from baffle.runtimes.pytorch.runtime import TorchRuntime
     from baffle.training.backprop import train_backprop
 
@@ -50,6 +51,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BaffleError",
     "Bundle",
+    "CreditRuntime",
     "Dataset",
     "Journal",
     "LocalEngine",
@@ -88,6 +90,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "CreditRuntime": "baffle.runtimes.pytorch.credit",
     "OpenVinoRuntime": "baffle.runtimes.onnx.openvino",
     "OrtRuntime": "baffle.runtimes.onnx.ort",
     "PipeEngine": "baffle.engines.pipe",

@@ -143,7 +143,7 @@ REQUESTS: dict[str, Request] = {
     "a family that is none": Request(lambda w: edited(w, family="uniform"), "Invalid enum value 'uniform'"),
     "a key that is none": Request(lambda w: edited(w, key=-1), "malformed message"),
     "no quantum": Request(lambda w: work(w, quantum=0), ""),
-    "an exponent beyond all": Request(lambda w: work(w, exponent=2**40), ""),
+    "an exponent beyond all": Request(lambda w: work(w, exponents=(2**40,)), ""),
 }
 
 

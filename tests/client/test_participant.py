@@ -243,7 +243,7 @@ def test_nobody_who_has_nothing_answers(story: Story) -> None:
         {"sigma": -1.0},
         {"batch_size": 0},
         {"quantum": 0},
-        {"exponent": 2**62},
+        {"exponents": (2**62,)},
     ],
 )
 def test_tasks_that_no_server_sends_are_told(story: Story, client: Participant, changes: dict[str, object]) -> None:

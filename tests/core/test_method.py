@@ -26,6 +26,7 @@ from baffle.core.types import (
     Task,
     make_table,
     table_size,
+    unpack,
 )
 from baffle.errors import DivergedError, PlanError
 
@@ -43,7 +44,7 @@ def answers(task: Task, cohort: Cohort, scale: int = 1000, seed: int = 0) -> lis
     rng = np.random.default_rng(seed)
     integers: Integers = rng.integers(-scale, scale + 1, (len(cohort), task.local_steps, task.num_directions))
     return [
-        reply(task, c, weight, [Encoded(step, 0, 0) for step in vectors])
+        reply(task, c, weight, [Encoded(step, (222_000,), 0, 0) for step in vectors])
         for (c, weight), vectors in zip(cohort.items(), integers, strict=True)
     ]
 
@@ -98,20 +99,23 @@ def test_sgd_round_by_hand() -> None:
     state = State(1, 0, state.weights, state.slots, state.ema_weights)
     last = msgspec.structs.replace(calibrated(Method(num_directions=8), start(Method()))[0], applied=True)
     task, cohort = method.plan(state, table, (3, 1), 5, last)
-    task = msgspec.structs.replace(task, exponent=-3)
-    replies = [reply(task, 0, 3, [Encoded(np.array([8]), 0, 0)]), reply(task, 1, 1, [Encoded(np.array([-8]), 0, 0)])]
+    task = msgspec.structs.replace(task, exponents=(-3,))
+    replies = [
+        reply(task, 0, 3, [Encoded(np.array([8]), (0,), 0, 0)]),
+        reply(task, 1, 1, [Encoded(np.array([-8]), (0,), 0, 0)]),
+    ]
     row, after = method.absorb(state, table, task, cohort, replies, last)
     signs = Directions(table, "rademacher", (5, 1)).entries(0, slice(0, 1))[0]
     # mean scalar (3 * 1 - 1 * 1) / 4 = 0.5 along the direction, learning rate 0.5
     assert after.weights.tolist() == (1 - 0.25 * signs).tolist()
-    assert row.weight_sum == 4
+    assert (row.weight_sum, row.integers.tolist()) == (1, [[[4]]])  # 16 over 4, without their common factor
 
 
 def test_a_round_without_a_finite_scalar_changes_nothing() -> None:
     method = Method(num_directions=4)
     last, state = calibrated(method, start(method))
     task, cohort = method.plan(state, TABLE, SIZES, 5, last)
-    lost = [reply(task, c, w, [Encoded(np.zeros(4, np.int64), 0, 4)]) for c, w in cohort.items()]
+    lost = [reply(task, c, w, [Encoded(np.zeros(4, np.int64), (0,), 0, 4)]) for c, w in cohort.items()]
     row, after = method.absorb(state, TABLE, task, cohort, lost, last)
     assert not row.applied
     assert after.weights.tobytes() == state.weights.tobytes()
@@ -123,7 +127,7 @@ def test_an_update_to_infinity_is_refused() -> None:
     last, state = calibrated(method, start(method))
     task, cohort = method.plan(state, TABLE, SIZES, 5, last)
     with pytest.raises(DivergedError, match=r"round 1: the update .* would bring the weights near overflow"):
-        method.absorb(state, TABLE, msgspec.structs.replace(task, exponent=30), cohort, answers(task, cohort), last)
+        method.absorb(state, TABLE, msgspec.structs.replace(task, exponents=(30,)), cohort, answers(task, cohort), last)
 
 
 def test_initial_weights_must_be_finite() -> None:
@@ -174,7 +178,7 @@ def test_exactness_is_of_the_heaviest_clients_that_may_meet(
 ) -> None:
     sizes = (7, 300, 2, 90, 90, 1000, 1, 40)
     told: list[int] = []
-    monkeypatch.setattr("baffle.core.method.check_exact", lambda *arguments: told.append(arguments[-1]))
+    monkeypatch.setattr("baffle.core.method.check_exact", lambda *arguments: told.append(arguments[3]))
     task, _ = Method(participation=participation).plan(start(Method()), TABLE, sizes, 5, None)
     weights = sorted((weight_of(size, task.quantum) for size in sizes), reverse=True)
     assert told == [sum(weights[: round(participation * len(sizes))])]
@@ -190,9 +194,9 @@ def test_plain_sgd_with_local_steps_is_federated_averaging() -> None:
     expected = np.zeros(table_size(TABLE))
     for answer in replies:
         weights = state.weights
-        vectors = np.frombuffer(answer.scalars, "<i4").reshape(3, 6) // answer.weight
+        vectors = unpack(answer.scalars, task.bits, 18).reshape(3, 6)
         for step, integers in enumerate(vectors):
-            weights = local_update(task, TABLE, weights, Encoded(integers, 0, 0), step, Execution())
+            weights = local_update(task, TABLE, weights, Encoded(integers, (0,), 0, 0), step, Execution())
         expected += answer.weight * weights.astype(np.float64)
     assert np.allclose(after.weights, expected / sum(SIZES), atol=1e-6)
 

@@ -28,7 +28,7 @@ from baffle.core.quantize import (
 )
 from baffle.core.rebuild import estimate
 from baffle.core.scalars import encode as encode_scalars
-from baffle.core.types import Family, ParamSpec, Row, Table, Task, Weights, make_table, pack_int32, table_size
+from baffle.core.types import Family, ParamSpec, Row, Table, Task, Weights, bits_of, make_table, pack, table_size
 from baffle.runtimes import perturb
 from baffle.runtimes.perturb import Perturbations
 from helpers import TASK
@@ -288,7 +288,7 @@ def lattice_task(family: Family, round_: int, num_directions: int, codes: int) -
         num_directions=num_directions,
         sigma=0.02,
         lattice=codes,
-        exponent=-6,
+        exponents=(-6,),
     )
 
 
@@ -305,11 +305,14 @@ def lattice_row(task: Task, integers: npt.NDArray[np.int64]) -> Row:
         difference=task.difference,
         sigma=task.sigma,
         lattice=task.lattice,
-        exponent=task.exponent,
+        exponents=task.exponents,
+        numbers=task.num_directions,
+        bits=bits_of(integers),
+        magnitudes=(0,),
         local_steps=1,
         participants=(0,),
         weight_sum=1,
-        scalars=pack_int32(integers),
+        scalars=pack(integers, bits_of(integers)),
         clipped=0,
         nonfinite=0,
         clip_factor=1.0,

@@ -18,7 +18,6 @@ from baffle.core.directions import Directions
 from baffle.core.rebuild import Execution, check_exact, combine, combine_slowly, estimate
 from baffle.core.scalars import encode
 from baffle.core.types import (
-    LIMIT,
     MAX_WEIGHT_SUM,
     Difference,
     Family,
@@ -28,8 +27,10 @@ from baffle.core.types import (
     Table,
     Task,
     Weights,
+    bits_of,
+    limit_of,
     make_table,
-    pack_int32,
+    pack,
     table_size,
 )
 from baffle.errors import PlanError
@@ -58,6 +59,7 @@ DIRECTIONS = st.builds(
     st.integers(0, 2**32 - 1),
     st.integers(0, 2**24 - 1),
 )
+LIMIT = limit_of(15)
 SCALAR = st.one_of(st.integers(-(2**31), 2**31), st.integers(-2, 2), st.sampled_from([-(2**31), 2**31]))
 SCALARS = st.lists(SCALAR, min_size=1, max_size=40).map(lambda values: np.array(values, np.int64))
 EXECUTIONS = st.builds(
@@ -92,11 +94,14 @@ def make_row(
         difference="forward",
         sigma=0.001,
         lattice=0,
-        exponent=exponent,
+        exponents=(exponent,),
         local_steps=values.shape[1],
+        numbers=values.shape[2],
+        bits=bits_of(values),
+        magnitudes=(0,),
         participants=participants,
         weight_sum=weight_sum,
-        scalars=pack_int32(values),
+        scalars=pack(values, bits_of(values)),
         clipped=0,
         nonfinite=0,
         clip_factor=1.0,
@@ -267,7 +272,7 @@ def test_check_exact_at_the_bound(family: Family) -> None:
 
 def test_check_exact_names_the_values() -> None:
     directions = Directions(make_table({"w": (2, 2)}), "gaussian", (7, 1))
-    with pytest.raises(PlanError, match=r"num_directions = 1048576 x local_steps = 30 x sum of weights = 131071"):
+    with pytest.raises(PlanError, match=r"directions = 1048576 x local_steps = 30 x sum of weights = 131071"):
         check_exact(directions, 2**20, 30, MAX_WEIGHT_SUM)
 
 
@@ -395,7 +400,7 @@ def make_task(family: Family, sharing: Sharing, difference: Difference, round_: 
         difference=difference,
         num_directions=num_directions,
         sigma=0.25,
-        exponent=-8,
+        exponents=(-8,),
     )
 
 
@@ -427,7 +432,7 @@ def test_unbiased_on_a_quadratic_loss(family: Family, sharing: Sharing, differen
             family,
             kept.tolist(),
             sharing=sharing,
-            exponent=task.exponent,
+            exponent=task.exponents[0],
             weight_sum=sum(WEIGHTS),
             participants=(0, 1),
             key=task.key,

@@ -7,19 +7,42 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baffle.core.types import Integers, make_table, pack_int32, table_size, unpack_int32
+from baffle.core.types import Integers, bits_of, limit_of, make_table, pack, packed_size, table_size, unpack
 from baffle.errors import ReplyError
 
 
-@given(st.lists(st.integers(-(2**31) + 1, 2**31 - 1), max_size=50))
-def test_packing_is_lossless(values: list[int]) -> None:
+@st.composite
+def packable(draw: st.DrawFn) -> tuple[int, list[int]]:
+    bits = draw(st.integers(1, 40))
+    value = st.sampled_from([-1, 1]) if bits == 1 else st.integers(-limit_of(bits), limit_of(bits))
+    return bits, draw(st.lists(value, max_size=50))
+
+
+@given(packable())
+def test_packing_is_lossless_and_as_small_as_it_can_be(case: tuple[int, list[int]]) -> None:
+    bits, values = case
+    data = pack(np.array(values, np.int64), bits)
+    assert unpack(data, bits, len(values)).tolist() == values
+    assert len(data) == packed_size(len(values), bits) == -(-len(values) * bits // 8)
+
+
+@given(st.lists(st.integers(-(2**40), 2**40), max_size=20))
+def test_the_fewest_bits_are_enough_and_no_more(values: list[int]) -> None:
     integers: Integers = np.array(values, np.int64)
-    assert unpack_int32(pack_int32(integers)).tolist() == values
+    bits = bits_of(integers)
+    pack(integers, bits)
+    if bits > 2:
+        with pytest.raises(ReplyError, match="expected a magnitude of at most"):
+            pack(integers, bits - 1)
 
 
-def test_packing_refuses_what_does_not_fit() -> None:
-    with pytest.raises(ReplyError, match="expected a magnitude below"):
-        pack_int32(np.array([2**31]))
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ReplyError, match="integer 8: expected a magnitude of at most 7"):
+        pack(np.array([8]), 4)
+    with pytest.raises(ReplyError, match="2 bytes of integers: expected 1"):
+        unpack(b"\0\0", 4, 2)
+    with pytest.raises(ReplyError, match="bits behind the last integer"):
+        unpack(b"\xf1", 4, 1)
 
 
 def test_tensors_lie_one_after_another_in_the_flat_weights() -> None:

@@ -19,7 +19,7 @@ from flwr.app import Message
 import baffle as bf
 from baffle.client.examples import load_arrays
 from baffle.client.participant import Participant
-from baffle.core.types import pack_int32
+from baffle.core.types import pack
 from baffle.deploy.certificates import private_bytes
 from baffle.deploy.client_model import builder
 from baffle.deploy.federation import free_port
@@ -252,7 +252,7 @@ LIES: list[tuple[Callable[[TrainResponse], bytes], str]] = [
     (lambda a: _changed(a, client=(a.reply.client + 1) % 3), "a reply of client"),
     (lambda a: _changed(a, weight=10**6), "weight = 1000000"),
     (lambda a: _changed(a, nonfinite=10**6), "nonfinite = 1000000"),
-    (lambda a: _changed(a, scalars=pack_int32(np.full((1, 6), 2**31 - 1, np.int64))), "scalar 2147483647"),
+    (lambda a: _changed(a, scalars=pack(np.full((1, 6), 2**31 - 1, np.int64), 32)), "scalar 2147483647"),
     (lambda a: _changed(a, scalars=np.full(6, np.nan, "<f4").tobytes()), "scalar "),
     (lambda a: encode(TrainResponse(a.reply, b"x" * 32)), "evaluated at state"),
     (lambda a: encode(TrainResponse(a.reply)), "evaluated at state"),

@@ -13,6 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import baffle as bf
+from baffle.core.aggregate import word_bits
+from baffle.core.scalars import MAGNITUDE_UNITS
+from baffle.core.state import weights_sha256
+from baffle.core.types import unpack
 from baffle.data import Dataset
 from baffle.errors import DataError, ModelError
 from baffle.protocol.encoding import encode_message
@@ -42,8 +46,9 @@ def test_together_and_one_by_one_agree() -> None:
     apart = engine(together=False).exchange(task, tuple(cohort), state, [])
     for a, b in zip(joint.replies, apart.replies, strict=True):
         assert (a.client, a.weight, a.clipped, a.nonfinite) == (b.client, b.weight, b.clipped, b.nonfinite)
-        gap = np.frombuffer(a.scalars, "<i4") - np.frombuffer(b.scalars, "<i4")
-        assert np.abs(gap).max() <= a.weight  # one unit: kernels may round differently for another batch size
+        gap = unpack(a.scalars, task.bits, 7) - unpack(b.scalars, task.bits, 7)
+        assert np.abs(gap).max() <= 1  # one unit: kernels may round differently for another batch size
+        assert np.abs(np.subtract(a.magnitudes, b.magnitudes)).max() <= MAGNITUDE_UNITS * a.weight
     assert joint.forward_passes == apart.forward_passes == 4 * 8
     assert joint.samples_forwarded == apart.samples_forwarded == 4 * 8 * 32
 
@@ -61,8 +66,49 @@ def test_passes_samples_and_bytes_are_counted(difference: str, passes: int, step
     assert exchange.forward_passes == 2 * passes * steps
     assert exchange.samples_forwarded == passes * steps * (360 + 359)  # whole clients: fewer than 400 examples
     assert exchange.bytes_up == sum(len(encode_message(r)) for r in exchange.replies)
-    assert all(len(r.scalars) == 4 * 7 * steps for r in exchange.replies)
+    assert all(len(r.scalars) == -(-15 * 7 * steps // 8) for r in exchange.replies)
     assert exchange.bytes_down == 2 * (len(encode_message(task)) + 4 * 650)  # first contact: the weights
+
+
+@pytest.mark.parametrize("bits", [1, 4, 15])
+@pytest.mark.parametrize("slices", [1, 3])
+def test_a_secure_sum_trains_the_same_weights_with_slices_and_bits(slices: int, bits: int) -> None:
+    """The rows are the same, too, but for nothing: the masks leave no trace, however short the words."""
+    plain = bf.Method(num_directions=6, slices=slices, bits=bits, sigma=1e-3, batch_size=9, optimizer=bf.sgd(0.05))
+    secure = msgspec.structs.replace(plain, aggregate=bf.secure_sum())
+    ends = {}
+    for method in (plain, secure):
+        here = engine()
+        state, last, rows = method.init(initial()), None, list[bytes]()
+        for _ in range(6):
+            task, cohort = method.plan(state, here.table, here.sizes, 3, last)
+            assert task.word == (word_bits(bits, sum(cohort.values())) if method is secure else 32)
+            exchange = here.exchange(task, tuple(cohort), state, rows)
+            assert (exchange.total is not None) == (method is secure)
+            replies = exchange.replies if exchange.total is None else exchange.total
+            last, state = method.absorb(state, here.table, task, cohort, replies, last)
+            rows.append(encode_message(last))
+        assert last is not None
+        assert last.applied
+        ends[method] = weights_sha256(state.weights), rows
+        assert bf.train(method, engine(), initial(), rounds=5, seed=3).state.step > 1
+    assert ends[plain] == ends[secure]
+
+
+def test_a_reply_has_as_many_bits_as_the_method_says() -> None:
+    """Scalars of all slices, one after another, and one magnitude."""
+    here = engine()
+    for bits in (1, 4, 15, 32):
+        method = bf.Method(num_directions=7, slices=4, bits=bits)
+        state = method.init(initial())
+        task, _ = method.plan(state, here.table, here.sizes, 3, None)
+        exchange = here.exchange(task, (0, 2), state, [])
+        assert exchange.forward_passes == 2 * 8
+        assert exchange.samples_forwarded == 2 * 8 * 32
+        for reply in exchange.replies:
+            assert len(reply.scalars) == -(-28 * bits // 8)
+            assert len(reply.magnitudes) == 1
+            assert reply.magnitudes[0] > 0
 
 
 def test_absent_clients_catch_up_by_rows_or_by_state() -> None:

@@ -14,7 +14,14 @@ from helpers import TASK
 
 COUNT = st.integers(0, 2**63 - 1)
 REPLIES = st.builds(
-    Reply, round=COUNT, client=COUNT, weight=COUNT, scalars=st.binary(max_size=100), clipped=COUNT, nonfinite=COUNT
+    Reply,
+    round=COUNT,
+    client=COUNT,
+    weight=COUNT,
+    scalars=st.binary(max_size=100),
+    magnitudes=st.lists(COUNT, max_size=3).map(tuple),
+    clipped=COUNT,
+    nonfinite=COUNT,
 )
 
 

@@ -37,7 +37,16 @@ COUNT = st.integers(0, 2**63 - 1)
 
 BYTES = st.binary(max_size=100)
 
-REPLY = st.builds(Reply, round=COUNT, client=COUNT, weight=COUNT, scalars=BYTES, clipped=COUNT, nonfinite=COUNT)
+REPLY = st.builds(
+    Reply,
+    round=COUNT,
+    client=COUNT,
+    weight=COUNT,
+    scalars=BYTES,
+    magnitudes=st.lists(COUNT, max_size=3).map(tuple),
+    clipped=COUNT,
+    nonfinite=COUNT,
+)
 
 RESPONSES: st.SearchStrategy[AnyResponse] = st.one_of(
     st.builds(
@@ -94,10 +103,10 @@ def test_a_setup_survives_and_has_one_hash() -> None:
 
 
 def test_the_bytes_of_messages_stay() -> None:
-    reply = Reply(round=3, client=2, weight=5, scalars=b"\x01\x02\x03\x04", clipped=1, nonfinite=0)
+    reply = Reply(round=3, client=2, weight=5, scalars=b"\x01\x02\x03\x04", magnitudes=(6, 300), clipped=1, nonfinite=0)
     assert encode(TrainResponse(reply, b"\xaa\xbb")).hex() == (
-        "83a474797065a6616e73776572a57265706c7986a5726f756e6403a6636c69656e7402a677656967687405"
-        "a77363616c617273c40401020304a7636c697070656401a96e6f6e66696e69746500ac73746174655f736861323536c402aabb"
+        "83a474797065a6616e73776572a57265706c7987a5726f756e6403a6636c69656e7402a677656967687405"
+        "a77363616c617273c40401020304aa6d61676e6974756465739206cd012ca7636c697070656401a96e6f6e66696e69746500ac73746174655f736861323536c402aabb"
     )
     assert hashlib.sha256(encode(SETUP)).hexdigest() == (
         "d7091b6645aa3db60391cd690bf2ca1edb41b48fe48d90f9dec936b7c619d540"

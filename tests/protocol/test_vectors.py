@@ -17,31 +17,42 @@ from msgspec import inspect as schema
 
 from baffle.client.respond import finite_differences, local_update, perturbations
 from baffle.core import gaussian, optim
-from baffle.core.aggregate import FIRST_EXPONENT, measures_scale, next_exponent, nothing
+from baffle.core.aggregate import FIRST_EXPONENT, counts_of, measures_scale, next_exponents, nothing, word_bits
+from baffle.core.credit import numbers_of_rows, sizes_of, units_of
 from baffle.core.directions import Directions
 from baffle.core.method import Method, examples_per_weight, replay
 from baffle.core.philox import Purpose, philox, word3
 from baffle.core.quantize import MOST_CODES, lattice_steps, row_scales, unscale
 from baffle.core.quantize import encode as encode_rows
 from baffle.core.rebuild import FAST, estimate
-from baffle.core.scalars import Encoded, encode, weight_of
+from baffle.core.scalars import MAGNITUDE_UNITS, MOST_MAGNITUDE, Encoded, encode, weight_of
 from baffle.core.state import State, state_sha256, weights_sha256
 from baffle.core.types import (
-    LIMIT,
+    DEFAULT_BITS,
+    FEW_BITS,
     MAX_WEIGHT,
+    MAX_WEIGHT_OF_FEW_BITS,
     MAX_WEIGHT_SUM,
+    MOST_BITS,
+    Credit,
+    Difference,
     Family,
+    ParamSpec,
     Reply,
     Row,
+    Sharing,
     Table,
     Task,
     Weights,
+    bits_of,
+    limit_of,
     make_table,
-    pack_int32,
+    pack,
     table_size,
+    unpack,
 )
 from baffle.errors import ReplyError
-from baffle.protocol import pipes
+from baffle.protocol import encoding, pipes
 from baffle.protocol.encoding import decode_reply, decode_row, decode_task, encode_message
 from baffle.protocol.messages import KeysRequest, MaskedTrainResponse, UnmaskRequest, decode_introductions
 from baffle.runfolder.config import RunConfig
@@ -49,7 +60,7 @@ from baffle.runfolder.journal import Journal
 from baffle.runfolder.metrics import Record
 from baffle.secure.client import SecureClient
 from baffle.secure.graph import neighbourhoods, threshold
-from baffle.secure.masks import Identity, mask_key, pair_mask, self_mask
+from baffle.secure.masks import Identity, mask_key, pack_words, pair_mask, self_mask, unpack_words
 from baffle.secure.messages import (
     Introduced,
     KeysResponse,
@@ -123,24 +134,50 @@ def block(key: list[int], counter: list[int]) -> list[int]:
 
 
 def make_task(**changes: Any) -> Task:
-    """The task of the document, changed."""
+    """The task of the document, changed; ``exponent`` is that of its only unit."""
     fields = VECTORS["messages"]["messages"][0]["fields"]
-    return msgspec.convert({**fields, "state_sha256": b"", **changes}, Task)
+    return msgspec.convert({**fields, "state_sha256": b"", **_exponents(changes)}, Task)
 
 
 def make_row(integers: Any, **changes: Any) -> Row:
-    """The row of the document with other integers [vectors][steps][K], changed."""
-    fields = VECTORS["messages"]["messages"][2]["fields"]
+    """The row of the document with other integers [vectors][steps][numbers], one per direction, changed."""
+    fields = msgspec.structs.asdict(decode_row(bytes.fromhex(VECTORS["messages"]["messages"][2]["bytes"])))
     values = np.array(integers, np.int64)
-    made = {"scalars": pack_int32(values), "local_steps": values.shape[1], "num_directions": values.shape[2]}
-    return msgspec.convert({**fields, "weights_sha256": b"", "state_sha256": b"", **made, **changes}, Row)
+    made = {"bits": bits_of(values), "scalars": pack(values, bits_of(values)), "local_steps": values.shape[1]}
+    made |= {"numbers": values.shape[2], "num_directions": values.shape[2]}
+    hashes = {"weights_sha256": b"", "state_sha256": b""}
+    return msgspec.convert({**fields, **hashes, **made, **_exponents(changes)}, Row)
+
+
+def _exponents(changes: Vector) -> Vector:
+    rest = {name: value for name, value in changes.items() if name != "exponent"}
+    return rest | ({"exponents": [changes["exponent"]]} if "exponent" in changes else {})
+
+
+def credited(tensors: Sequence[Vector]) -> Table:
+    table, offset = list[ParamSpec](), 0
+    for i, tensor in enumerate(tensors):
+        credit = msgspec.convert(tensor["credit"], Credit)
+        table.append(ParamSpec(f"t{i}", tuple(tensor["shape"]), offset, bytes.fromhex(tensor["kept"]), credit))
+        offset += table[-1].size
+    return tuple(table)
 
 
 # One check a block
 
 
 def check_constants(v: Vector) -> None:
-    assert v == {"limit": LIMIT, "max_weight": MAX_WEIGHT, "max_weight_sum": MAX_WEIGHT_SUM}
+    assert v == {
+        "default_bits": DEFAULT_BITS,
+        "most_bits": MOST_BITS,
+        "limits": {str(bits): limit_of(bits) for bits in (1, 2, 4, 8, 15, 32)},
+        "magnitude_units": MAGNITUDE_UNITS,
+        "most_magnitude": MOST_MAGNITUDE,
+        "max_weight": MAX_WEIGHT,
+        "few_bits": FEW_BITS,
+        "max_weight_of_few_bits": MAX_WEIGHT_OF_FEW_BITS,
+        "max_weight_sum": MAX_WEIGHT_SUM,
+    }
 
 
 def check_table(v: Vector) -> None:
@@ -154,6 +191,58 @@ def check_table(v: Vector) -> None:
     assert [t["offset"] for t in v["tensors"]] == [spec.offset for spec in table]
     assert [t["matrix"] for t in v["tensors"]] == [spec.matrix and list(spec.matrix) for spec in table]
     assert v["size"] == table_size(table)
+
+
+def check_units(v: Vector) -> None:
+    table, total = credited(v["tensors"]), v["num_directions"] * v["slices"]
+    assert v["sizes"] == list(sizes_of(table, total))
+    assert v["rows"] == {f"t{i}": numbers_of_rows(s).tolist() for i, s in enumerate(table) if s.credit.kind == "rows"}
+    names = ("key", "round", "family", "num_directions", "slices", "exponents", "weight_sum")
+    row = make_row(v["integers"], **{name: v[name] for name in names})
+    assert v["estimate"] == to_bits(estimate(table, row))
+    assert v["estimate"] == to_bits(slow_estimate(v, table))
+
+
+def slow_estimate(v: Vector, table: Table) -> Weights:
+    """One number after another, as the document puts it."""
+    total, out, starts = v["num_directions"] * v["slices"], np.zeros(table_size(table)), np.cumsum([0, *v["sizes"]])
+    directions = Directions(table, v["family"], (v["key"], v["round"]), 0, 0)
+    for number, unit in enumerate(units_of(table)):
+        own = np.array(v["integers"][0][0][starts[number] : starts[number + 1]], np.int64)
+        factor, at = 2.0 ** v["exponents"][number], 0
+        for i in unit.tensors:
+            spec = table[i]
+            if unit.kind == "exact":
+                kept = np.ones(spec.size, np.int64) if spec.mask is None else spec.mask
+                out[spec.slice], at = own[at : at + spec.size] * kept * (factor / v["weight_sum"]), at + spec.size
+                continue
+            of_row = v["rows"][spec.name] if unit.kind == "rows" else [0] * (spec.shape or (1,))[0]
+            scalars, width = own.reshape(total, -1), spec.size // len(of_row)
+            entries = directions.entries(i, slice(0, total)).astype(np.int64)
+            for entry in range(spec.size):
+                exact = sum(int(scalars[k, of_row[entry // width]] * entries[k, entry]) for k in range(total))
+                out[spec.offset + entry] = exact * (directions.unit * factor / (total * v["weight_sum"]))
+    return out.astype(np.float32)
+
+
+def check_packed(v: Vector) -> None:
+    for case in v["integers"]:
+        values = np.array(case["values"], np.int64)
+        assert case["bytes"] == pack(values, case["bits"]).hex()
+        assert unpack(bytes.fromhex(case["bytes"]), case["bits"], len(values)).tolist() == case["values"]
+        bits, text = case["bits"], ""
+        for value in case["values"]:  # the lowest bit first
+            text += str(int(value > 0)) if bits == 1 else format(value % 2**bits, f"0{bits}b")[::-1]
+        padded = text.ljust(-(-len(text) // 8) * 8, "0")
+        assert case["bytes"] == bytes(int(padded[i : i + 8][::-1], 2) for i in range(0, len(padded), 8)).hex()
+    for case in v["words"]:
+        numbers = np.array(case["values"], np.uint32)
+        assert case["bytes"] == pack_words(numbers, case["bits"]).hex()
+        lowest = unpack_words(bytes.fromhex(case["bytes"]), case["bits"], len(numbers))
+        assert lowest.tolist() == [value % 2 ** case["bits"] for value in case["values"]]
+    for case in v["refused"]:
+        with pytest.raises(ReplyError):
+            pack(unpack(bytes.fromhex(case["bytes"]), case["bits"], case["count"]), case["bits"])
 
 
 def check_philox(v: Vector) -> None:
@@ -287,7 +376,7 @@ def check_lattice_estimate(v: Vector) -> None:
 
 def check_scalars(v: Vector) -> None:
     for case in v["differences"]:
-        task = make_task(**{name: case[name] for name in ("difference", "sigma", "exponent", "clip")})
+        task = make_task(**{name: case[name] for name in ("difference", "sigma", "exponent", "clip", "bits")})
         scalars = finite_differences(task, np.array(case["losses"], np.float64).astype(np.float32))
         assert [float(x) for x in case["scalars"]] == scalars.tolist()
         check_encoded(case)
@@ -296,17 +385,19 @@ def check_scalars(v: Vector) -> None:
 
 
 def check_encoded(case: Vector) -> None:
-    task = make_task(exponent=case["exponent"], clip=case["clip"])
+    count = len(case["scalars"])
+    task = make_task(exponent=case["exponent"], clip=case["clip"], bits=case["bits"], num_directions=count)
     encoded = encode(task, np.array(case["scalars"], np.float64))
     assert (case["clipped"], case["nonfinite"]) == (encoded.clipped, encoded.nonfinite)
     assert case["integers"] == encoded.integers.tolist()
+    assert [case["magnitude"]] == list(encoded.magnitudes)
 
 
 def check_weights(v: Vector) -> None:
     for case in v["weights"]:
         assert case["weight"] == weight_of(case["examples"], case["quantum"])
     for case in v["quanta"]:
-        assert case["quantum"] == examples_per_weight(case["largest"], case["participants"])
+        assert case["quantum"] == examples_per_weight(case["largest"], case["participants"], case["bits"])
 
 
 def check_messages(v: Vector) -> None:
@@ -315,9 +406,28 @@ def check_messages(v: Vector) -> None:
         data = bytes.fromhex(case["bytes"])
         message = decode(data)
         assert encode_message(message) == data
-        texts = {name: value.hex() for name, value in msgspec.structs.asdict(message).items() if type(value) is bytes}
-        assert list(case["fields"]) == list(kind.__struct_fields__)
-        assert case["fields"] == json.loads(msgspec.json.encode(msgspec.structs.asdict(message) | texts))
+        written = msgspec.msgpack.decode(data)
+        if kind is Row:
+            written = dict(zip(WRITTEN[Row].__struct_fields__, written, strict=True))
+        texts = {name: value.hex() for name, value in written.items() if type(value) is bytes}
+        assert list(case["fields"]) == list(WRITTEN[kind].__struct_fields__)
+        assert case["fields"] == written | texts
+
+
+def check_earlier_row(v: Vector) -> None:
+    data = bytes.fromhex(v["bytes"])
+    written = msgspec.msgpack.decode(data)
+    texts = {name: value.hex() for name, value in written.items() if type(value) is bytes}
+    assert (v["fields"], list(v["fields"])) == (written | texts, list(written))
+    row, newer = decode_row(data), decode_row(bytes.fromhex(VECTORS["messages"]["messages"][2]["bytes"]))
+    assert (row.slices, row.bits, row.numbers) == (1, 32, row.num_directions)
+    common = row.weight_sum // newer.weight_sum
+    assert (row.integers == newer.integers * common).all()
+    assert row == msgspec.structs.replace(
+        newer, weight_sum=row.weight_sum, bits=32, scalars=row.scalars, magnitudes=row.magnitudes
+    )
+    before = state_of(VECTORS["hashes"]["before"])
+    assert state_sha256(replay(before, make_table({"w": (2, 2)}), row)) == row.state_sha256
 
 
 def check_estimate(v: Vector) -> None:
@@ -386,28 +496,29 @@ def check_local_step(v: Vector) -> None:
     task = make_task(
         num_directions=len(v["integers"]), local_steps=2, local_lr=number(v["local_lr"]), **{n: v[n] for n in names}
     )
-    encoded = Encoded(np.array(v["integers"], np.int64), 0, 0)
+    encoded = Encoded(np.array(v["integers"], np.int64), (0,), 0, 0)
     after = local_update(task, table_of(v["shapes"]), from_bits(v["before"]), encoded, v["step"], FAST)
     assert v["after"] == to_bits(after)
 
 
 def check_exponents(v: Vector) -> None:
-    assert v["first"] == FIRST_EXPONENT == next_exponent(None)
-    assert measures_scale(None)
+    two = credited([{"shape": [2], "kept": "", "credit": [i, "loss", [], False]} for i in range(2)])
+    tables = {1: table_of([[2]]), 2: two}
+    assert [v["first"]] == [FIRST_EXPONENT] == list(next_exponents(tables[1], 15, None))
+    assert measures_scale(None, 15)
     for case in v["cases"]:
         row = make_row(
-            case["integers"],
-            sharing=case["sharing"],
+            [[[1, 1]]],
             round=v["last_round"],
             applied=False,
-            exponent=v["last_exponent"],
             participants=list(range(case["participants"])),
-            **{name: case[name] for name in ("weight_sum", "clipped", "nonfinite")},
+            **{name: case[name] for name in ("exponents", "magnitudes", "nonfinite")},
         )
-        assert (case["next"], case["calibrates"]) == (next_exponent(row), measures_scale(row))
+        following = next_exponents(tables[len(case["exponents"])], case["bits"], row, case["clip"])
+        assert (case["next"], case["calibrates"]) == (list(following), measures_scale(row, case["bits"]))
         applied = msgspec.structs.replace(row, applied=True)
-        assert not measures_scale(applied)
-        assert not measures_scale(msgspec.structs.replace(row, round=3))
+        assert not measures_scale(applied, case["bits"])
+        assert not measures_scale(msgspec.structs.replace(row, round=3), case["bits"])
 
 
 def draws(texts: Sequence[str]) -> Callable[[int], bytes]:
@@ -467,7 +578,8 @@ def check_secure_round(v: Vector) -> None:
     identities = {c["client"]: Identity.make(bytes.fromhex(c["secret"])) for c in v["clients"]}
     cards = {client: identity.card for client, identity in identities.items()}
     clients = {client: SecureClient(identity, client, v["key"]) for client, identity in identities.items()}
-    server = SecureRound(v["key"], v["round"], list(cards), cards, len(v["total"]))
+    server = SecureRound(v["key"], v["round"], list(cards), cards, len(v["total"]), len(v["counts"]), word=v["word"])
+    assert v["word"] == word_bits(v["bits"], v["weight_sum"])
     pack = msgspec.msgpack.encode
     for case in v["clients"]:
         card = cards[case["client"]]
@@ -481,7 +593,18 @@ def check_secure_round(v: Vector) -> None:
         client, values = case["client"], np.array(case["values"], np.int64)
         assert case["introduced"] == pack(server.introduce(client)).hex()
         introduced = decode_introductions(bytes.fromhex(case["introduced"]))
-        masked = clients[client].mask(v["round"], introduced, values, case["counts"])
+        weight, clipped, nonfinite = (case["reply"][name] for name in ("weight", "clipped", "nonfinite"))
+        reply = Reply(
+            round=v["round"],
+            client=client,
+            weight=weight,
+            scalars=b"",
+            magnitudes=tuple(case["reply"]["magnitudes"]),
+            clipped=clipped,
+            nonfinite=nonfinite,
+        )
+        assert case["counts"] == list(counts_of(reply))
+        masked = clients[client].mask(v["round"], introduced, values, case["counts"], v["word"])
         assert case["masked"] == pack(masked).hex()
         if client in alive:
             server.add(masked)
@@ -494,6 +617,8 @@ def check_secure_round(v: Vector) -> None:
             server.unmask(unmasked)
     total, counts = server.total()
     assert (v["total"], v["counts"]) == (total.tolist(), list(counts))
+    low, high = v["counts"][3:]
+    assert low + 2**15 * high == sum(case["reply"]["magnitudes"][0] for case in alive.values())
     plain = [np.array([*case["values"], *case["counts"]]) for case in alive.values()]
     assert v["total"] + v["counts"] == np.sum(plain, axis=0).tolist()
 
@@ -532,8 +657,12 @@ def test_vector_journal(tmp_path: Path) -> None:
     # the same, as the document puts it
     listed = json.loads((tmp_path / "run" / "config.json").read_text())["method"]
     assert (listed, list(listed)) == (v["method"], list(v["method"]))
-    tensors = [{"name": s.name, "shape": list(s.shape), "offset": s.offset, "kept": kept[s.name]} for s in table]
-    assert v["settings"] == msgspec.msgpack.encode([3, v["method"], v["key"], tensors]).hex()
+    credit = [0, "loss", [], False]
+    tensors = [
+        {"name": s.name, "shape": list(s.shape), "offset": s.offset, "kept": kept[s.name], "credit": credit}
+        for s in table
+    ]
+    assert v["settings"] == msgspec.msgpack.encode([4, v["method"], v["key"], tensors]).hex()
     settings = bytes.fromhex(v["settings"])
     checksum = hashlib.sha256(b"baffle journal\x0a" + settings + weights_sha256(initial)).digest()
     assert v["start"] == checksum.hex()
@@ -568,6 +697,8 @@ def kind_of(field: schema.Type) -> str:
             return f"{kind_of(types[0])} or nil"
         case schema.VarTupleType(item_type=schema.TupleType(item_types=items)) if len(items) == 2:
             return "array of pairs"
+        case schema.TupleType(item_types=items) if len(items) == 4 and {type(i) for i in items} == {schema.IntType}:
+            return "array of four integers"
         case schema.VarTupleType(item_type=item):
             return f"array of {kind_of(item)}"
         case schema.StructType():
@@ -577,14 +708,26 @@ def kind_of(field: schema.Type) -> str:
     raise AssertionError(f"{field}: the document has no word for it")
 
 
+WRITTEN: dict[type[msgspec.Struct], type[msgspec.Struct]] = {Task: Task, Reply: Reply, Row: encoding._Row4}
+"""What is encoded for each kind of message."""
 LETTERS: list[type[msgspec.Struct]] = [PublicKeys, KeysResponse, Introduced, Masked, Survivors, UnmaskResponse]
 CARRIERS: list[type[msgspec.Struct]] = [KeysRequest, MaskedTrainResponse, UnmaskRequest]
-DEFAULTS = {"secure": 0, "next_cohort": [], "complaints": [], "signatures": [], "state_sha256": b""}
+DEFAULTS = {
+    "slices": 1,
+    "bits": 15,
+    "unit_sizes": [],
+    "secure": 0,
+    "word": 32,
+    "next_cohort": [],
+    "complaints": [],
+    "signatures": [],
+    "state_sha256": b"",
+}
 
 
 @pytest.mark.parametrize("message", [*DECODERS, *LETTERS, *CARRIERS])
 def test_tables_of_fields(message: type[msgspec.Struct]) -> None:
-    info = schema.type_info(message)
+    info = schema.type_info(WRITTEN.get(message, message))
     assert isinstance(info, schema.StructType)
     heading = message.__name__ if info.tag is None else str(info.tag).capitalize()
     section = TEXT.split(f"\n### {heading}\n")[1].split("\n#")[0]
@@ -607,7 +750,50 @@ def test_tables_of_purposes_and_families() -> None:
     ]
 
 
-@pytest.mark.parametrize("case", VECTORS["messages"]["messages"], ids=lambda case: str(case["type"]))
+def test_the_lists_of_names() -> None:
+    listed = re.findall(r"^\| (\w+) \| ((?:`[\w-]+`(?:, )?)+) \|$", TEXT, re.MULTILINE)
+    kinds = {"family": get_args(Family), "sharing": get_args(Sharing), "difference": get_args(Difference)}
+    kinds["optimizer"] = tuple(optim.COEFFICIENTS)
+    assert {name: tuple(re.findall(r"`([\w-]+)`", names)) for name, names in listed} == kinds
+    for name, chosen in kinds.items():
+        for place, value in enumerate(chosen):
+            coefficients = dict.fromkeys(optim.COEFFICIENTS[value], 0.5) if name == "optimizer" else {"lr": 0.5}
+            coefficients |= {"weight_decay": 0.0}
+            row = make_row([[[1, 1]]], **{name: value, "coefficients": coefficients})
+            written = msgspec.msgpack.decode(encode_message(row))
+            assert written[5][list(kinds).index(name)] == place
+            assert decode_row(encode_message(row)) == row
+
+
+def test_what_is_no_row() -> None:
+    data = bytes.fromhex(VECTORS["messages"]["messages"][2]["bytes"])
+    row, fields = decode_row(data), msgspec.msgpack.decode(data)
+    whole = [2 if isinstance(value, float) else value for value in fields]
+    assert decode_row(msgspec.msgpack.encode(whole)) == msgspec.structs.replace(row, sigma=2.0)
+    for place in range(len(fields)):
+        with pytest.raises(msgspec.DecodeError):
+            decode_row(msgspec.msgpack.encode(fields[:place]))
+        with pytest.raises(msgspec.DecodeError):
+            decode_row(msgspec.msgpack.encode([*fields[:place], [b"?"], *fields[place + 1 :]]))
+    for end in range(len(data)):
+        with pytest.raises(msgspec.DecodeError):
+            decode_row(data[:end])
+    names, floats = fields[5], fields[20]
+    for place, value in ((0, 3), (1, 2), (2, 2), (3, 3), (0, -1), (3, -1)):
+        changed = [*names[:place], value, *names[place + 1 :]]
+        with pytest.raises(msgspec.DecodeError):
+            decode_row(msgspec.msgpack.encode([*fields[:5], changed, *fields[6:]]))
+    for wrong in (b"", floats[:4], floats[:8], floats[:-1], floats + bytes(8)):
+        with pytest.raises(msgspec.DecodeError):
+            decode_row(msgspec.msgpack.encode([*fields[:20], wrong, *fields[21:]]))
+    with pytest.raises(msgspec.DecodeError):
+        decode_row(msgspec.msgpack.encode([*fields, 0]))
+
+
+MAPS = [*VECTORS["messages"]["messages"][:2], {"type": "Row", "bytes": VECTORS["earlier_row"]["bytes"]}]
+
+
+@pytest.mark.parametrize("case", MAPS, ids=lambda case: str(case["type"]))
 def test_what_a_receiver_takes_and_refuses(case: Vector) -> None:
     kind = next(kind for kind in DECODERS if kind.__name__ == case["type"])
     decode, data = DECODERS[kind], bytes.fromhex(case["bytes"])
@@ -620,8 +806,8 @@ def test_what_a_receiver_takes_and_refuses(case: Vector) -> None:
         assert name not in whole or (value == 2 and type(value) is float)
     for name in fields:
         lacking = msgspec.msgpack.encode({n: value for n, value in fields.items() if n != name})
-        if kind is Task and name in ("secure", "next_cohort"):  # what they are then is said
-            assert decode(lacking) == message
+        if kind is Task and name in DEFAULTS and name != "state_sha256":  # what they are then is said
+            assert decode(lacking) == msgspec.structs.replace(message, **{name: fields_default(name)})
             assert f"lacks `{name}`" in TEXT
         else:
             with pytest.raises(refused, match=name):
@@ -631,6 +817,11 @@ def test_what_a_receiver_takes_and_refuses(case: Vector) -> None:
     for end in range(len(data)):
         with pytest.raises(refused):
             decode(data[:end])
+
+
+def fields_default(name: str) -> object:
+    value = DEFAULTS[name]
+    return tuple(value) if isinstance(value, list) else value
 
 
 def test_a_void_row() -> None:
@@ -643,10 +834,11 @@ def test_a_void_row() -> None:
         weight_sum=total.weight_sum,
         clipped=total.clipped,
         nonfinite=total.nonfinite,
+        magnitudes=total.magnitudes,
         applied=False,
         round=9,
     )
     assert (row.participants, row.weight_sum, row.clipped) == ((), 1, 0)
     assert row.nonfinite == task.local_steps * task.num_directions
     assert not row.integers.any()
-    assert next_exponent(row) == row.exponent
+    assert next_exponents(table_of([[2, 2]]), task.bits, row) == row.exponents

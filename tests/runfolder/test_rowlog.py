@@ -63,7 +63,7 @@ def edit_chain(run: Path, at: Place, byte: int) -> None:
 
 ROW_EDITS = (
     [(edit_length, byte) for byte in range(4)]
-    + [(edit_row, byte) for byte in (0, 1, 100, 300, -1)]
+    + [(edit_row, byte) for byte in (0, 1, 60, 120, -1)]
     + [(edit_chain, byte) for byte in (0, 15, 31)]
 )
 

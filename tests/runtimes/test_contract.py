@@ -42,7 +42,7 @@ from helpers import TASK
 
 def task(difference: str = "forward", k: int = 6) -> Task:
     return msgspec.structs.replace(
-        TASK, round=1, key=3, difference=difference, num_directions=k, sigma=SIGMA, exponent=-10
+        TASK, round=1, key=3, difference=difference, num_directions=k, sigma=SIGMA, exponents=(-10,)
     )
 
 

@@ -9,18 +9,29 @@ import numpy.typing as npt
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
-from baffle.core.types import LIMIT, Integers, Reply, pack_int32
+from baffle.core.types import DEFAULT_BITS, MAX_WEIGHT, Integers, Reply, limit_of, pack
 from baffle.secure import masks, messages
 from baffle.secure.client import SecureClient
 from baffle.secure.masks import Identity, mask_key, pair_mask, self_mask
 from baffle.secure.messages import Masked, commitment, context
 from secure_helpers import KEY, UNIFORM, Driver, chi_square, chi_square_of_two, make_clients, make_replies, refused
 
+LARGEST = limit_of(DEFAULT_BITS)
+
 
 def masked_vectors(values: Integers) -> dict[int, Masked]:
     clients = make_clients(3)
     replies = [
-        Reply(round=0, client=c, weight=1, scalars=pack_int32(values), clipped=0, nonfinite=0) for c in sorted(clients)
+        Reply(
+            round=0,
+            client=c,
+            weight=MAX_WEIGHT,
+            scalars=pack(values, DEFAULT_BITS),
+            magnitudes=(0,),
+            clipped=0,
+            nonfinite=0,
+        )
+        for c in sorted(clients)
     ]
     driver = Driver(clients, replies)
     driver.advertise()
@@ -30,7 +41,7 @@ def masked_vectors(values: Integers) -> dict[int, Masked]:
 
 def test_masked_vectors_are_uniform_whatever_is_in_them() -> None:
     size = 20_000
-    zeros, large = (masked_vectors(np.full(size, value, np.int64)) for value in (0, LIMIT * 255))
+    zeros, large = (masked_vectors(np.full(size, value, np.int64)) for value in (0, LARGEST))
     for vectors in (zeros, large):
         for masked in vectors.values():
             assert UNIFORM[0] < chi_square(masked.vector) < UNIFORM[1]
@@ -39,8 +50,37 @@ def test_masked_vectors_are_uniform_whatever_is_in_them() -> None:
     a, b = (np.frombuffer(zeros[c].vector, "<u4").astype(np.uint32) for c in (0, 3))
     assert UNIFORM[0] < chi_square((a - b).tobytes()) < UNIFORM[1]
     assert UNIFORM[0] < chi_square((a + b).tobytes()) < UNIFORM[1]
-    plain = np.full(size, LIMIT * 255, "<i4").tobytes()
+    plain = np.full(size, LARGEST * MAX_WEIGHT, "<i4").tobytes()
     assert chi_square(plain) > UNIFORM[1]  # the test can fail
+
+
+@pytest.mark.parametrize("bits", [2, 10, 13, 24, 31, 32])
+def test_words_of_fewer_bits_add_up_to_the_same_and_stay_uniform(bits: int) -> None:
+    """What is cut off a masked word is not needed to add it, and the rest of it hides as much."""
+    rng = np.random.default_rng(bits)
+    plain = rng.integers(-(2 ** (bits - 2)), 2 ** (bits - 2), (2, 5000)) if bits > 2 else np.full((2, 5000), -1)
+    pads = rng.integers(0, 2**32, 5000, dtype=np.uint32)
+    vectors = plain[0].astype(np.uint32) + pads, plain[1].astype(np.uint32) - pads
+    sent = [masks.pack_words(vector, bits) for vector in vectors]
+    assert [len(data) for data in sent] == [-(-5000 * bits // 8)] * 2
+    received = [masks.unpack_words(data, bits, 5000) for data in sent]
+    lowest = np.uint32(2**bits - 1)
+    for vector, words in zip(vectors, received, strict=True):
+        assert (words == vector & lowest).all()
+    total = (received[0] + received[1]).astype(np.int64) & int(lowest)
+    assert (np.where(total >> (bits - 1), total - 2**bits, total) == plain.sum(axis=0)).all()
+
+
+@pytest.mark.parametrize("word", [10, 24])
+def test_masked_words_of_few_bits_are_uniform(word: int) -> None:
+    size = 20_000
+    clients = make_clients(3)
+    driver = Driver(clients, make_replies(clients, size))
+    driver.advertise()
+    introduced = driver.server.introduce(0)
+    masked = clients[0].mask(0, introduced, np.zeros(size, np.int64), (0, 0, 0), word)
+    assert len(masked.vector) == size * word // 8 + 12
+    assert UNIFORM[0] < chi_square(masked.vector) < UNIFORM[1]
 
 
 def test_nothing_is_encrypted_twice_with_a_key(monkeypatch: pytest.MonkeyPatch) -> None:

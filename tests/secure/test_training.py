@@ -13,7 +13,7 @@ import pytest
 import torch.nn.functional as F
 
 import baffle as bf
-from baffle.core.aggregate import SecureSum, next_exponent, nothing
+from baffle.core.aggregate import SecureSum, next_exponents, nothing
 from baffle.core.method import replay
 from baffle.core.state import State
 from baffle.core.types import Task
@@ -34,6 +34,10 @@ from helpers import METHOD, digits_engine, initial_weights, invoke, linear
         {"lattice": 2, "sigma": 1e-3},
         {"participation": 0.6, "aggregate": bf.secure_sum(neighbours=4)},
         {"aggregate": bf.secure_sum(minimum=2)},
+        {"slices": 2},
+        {"bits": 4},
+        {"bits": 1, "slices": 4},
+        {"bits": 8, "local_steps": 2, "local_lr": 0.1},
     ],
 )
 def test_training_is_the_same_with_and_without(changes: dict[str, object]) -> None:
@@ -42,7 +46,7 @@ def test_training_is_the_same_with_and_without(changes: dict[str, object]) -> No
     plain = msgspec.structs.replace(secure, aggregate=bf.weighted_sum())
     runs = [bf.train(m, digits_engine(clients), initial_weights(), rounds=6) for m in (secure, plain)]
     assert runs[0].weights_sha256 == runs[1].weights_sha256
-    assert runs[0].state.step == 6
+    assert runs[0].state.step == (6 if secure.bits == 15 else 5)  # the first scale is far off for few bits
     for with_masks, without in pairwise(run.records[1] for run in runs):
         assert (with_masks.bytes_up or 0) > (without.bytes_up or 0)
         assert (with_masks.bytes_down or 0) > (without.bytes_down or 0)
@@ -98,21 +102,21 @@ def test_a_round_without_a_sum_is_void_and_the_run_goes_on(tmp_path: Path) -> No
     _, test = bf.load("digits")
     run = bf.train(method, losing(5, 6), initial_weights(), rounds=9, test=test, out=tmp_path / "run", snapshot_every=3)
     journal = bf.Journal.open(tmp_path / "run")
-    rows = [decode_row(data) for data in journal.rows]
+    rows, table = [decode_row(data) for data in journal.rows], journal.config.table
     assert [row.round for row in rows if not row.participants] == [5, 6]
     for before, row in ((rows[4], rows[5]), (rows[5], rows[6])):
         assert not row.applied
         assert row.restores is None
         assert not row.integers.any()
         assert row.weights_sha256 == before.weights_sha256
-        assert next_exponent(row) == row.exponent
+        assert next_exponents(table, method.bits, row) == row.exponents
     assert rows[7].applied
-    assert rows[7].exponent == rows[5].exponent
+    assert rows[7].exponents == rows[5].exponents
     assert run.state.step == 7
 
     state = method.init(initial_weights())
     for row in rows:
-        state = replay(state, journal.config.table, row)
+        state = replay(state, table, row)
     assert np.array_equal(state.weights, run.weights)
     assert np.array_equal(journal.state().weights, run.weights)
     journal.close()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import baffle as bf
-from baffle.core.types import LIMIT
+from baffle.core.types import limit_of
 from baffle.models import build
 from baffle.runtimes.pytorch.runtime import TorchRuntime
 
@@ -84,7 +84,7 @@ def test_load_into_brings_the_average_into_the_model() -> None:
 @pytest.mark.parametrize("limit", [0.3, 1.0, 8.0])
 def test_clipped_scalars_do_not_coarsen_the_scale(limit: float) -> None:
     done = run(rounds=40, client=(bf.clip_scalars(limit),))
-    widest = math.ceil(math.log2(limit / LIMIT))
+    widest = math.ceil(math.log2(limit / limit_of(15)))
     assert max(r.exponent for r in done.records[1:]) <= widest
     assert all(r.scalar_rms > 0 for r in done.records)
     assert (done.accuracy or 0) > 0.8

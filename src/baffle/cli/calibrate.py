@@ -142,7 +142,7 @@ def _task(options: TrainConfig, codes: int) -> Task:
         num_directions=options.num_directions,
         sigma=1.0,
         lattice=codes,
-        exponent=0,
+        exponents=(0,),
         clip=None,
         batch_size=options.batch_size,
         local_steps=1,

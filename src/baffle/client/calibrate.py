@@ -19,7 +19,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from baffle.client.respond import draw, finite_differences, perturbations
+from baffle.client.respond import draw, numbers_of, passes_of
+from baffle.core.credit import is_plain, part_of, sizes_of, units_of
 from baffle.core.quantize import row_scales
 from baffle.core.types import Task, Weights
 from baffle.data import Dataset
@@ -31,6 +32,7 @@ LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 """The sigmas to choose from."""
 DIRECTIONS = 16
 """Number of directions along which round 0 measures."""
+_CREDITED_DIRECTIONS = 2
 EXAMPLES = 64
 """Maximum number of examples on which round 0 measures."""
 _GOOD = 0.15  # an error that adds two percent to the variance of the estimate
@@ -91,11 +93,15 @@ def calibrate(
         ladder = (_step_of_codes(runtime, weights, task.lattice),)
     rows: list[Float64] = []
     passes = 0
+    if not is_plain(runtime.table):  # each direction brings many numbers
+        num_directions = min(num_directions, _CREDITED_DIRECTIONS)
+    sizes = sizes_of(runtime.table, num_directions)
+    directed = [p for p, unit in zip(part_of(sizes), units_of(runtime.table), strict=True) if unit.kind != "exact"]
     for sigma in ladder:
-        probe = msgspec.structs.replace(task, sigma=sigma, num_directions=num_directions)
-        perturbed = perturbations(probe, runtime.table, client)
-        rows.append(finite_differences(probe, runtime.losses(weights, perturbed, batch)))
-        passes += len(perturbed)
+        probe = msgspec.structs.replace(task, sigma=sigma, num_directions=num_directions, slices=1, unit_sizes=sizes)
+        [numbers] = numbers_of(probe, runtime.table, runtime, weights, [batch], client)
+        rows.append(np.concatenate([numbers[part] for part in directed]))
+        passes += passes_of(probe, runtime.table) // task.local_steps
     scalars = np.stack(rows)
     errors = estimate_errors(scalars)
     return Calibration(ladder, scalars, errors, ladder[choose(errors)], passes, passes * len(batch))

@@ -105,8 +105,10 @@ class Directions:
         return gaussian.largest() if self.family == "gaussian" else 1
 
     def is_rank1(self, tensor: int) -> bool:
-        """Whether a tensor's direction is the product of two sign vectors."""
-        return self.family == "rank1" and self.table[tensor].matrix is not None
+        """Whether a tensor's direction is a product of two sign vectors."""
+        spec = self.table[tensor]
+        # rows that are credited one by one need signs of their own: a product would give all of them one factor
+        return self.family == "rank1" and spec.matrix is not None and spec.credit.kind == "loss"
 
     def factors(self, ks: slice, tensors: list[int] | None = None) -> dict[int, tuple[Signs, Signs]]:
         """The factors of rank-1 directions, all drawn in one call of the generator.

@@ -42,8 +42,9 @@ import msgspec
 import numpy as np
 
 from baffle.core import optim
-from baffle.core.aggregate import SecureSum, WeightedSum, measures_scale, next_exponent
+from baffle.core.aggregate import SecureSum, WeightedSum, measures_scale, next_exponents, word_bits
 from baffle.core.checks import keep_floats
+from baffle.core.credit import is_plain, sizes_of
 from baffle.core.directions import Directions
 from baffle.core.guard import Guard
 from baffle.core.method_checks import check_combinations, check_fields
@@ -54,8 +55,12 @@ from baffle.core.rebuild import FAST, Execution, check_exact, estimate
 from baffle.core.scalars import ClipScalars, weight_of
 from baffle.core.state import State, descend, state_sha256, weights_sha256
 from baffle.core.types import (
+    DEFAULT_BITS,
+    FEW_BITS,
     MAX_WEIGHT,
+    MAX_WEIGHT_OF_FEW_BITS,
     MAX_WEIGHT_SUM,
+    MOST_BITS,
     Aggregate,
     Cohort,
     Difference,
@@ -66,7 +71,9 @@ from baffle.core.types import (
     Table,
     Task,
     Weights,
-    pack_int32,
+    bits_of,
+    limit_of,
+    pack,
 )
 from baffle.errors import DivergedError, PlanError
 
@@ -82,6 +89,9 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         num_directions: K, the number of scalars that each client returns per local step.
+        slices: S, into how many parts a client's mini-batch is cut, each with its own K directions: as many passes
+            over each example, but S times as many numbers and directions.
+        bits: of each number that a client returns, its sign among them, 1 to 32; 1: the sign alone.
         family: distribution of the random directions: ``rank1``, ``rademacher`` or ``gaussian``
             (:mod:`baffle.core.directions`).
         sharing: ``shared``: all clients use the same K directions, so that their scalars can be summed.
@@ -115,6 +125,8 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     num_directions: int = 100
+    slices: int = 1
+    bits: int = DEFAULT_BITS
     family: Family = "rank1"
     sharing: Sharing = "shared"
     difference: Difference = "forward"
@@ -169,18 +181,23 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
             PlanError: the sums of some round could be inexact, or a secure sum would be too small to hide anyone.
         """
         participants = max(1, round(self.participation * len(sizes)))
-        unit = examples_per_weight(max(sizes), participants)
+        unit = examples_per_weight(max(sizes), participants, self.bits)
         cohort = {c: weight_of(sizes[c], unit) for c in _choose((key, state.round), len(sizes), participants)}
         # the heaviest cohort that could ever be drawn: refuse before round 0, not in the middle of a run
         heaviest = sum(weight_of(size, unit) for size in heapq.nlargest(participants, sizes))
-        check_exact(Directions(table, self.family, (key, state.round)), self.num_directions, self.local_steps, heaviest)
+        total = self.num_directions * self.slices
+        check_exact(
+            Directions(table, self.family, (key, state.round)), total, self.local_steps, heaviest, limit_of(self.bits)
+        )
+        sizes_in_reply = sizes_of(table, total)
+        self._check_table(table, sizes)
         neighbours, next_cohort = 0, list[int]()
         if isinstance(self.aggregate, SecureSum):
-            self.aggregate.check(self.num_directions * self.local_steps, participants)
+            self.aggregate.check(sum(sizes_in_reply) * self.local_steps, participants, word_bits(self.bits, heaviest))
             neighbours = self.aggregate.neighbours
             next_cohort = _choose((key, state.round + 1), len(sizes), participants)
         # while the scale is measured nothing is clipped but by the range, so that the scalars' true size is seen
-        clip = None if measures_scale(last) else min((c.limit for c in self.client), default=None)
+        clip = None if measures_scale(last, self.bits) else min((c.limit for c in self.client), default=None)
         previous = FIRST_SIGMA if last is None else last.sigma
         task = Task(
             round=state.round,
@@ -191,13 +208,17 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
             num_directions=self.num_directions,
             sigma=previous if self.sigma == "auto" else self.sigma,
             lattice=self.lattice,
-            exponent=next_exponent(last, clip),
+            slices=self.slices,
+            bits=self.bits,
+            exponents=next_exponents(table, self.bits, last, clip),
+            unit_sizes=() if is_plain(table) else sizes_in_reply,
             clip=clip,
             batch_size=self.batch_size,
             local_steps=self.local_steps,
             local_lr=self._local_lr(state.step + 1, self._lr_scale(last)),
             quantum=unit,
             secure=neighbours,
+            word=word_bits(self.bits, sum(cohort.values())) if neighbours else MOST_BITS,
             next_cohort=tuple(next_cohort),
             state_sha256=state_sha256(state) if last is None else last.state_sha256,
         )
@@ -257,14 +278,30 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
         )
         return row, replace(state, round=row.round + 1)
 
+    def _check_table(self, table: Table, sizes: Sequence[int]) -> None:
+        """Raise PlanError where a model's credit, or the clients' mini-batches, do not go with the method."""
+        smallest = min(min(sizes), self.batch_size or min(sizes))
+        if smallest < self.slices:
+            raise PlanError(
+                f"slices = {self.slices} with a mini-batch of {smallest} examples: expected one in each slice; "
+                "use fewer slices or a larger batch_size"
+            )
+        if not is_plain(table) and self.sharing == "per-client" and self.local_steps > 1:
+            raise PlanError("credit other than global with per-client directions and local steps: expected one of them")
+
     def _row(self, state: State, task: Task, total: Aggregate, last: Row | None) -> Row:
         """The row of a round, but for what depends on the gradient estimate: clip factor and hashes."""
         step = state.step + 1
-        scalars = task.num_directions * task.local_steps * len(total.participants)
+        count = task.numbers * task.local_steps * len(total.participants)
+        common = math.gcd(
+            total.weight_sum, int(np.gcd.reduce(total.vectors, axis=None)) if total.vectors.size else 0
+        )  # of clients of equal weights
+        vectors = total.vectors // common
+        bits = bits_of(vectors)
         return Row(
             round=task.round,
             key=task.key,
-            applied=not measures_scale(last) and total.nonfinite < scalars,
+            applied=not measures_scale(last, self.bits) and total.nonfinite < count,
             restores=None,
             rollbacks=0 if last is None else last.rollbacks,
             family=task.family,
@@ -273,11 +310,15 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
             difference=task.difference,
             sigma=task.sigma,
             lattice=task.lattice,
-            exponent=task.exponent,
+            exponents=task.exponents,
+            slices=task.slices,
             local_steps=task.local_steps,
             participants=total.participants,
-            weight_sum=total.weight_sum,
-            scalars=pack_int32(total.vectors),
+            weight_sum=total.weight_sum // common,
+            numbers=task.numbers,
+            bits=bits,
+            scalars=pack(vectors, bits),
+            magnitudes=tuple(round(m / max(1, total.weight_sum)) for m in total.magnitudes),
             clipped=total.clipped,
             nonfinite=total.nonfinite,
             clip_factor=1.0,
@@ -322,7 +363,7 @@ def replay(
     return _step(state, row, _gradient(table, row, state, execution) if row.applied else state.weights)
 
 
-def examples_per_weight(largest: int, participants: int) -> int:
+def examples_per_weight(largest: int, participants: int, bits: int = DEFAULT_BITS) -> int:
     """Examples per unit of weight (``quantum`` in a task): the smallest power of two that keeps sums small enough.
 
     Each weight must be at most 255 and the sum of a round's weights below 2**17. While no client has more than 255
@@ -339,7 +380,7 @@ def examples_per_weight(largest: int, participants: int) -> int:
         >>> examples_per_weight(255, 10), examples_per_weight(6000, 10)
         (1, 32)
     """
-    bound = min(MAX_WEIGHT, MAX_WEIGHT_SUM // participants)
+    bound = min(MAX_WEIGHT if bits > FEW_BITS else MAX_WEIGHT_OF_FEW_BITS, MAX_WEIGHT_SUM // participants)
     if bound < 1:
         raise PlanError(f"{participants} participants: expected at most {MAX_WEIGHT_SUM} in a round")
     unit = 1

@@ -8,6 +8,7 @@ from baffle.core.aggregate import SecureSum
 from baffle.core.checks import require_between, require_count, require_positive
 from baffle.core.optim import Optimizer, Sgd
 from baffle.core.quantize import MOST_CODES
+from baffle.core.types import MOST_BITS
 from baffle.errors import OptionError, PlanError, require_choice
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ def check_fields(method: Method) -> None:
         OptionError: an option is out of range or unknown.
     """
     require_count("num_directions", method.num_directions, 1, 2**20)
+    require_count("slices", method.slices, 1, 2**16)
+    require_count("bits", method.bits, 1, MOST_BITS)
     require_choice("family", method.family, ["rank1", "rademacher", "gaussian"])
     require_choice("sharing", method.sharing, ["shared", "per-client"])
     require_choice("difference", method.difference, ["forward", "central"])

@@ -304,6 +304,9 @@ def _adam(weights: Weights, slots: Slots, gradient: Weights, c: _Numbers) -> tup
 
 
 _RULES: dict[str, _Rule] = {"sgd": _sgd, "adam": _adam, "adamw": _adam}
+_ADAM = ("lr", "beta1", "beta2", "eps", "correction1", "correction2", "weight_decay")
+COEFFICIENTS = {"sgd": ("lr", "weight_decay", "momentum"), "adam": _ADAM, "adamw": (*_ADAM, "shrink")}
+"""The names of each rule's coefficients, in the order in which a row holds them; the last may be missing."""
 
 
 def _as_float32(values: Coefficients) -> Coefficients:

@@ -21,10 +21,22 @@ import numpy as np
 import numpy.typing as npt
 
 from baffle.core.cores import cores
+from baffle.core.credit import part_of, sizes_of, units_of
 from baffle.core.directions import ENTRIES_PER_BLOCK, FACTORS, Bytes, Directions, Run
 from baffle.core.gaussian import from_bits
 from baffle.core.philox import BLOCK_BITS, Purpose
-from baffle.core.types import LIMIT, Integers, ParamSpec, Row, Table, Weights, table_size
+from baffle.core.rebuild_units import rebuild_exact, rebuild_rows
+from baffle.core.types import (
+    DEFAULT_BITS,
+    Integers,
+    ParamSpec,
+    Row,
+    Table,
+    Task,
+    Weights,
+    limit_of,
+    table_size,
+)
 from baffle.errors import PlanError
 
 Float64 = npt.NDArray[np.float64]
@@ -98,22 +110,44 @@ def estimate(table: Table, row: Row, execution: Execution = FAST) -> Weights:
     terms: list[tuple[Directions, Integers]] = []
     for vector, steps in enumerate(row.integers):
         client = row.participants[vector] if row.sharing == "per-client" else 0  # shared: one vector, of all clients
-        terms += [(Directions.of(row, table, client, step), scalars) for step, scalars in enumerate(steps)]
-    scale = Directions.of(row, table, 0).unit * 2.0**row.exponent
-    return scaled(table, terms, scale / (row.num_directions * row.local_steps * max(row.weight_sum, 1)), execution)
+        terms += [(Directions.of(row, table, client, step), integers) for step, integers in enumerate(steps)]
+    return gradient(terms, row, row.local_steps * max(row.weight_sum, 1), execution)
+
+
+def gradient(terms: Terms, round: Task | Row, divisor: int, execution: Execution = FAST) -> Weights:
+    """The sum over terms of what their numbers say of the gradient, divided by ``divisor``: float32[n].
+
+    g = 1/D sum_k s_k d_k for one scalar per direction (D = directions of all slices); row by row for rows that are
+    credited one by one, g_r = 1/D sum_k s_kr d_kr; and the numbers themselves where they are exact.
+
+    Args:
+        terms: directions, and the integers int64[numbers] of a reply, or a sum of them.
+        round: says how many directions there are, and each unit's scale.
+        divisor: sum of weights x local steps. Exact numbers are divided once, as in the protocol.
+        execution: how to compute it; no choice changes a bit of the result.
+    """
+    table, total = terms[0][0].table, round.num_directions * round.slices
+    out = np.zeros(table_size(table), np.float32)
+    parts = part_of(sizes_of(table, total))
+    for unit, part, exponent in zip(units_of(table), parts, round.exponents, strict=True):
+        own = [(directions, integers[part]) for directions, integers in terms]
+        if unit.kind == "exact":
+            rebuild_exact(table, unit, [integers for _, integers in own], 2.0**exponent / divisor, out)
+            continue
+        scale = terms[0][0].unit * 2.0**exponent / (total * divisor)
+        if unit.kind == "rows":
+            rebuild_rows(unit, own, scale, out, execution.threads or cores())
+        elif execution.slow:
+            slow = sum((combine_slowly(*term) for term in own), np.zeros(len(out))) * scale
+            for tensor in unit.tensors:
+                out[table[tensor].slice] = slow[table[tensor].slice]
+        else:
+            _rebuild(own, scale, out, execution, unit.tensors)
+    return out
 
 
 def scaled(table: Table, terms: Terms, factor: float, execution: Execution = FAST) -> Weights:
-    """``factor`` times the exact sum of all terms, rounded once to float32, without a float64[n] in memory.
-
-    Args:
-        table: the trainable tensors.
-        terms: directions and their integer scalars.
-        factor: applied to the float64 sum before rounding.
-        execution: how to compute it.
-
-    Returns:
-        float32[n].
+    """``factor`` times the exact sum of one scalar per direction for all tensors, rounded once: float32[n].
 
     Examples:
         >>> from baffle.core.types import make_table
@@ -129,24 +163,16 @@ def scaled(table: Table, terms: Terms, factor: float, execution: Execution = FAS
     return out
 
 
-def check_exact(directions: Directions, num_directions: int, local_steps: int, weight_sum: int) -> None:
-    """Refuse a round whose partial sums could reach 2**53, where float64 stops being exact for integers.
-
-    Args:
-        directions: any directions of the round's family.
-        num_directions: K.
-        local_steps: local steps of each client.
-        weight_sum: the largest sum of the participants' weights.
-
-    Raises:
-        PlanError: the bound is reached; the message has every factor of it.
-    """
-    bound = num_directions * local_steps * weight_sum * LIMIT * directions.largest
+def check_exact(
+    directions: Directions, num_directions: int, local_steps: int, weight_sum: int, limit: int = limit_of(DEFAULT_BITS)
+) -> None:
+    """Raise PlanError unless every partial sum of a round stays below 2**53 in float64."""
+    bound = num_directions * local_steps * weight_sum * limit * directions.largest
     if bound >= 2**53:
         raise PlanError(
-            f"num_directions = {num_directions} x local_steps = {local_steps} x sum of weights = {weight_sum} "
-            f"x scalar limit {LIMIT} x largest entry {directions.largest} = {bound:.3g}: expected < 2**53, "
-            "so that the rebuild is exact; use fewer directions, steps or participants"
+            f"directions = {num_directions} x local_steps = {local_steps} x sum of weights = {weight_sum} "
+            f"x scalar limit {limit} x largest entry {directions.largest} = {bound:.3g}: expected < 2**53, "
+            "so that the rebuild is exact; use fewer directions, steps, participants or bits"
         )
 
 
@@ -162,8 +188,10 @@ class _Tile(NamedTuple):
         return self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
 
 
-def _rebuild(terms: Terms, factor: float, out: Floats, execution: Execution) -> None:
-    """Write factor * the sum of all terms to ``out``, rounded once to its type."""
+def _rebuild(
+    terms: Terms, factor: float, out: Floats, execution: Execution, tensors: Sequence[int] | None = None
+) -> None:
+    """out = factor * the sum of all terms, rounded once to the type of ``out``; of some tensors (None: of all)."""
     first = terms[0][0]
     threads = execution.threads or cores()
     block = min(execution.block, max(_SMALLEST, out.size // (2 * threads)))
@@ -176,7 +204,8 @@ def _rebuild(terms: Terms, factor: float, out: Floats, execution: Execution) -> 
             total *= factor
             out[spec.slice].reshape(matrix)[tile.rows, tile.columns] = total
 
-    groups = list(_groups(_tiles(first, block), block))
+    chosen = range(len(first.table)) if tensors is None else tensors
+    groups = list(_groups(_tiles(first, block, chosen), block))
     if threads == 1 or len(groups) == 1:
         for tiles in groups:
             work(tiles)
@@ -190,12 +219,9 @@ def _matrix(directions: Directions, tensor: int) -> tuple[int, int]:
     return (directions.is_rank1(tensor) and spec.matrix) or (1, spec.size)
 
 
-def _tiles(directions: Directions, block: int) -> Iterator[_Tile]:
-    """Cut all tensors into about square tiles of at most ``block`` entries.
-
-    Their sides start at multiples of 8, so that each starts at a whole byte of sign bits.
-    """
-    for i in range(len(directions.table)):
+def _tiles(directions: Directions, block: int, tensors: Sequence[int]) -> Iterator[_Tile]:
+    """Tiles of at most ``block`` entries, about square, whose sides start at multiples of 8."""
+    for i in tensors:
         rows, columns = _matrix(directions, i)
         height = min(rows, _eights(max(isqrt(block), block // max(columns, 1))))
         width = min(columns, _eights(block // height))

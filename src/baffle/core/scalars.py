@@ -13,7 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from baffle.core.checks import keep_floats, require_positive
-from baffle.core.types import LIMIT, MAX_WEIGHT, Integers, Task
+from baffle.core.credit import part_of
+from baffle.core.types import MAX_WEIGHT, Integers, Task
+
+MAGNITUDE_UNITS = 256
+"""Magnitudes are told in units of 2**exponent / 256, up to ``MOST_MAGNITUDE`` of them."""
+MOST_MAGNITUDE = 2**24
 
 
 class ClipScalars(msgspec.Struct, frozen=True, tag="clip_scalars"):
@@ -37,37 +42,49 @@ class ClipScalars(msgspec.Struct, frozen=True, tag="clip_scalars"):
 
 @dataclass(frozen=True)
 class Encoded:
-    """Fixed-point scalars of one local step.
+    """A client's numbers as integers.
 
     Attributes:
-        integers: the scalars in units of 2**exponent, int64[K].
+        integers: int64[numbers].
+        magnitudes: of each unit, the mean magnitude before rounding, in units of 2**(exponent - 8).
         clipped: how many were clipped.
-        nonfinite: how many were NaN or infinite, and are sent as 0.
+        nonfinite: how many were not finite, and are 0 (with one bit: +1).
     """
 
     integers: Integers
+    magnitudes: tuple[int, ...]
     clipped: int
     nonfinite: int
 
 
-def encode(task: Task, scalars: npt.NDArray[np.float64]) -> Encoded:
-    """Clip scalars and round them to integers in units of 2**exponent; halves go to the even integer.
+def encode(task: Task, numbers: npt.NDArray[np.float64]) -> Encoded:
+    """Round each unit's numbers to its scale, clip, and count; half-way cases go to the even integer.
+
+    With one bit only the sign is sent. The scale then says how large the numbers are, which the server keeps at their
+    mean magnitude.
 
     Args:
-        task: gives the exponent and the clipping norm.
-        scalars: directional derivatives of the loss, float64[K]; those that are not finite become 0.
-
-    Returns:
-        The integers, each of magnitude at most ``LIMIT``, and how many scalars were clipped or not finite.
+        task: says each unit's scale, and the bits of a number.
+        numbers: float64[numbers], unit after unit.
     """
-    finite = np.isfinite(scalars)
-    limit = float(LIMIT)
-    if task.clip is not None:
-        limit = min(limit, float(np.floor(np.ldexp(task.clip, -task.exponent))))
-    with np.errstate(over="ignore"):  # infinitely many units are clipped like any other excess
-        units = np.rint(np.ldexp(np.where(finite, scalars, 0.0), -task.exponent))
-    integers = np.clip(units, -limit, limit)
-    return Encoded(integers.astype(np.int64), int((integers != units).sum()), int((~finite).sum()))
+    finite = np.isfinite(numbers)
+    known = np.where(finite, numbers, 0.0)
+    integers = np.empty(len(numbers), np.int64)
+    magnitudes: list[int] = []
+    clipped = 0
+    for part, exponent in zip(part_of(task.sizes), task.exponents, strict=True):
+        with np.errstate(over="ignore"):  # infinitely many units are clipped like any other excess
+            scaled = np.ldexp(known[part], -exponent)
+        units = np.rint(scaled)
+        limit = float(task.limit)
+        if task.clip is not None:
+            limit = min(limit, float(np.floor(np.ldexp(task.clip, -exponent))))
+        kept = np.clip(units, -limit, limit)
+        clipped += int((kept != units).sum()) if task.bits > 1 else 0
+        integers[part] = np.where(known[part] < 0, -1, 1) if task.bits == 1 else kept.astype(np.int64)
+        size = float(np.minimum(np.abs(scaled), MOST_MAGNITUDE).mean()) if scaled.size else 0.0
+        magnitudes.append(min(MOST_MAGNITUDE, round(size * MAGNITUDE_UNITS)))
+    return Encoded(integers, tuple(magnitudes), clipped, int((~finite).sum()))
 
 
 def weight_of(examples: int, examples_per_weight: int) -> int:

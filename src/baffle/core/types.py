@@ -32,12 +32,38 @@ Difference = Literal["forward", "central"]
 
 UInt64 = Annotated[int, msgspec.Meta(ge=0)]
 
-LIMIT = 2**14 - 1
-"""Largest magnitude of one encoded scalar (15 bits with its sign)."""
+DEFAULT_BITS = 15
+"""Bits of one encoded scalar, with its sign."""
+MOST_BITS = 32
 MAX_WEIGHT = 255
 """Largest integer weight of one client."""
+FEW_BITS, MAX_WEIGHT_OF_FEW_BITS = 8, 15
+"""The same where numbers have few bits: sums then need few more than the numbers themselves."""
 MAX_WEIGHT_SUM = 2**17 - 1
-"""Largest sum of the weights of a round, so that a weighted sum of scalars fits 4 bytes."""
+"""Largest sum of the weights of a round."""
+
+
+class Credit(msgspec.Struct, frozen=True, array_like=True):
+    """Which numbers of a reply a tensor's gradient is rebuilt from (``docs/design.md``, "Credit").
+
+    Tensors with the same ``unit`` share numbers. What these are depends on ``kind``:
+
+    * ``loss``: per direction one number, the derivative of the loss along it;
+    * ``rows``: per direction one number for each row (entry of the first dimension) of the tensor;
+    * ``exact``: the gradient itself, one number per entry, and no direction.
+
+    Attributes:
+        unit: number of the unit, from 0 without gaps.
+        kind: what its numbers are.
+        runs: of kind rows, which number belongs to which row, as runs (rows, first number, step from row to row).
+            Empty: row r has number r.
+        auxiliary: the tensor exists for training alone (a local head): it is no part of the model.
+    """
+
+    unit: int = 0
+    kind: Literal["loss", "rows", "exact"] = "loss"
+    runs: tuple[tuple[int, int, int], ...] = ()
+    auxiliary: bool = False
 
 
 class ParamSpec(msgspec.Struct, frozen=True):
@@ -59,6 +85,10 @@ class ParamSpec(msgspec.Struct, frozen=True):
     shape: tuple[int, ...]
     offset: int
     kept: bytes = b""
+    """Of a pruned tensor: a bit an entry, lowest first, 1 where it was kept. Only these are perturbed and trained,
+    the others are 0. Empty: all."""
+    credit: Credit = Credit()
+    """Which numbers of a reply the tensor's gradient is rebuilt from."""
 
     @property
     def size(self) -> int:
@@ -142,9 +172,15 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     sigma: float
     """Step of the finite difference."""
     lattice: int
-    """0: every tensor is perturbed by sigma; m > 0: matrices are perturbed on the int8 lattice, by m codes."""
-    exponent: int
-    """Scalars travel as integers in units of 2**exponent."""
+    """0: every tensor is perturbed by sigma; m: matrices on the int8 lattice, by m codes."""
+    slices: int = 1
+    """S: a client's mini-batch is cut into so many slices, each with num_directions directions of its own."""
+    bits: int = DEFAULT_BITS
+    """Bits of one encoded number, with its sign; 1: the sign alone."""
+    exponents: tuple[int, ...]
+    """Numbers of each unit travel as integers in units of 2**exponent."""
+    unit_sizes: tuple[int, ...] = ()
+    """How many numbers a reply has of each unit, per local step; empty: one unit, one number per direction."""
     clip: float | None
     """Clipping norm of one scalar, a directional derivative of the loss; None: only the range limits it."""
     batch_size: int | None
@@ -155,21 +191,40 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     quantum: int
     """Examples per unit of a client's integer weight."""
     secure: int = 0
-    """In a secure sum, the largest number of neighbours that a client shares masks with; 0: plain sums."""
+    """In a secure sum: with how many neighbours a client shares masks, at most. 0: plain sums."""
+    word: int = 32
+    """In a secure sum: bits of a word, enough for any sum of the cohort's weighted integers."""
     next_cohort: tuple[int, ...] = ()
     """In a secure sum, the participants of the next round, so that their keys for it can come with the reply."""
     state_sha256: bytes
     """Hash of the replay state that the round starts from."""
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many numbers a reply has of each unit, per local step."""
+        return self.unit_sizes or (self.num_directions * self.slices,)
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers a reply has per local step."""
+        return sum(self.sizes)
+
+    @property
+    def limit(self) -> int:
+        """Largest magnitude of one encoded number."""
+        return limit_of(self.bits)
+
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
-    """What a client answers: K weighted integers per local step, its weight, and two counts."""
+    """What a client answers: the integers of each local step, how large they were, and two counts."""
 
     round: int
     client: int
     weight: int
     scalars: bytes
-    """int32, little-endian, [local_steps, K]: weight x fixed-point scalar."""
+    """The integers [local_steps, numbers], packed (:func:`pack`) in the task's bits; not multiplied by the weight."""
+    magnitudes: tuple[int, ...]
+    """Weight x mean magnitude of each unit's numbers before rounding, in units of 2**(exponent - 8)."""
     clipped: int
     """Number of scalars that were clipped."""
     nonfinite: int
@@ -193,12 +248,20 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     difference: Difference
     sigma: float
     lattice: int
-    exponent: int
+    exponents: tuple[int, ...]
+    slices: int = 1
     local_steps: int
     participants: tuple[int, ...]
     weight_sum: int
+    numbers: int
+    """How many numbers a vector has per local step."""
+    bits: int
+    """Bits of one number in ``scalars``: as few as the largest needs."""
     scalars: bytes
-    """int32, little-endian, [vectors, local_steps, K]: one vector with shared directions, else one per participant."""
+    """Packed sums [vectors, local_steps, numbers] of weight x integer; one vector if shared, else one per participant.
+    """
+    magnitudes: tuple[int, ...]
+    """Mean magnitude of the clients' numbers of each unit, in units of 2**(exponent - 8)."""
     clipped: int
     nonfinite: int
     clip_factor: float
@@ -216,8 +279,9 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def integers(self) -> Integers:
-        """The scalars as int64[vectors, local_steps, K]."""
-        return unpack_int32(self.scalars).reshape(-1, self.local_steps, self.num_directions)
+        """The sums as int64[vectors, local_steps, numbers]."""
+        shape = 1 if self.sharing == "shared" else len(self.participants), self.local_steps, self.numbers
+        return unpack(self.scalars, self.bits, math.prod(shape)).reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -236,25 +300,77 @@ class Aggregate:
     vectors: Integers
     participants: tuple[int, ...]
     weight_sum: int
+    magnitudes: tuple[int, ...]
     clipped: int
     nonfinite: int
 
 
-def pack_int32(values: Integers) -> bytes:
-    """Encode integers as little-endian int32.
+def limit_of(bits: int) -> int:
+    """Largest magnitude of an integer of ``bits`` bits, the sign among them; one bit is the sign of +1 or -1.
 
     Raises:
         ReplyError: an integer does not fit.
 
     Examples:
-        >>> pack_int32(np.array([1, -2]))
-        b'\\x01\\x00\\x00\\x00\\xfe\\xff\\xff\\xff'
+        >>> [limit_of(bits) for bits in (1, 2, 4, 15)]
+        [1, 1, 7, 16383]
     """
-    if values.size and int(np.abs(values).max()) >= 2**31:
-        raise ReplyError(f"scalar {int(np.abs(values).max())}: expected a magnitude below 2**31")
-    return values.astype("<i4").tobytes()
+    return max(1, (1 << (bits - 1)) - 1)
 
 
-def unpack_int32(data: bytes) -> Integers:
-    """Decode little-endian int32 to int64; the inverse of :func:`pack_int32`."""
-    return np.frombuffer(data, "<i4").astype(np.int64)
+def bits_of(values: Integers) -> int:
+    """The fewest bits, at least 2, in which :func:`pack` keeps every value.
+
+    Examples:
+        >>> [bits_of(np.array([v])) for v in (0, 1, -2, 127, -129)]
+        [2, 2, 3, 8, 9]
+    """
+    largest = max(abs(int(values.max())), abs(int(values.min()))) if values.size else 0
+    return max(2, largest.bit_length() + 1)
+
+
+def pack(values: Integers, bits: int) -> bytes:
+    """Integers in ``bits`` bits each, two's complement, lowest bit first, without gaps; one bit is 1 for +1.
+
+    Raises:
+        ReplyError: A value does not fit.
+
+    Examples:
+        >>> pack(np.array([1, -2, 7]), 4).hex(), pack(np.array([1, -1, 1]), 1).hex()
+        ('e107', '05')
+    """
+    flat = np.asarray(values, np.int64).reshape(-1)
+    if flat.size and int(np.abs(flat).max()) > limit_of(bits):
+        raise ReplyError(f"integer {int(np.abs(flat).max())}: expected a magnitude of at most {limit_of(bits)}")
+    if bits == 1:
+        return np.packbits(flat > 0, bitorder="little").tobytes()
+    if bits in (8, 16, 32):  # the same bytes, faster
+        return flat.astype(f"<i{bits // 8}").tobytes()
+    spread = flat[:, None] >> np.arange(bits) & 1
+    return np.packbits(spread.astype(np.uint8).reshape(-1), bitorder="little").tobytes()
+
+
+def packed_size(count: int, bits: int) -> int:
+    """Bytes of ``count`` packed integers."""
+    return -(-count * bits // 8)
+
+
+def unpack(data: bytes, bits: int, count: int) -> Integers:
+    """The inverse of :func:`pack`: int64[count].
+
+    Raises:
+        ReplyError: ``data`` is too long or too short for ``count`` integers, or the unused bits are not 0.
+    """
+    if len(data) != packed_size(count, bits):
+        raise ReplyError(f"{len(data)} bytes of integers: expected {packed_size(count, bits)}")
+    if bits in (8, 16, 32):
+        return np.frombuffer(data, f"<i{bits // 8}").astype(np.int64)
+    every = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
+    if every[count * bits :].any():
+        raise ReplyError("bits behind the last integer: expected 0")
+    spread = every[: count * bits].reshape(count, bits).astype(np.int64)
+    if bits == 1:
+        return spread[:, 0] * 2 - 1
+    place = np.int64(1) << np.arange(bits)
+    place[-1] = -place[-1]
+    return np.asarray(spread @ place)

@@ -14,6 +14,7 @@ import numpy as np
 
 from baffle.client.examples import check_labels
 from baffle.client.participant import Build
+from baffle.core.credit import is_plain
 from baffle.data import Dataset, Scaling
 from baffle.errors import BundleError, DataError, ModelError, ReplyError
 from baffle.protocol.messages import Setup
@@ -136,6 +137,21 @@ def _torch(options: TrainConfig, setup: Setup, own: Own) -> Runtime:
     )
     train_only(model, options.trainable)
     masks = {spec.name: mask.reshape(spec.shape) for spec in setup.table if (mask := spec.mask) is not None}
+    if not is_plain(setup.table):
+        from baffle.runtimes.pytorch.credit import CreditRuntime
+
+        sample = Dataset(
+            np.zeros((1, *setup.shape), np.int64 if setup.vocabulary is not None else np.float32), np.zeros(1, np.int64)
+        )
+        return CreditRuntime(
+            model,
+            cross_entropy,
+            sample,
+            credit=options.credit,
+            threads=own.threads,
+            precision=options.precision,
+            masks=masks or None,
+        )
     return TorchRuntime(
         model,
         cross_entropy,

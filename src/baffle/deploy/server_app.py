@@ -111,7 +111,7 @@ def _remove_unstarted(out: Path) -> None:
         shutil.rmtree(out)
 
 
-_TOLD = ("model", "activation", "norm", "trainable", "runtime", "precision", "seed", "augment")
+_TOLD = ("model", "activation", "norm", "trainable", "runtime", "precision", "seed", "augment", "credit")
 
 
 def setup_of(options: TrainConfig, server: Server) -> Setup:

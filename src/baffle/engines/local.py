@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from baffle.client.calibrate import EXAMPLES, Calibration, calibrate
-from baffle.client.respond import draw, finite_differences, perturbations, reply, respond
+from baffle.client.respond import draw, numbers_of, passes_of, perturbations, reply, respond
 from baffle.core.checks import require_count
+from baffle.core.credit import is_plain
 from baffle.core.rebuild import FAST, Execution
 from baffle.core.scalars import encode, weight_of
 from baffle.core.state import State
-from baffle.core.types import Losses, Reply, Table, Task, Weights
+from baffle.core.types import Reply, Table, Task, Weights
 from baffle.data import Dataset, concatenate
 from baffle.engines import Exchange
 from baffle.engines.history import History
 from baffle.errors import DataError, OptionError
 from baffle.protocol.encoding import encode_message
 from baffle.runtimes import Evaluation, Evaluator, Runtime
-from baffle.runtimes.perturb import Perturbations
 
 if TYPE_CHECKING:
     from baffle.secure.client import SecureClient
@@ -150,7 +150,7 @@ class LocalEngine:
         else:
             replies = self._answer_apart(task, participants, state.weights)
         secure = self._sum(task, replies) if task.secure else None
-        passes = task.local_steps * len(perturbations(task, self.table, 0))
+        passes = passes_of(task, self.table)
         examples = sum(self._batch_size(task, client) for client in participants)
         state_bytes = sum(a.nbytes for a in (state.weights, *state.slots.values()))
         caught_up = self._downloads.catch_up(participants, state_bytes, rows)
@@ -180,7 +180,7 @@ class LocalEngine:
 
     def _answer_apart(self, task: Task, participants: Sequence[int], weights: Weights) -> list[Reply]:
         """Evaluate each participant by itself, ``workers`` of them side by side."""
-        workers = min(self._workers, len(participants))
+        workers = min(self._workers, len(participants)) if is_plain(self.table) else 1  # lanes give losses alone
         free: SimpleQueue[Evaluator] = SimpleQueue()
         for lane in self._lanes[:workers] if workers > 1 else (self._runtime,):
             free.put(lane)
@@ -207,26 +207,15 @@ class LocalEngine:
             return list(pool.map(answer, participants))
 
     def _answer_together(self, task: Task, participants: Sequence[int], weights: Weights) -> list[Reply]:
-        perturbed = perturbations(task, self.table, 0)
-        return [
-            reply(
-                task,
-                client,
-                weight_of(self._sizes[client], task.quantum),
-                [encode(task, finite_differences(task, part))],
-            )
-            for group in self._groups(task, participants, len(perturbed))
-            for client, part in self._losses(task, group, weights, perturbed)
-        ]
-
-    def _losses(
-        self, task: Task, group: Sequence[int], weights: Weights, perturbed: Perturbations
-    ) -> Iterator[tuple[int, Losses]]:
-        """Yield each client's losses; their batches go through each pass together."""
-        batches = [self.batch(task, client, 0) for client in group]
-        losses = self._runtime.losses(weights, perturbed, concatenate(batches))
-        parts = np.split(losses, np.cumsum([len(b) for b in batches])[:-1], axis=1)
-        return zip(group, parts, strict=True)
+        replies: list[Reply] = []
+        for group in self._groups(task, participants, len(perturbations(task, self.table, 0))):
+            batches = [self.batch(task, client, 0) for client in group]
+            numbers = numbers_of(task, self.table, self._runtime, weights, batches)
+            replies += [
+                reply(task, client, weight_of(self._sizes[client], task.quantum), [encode(task, own)])
+                for client, own in zip(group, numbers, strict=True)
+            ]
+        return replies
 
     def _groups(self, task: Task, participants: Sequence[int], passes: int) -> Iterator[list[int]]:
         """Yield participants in their order, in groups that fit the memory limit."""

@@ -17,7 +17,7 @@ from typing import IO, BinaryIO, cast
 import numpy as np
 
 from baffle.client.calibrate import Calibration, agree, check_measurement
-from baffle.client.respond import perturbations
+from baffle.client.respond import passes_of
 from baffle.core.state import State
 from baffle.core.types import Reply, Table, Task, Weights
 from baffle.data import Dataset
@@ -142,7 +142,7 @@ class PipeEngine:
                 raise ReplyError(f"client {client} sent {type(answer).__name__}: expected its own reply")
             replies.append(answer.reply)
             up, down = up + received, down + sent
-        passes = task.local_steps * len(perturbations(task, self.table, 0))
+        passes = passes_of(task, self.table)
         examples = sum(min(task.batch_size or self.sizes[c], self.sizes[c]) for c in participants)
         return Exchange(tuple(replies), passes * len(participants), passes * examples, up, down)
 
@@ -157,7 +157,7 @@ class PipeEngine:
             By client: the message, its bytes, the bytes of the request.
         """
         data = weights.astype("<f4", copy=False).tobytes()
-        longest = MOST_BYTES if calibrate else MOST_BYTES + 4 * task.local_steps * task.num_directions
+        longest = MOST_BYTES if calibrate else MOST_BYTES + 4 * task.local_steps * task.numbers
         sent: dict[int, int] = {}
         answers: dict[int, tuple[Message, int, int]] = {}
         failures: list[ReplyError | ModelError] = []

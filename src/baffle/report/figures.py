@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from baffle.core.types import LIMIT
+from baffle.core.types import DEFAULT_BITS, limit_of
 from baffle.data import Dataset
 from baffle.report.charts import Chart, Line, Panel, drawable, unit
 from baffle.report.run import Floats, RecordedRun, cumulative, floats, round_kind
@@ -122,7 +122,7 @@ def scalar_charts(log: RecordedRun) -> list[Chart]:
         return [rates]
     unit_of_scale = np.exp2(y["exponent"])
     scale = [Line("root mean square", x, y["scalar_rms"]), Line("unit of the integers", x, unit_of_scale, "dashed", 1)]
-    scale.append(Line("largest that can be sent", x, unit_of_scale * LIMIT, "dashed", 2))
+    scale.append(Line("largest that can be sent", x, unit_of_scale * limit_of(DEFAULT_BITS), "dashed", 2))
     limit = min((clip.limit for clip in log.config.method.client), default=None)
     if limit is not None:
         scale.append(Line("clients' clipping norm", x, np.full(len(x), limit), "dashed", 3))

@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from baffle.core.credit import model_table
 from baffle.core.types import Row, table_size
 from baffle.protocol.encoding import decode_row
 from baffle.runfolder.config import RunConfig, read_config
@@ -117,7 +118,7 @@ def totals(log: RecordedRun) -> dict[str, Value]:
         "updates": steps[-1],
         "rollbacks": sum(r.restores is not None for r in log.records),
         **{name: total(getattr(record, name) for record in log.records) for name in costs},
-        "parameters": table_size(log.config.table),
+        "parameters": table_size(model_table(log.config.table)),
         "weights_sha256": log.records[-1].weights_sha256 if log.records else None,
     }
 

@@ -19,6 +19,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from baffle.core.credit import is_plain
 from baffle.core.method import examples_per_weight
 from baffle.core.rebuild import estimate
 from baffle.core.scalars import weight_of
@@ -59,21 +60,21 @@ def measure_power(log: RecordedRun, samples: int | None = None, progress: Progre
     ``samples`` is the number of rounds; by default as many as take some seconds.
     """
     rows = [row for row in log.rows if row.applied]
-    if not rows:
+    if not rows or not is_plain(log.config.table):  # numbers of other kinds have no such noise
         return []
     n, table, gaussian = table_size(log.config.table), log.config.table, log.config.method.family == "gaussian"
     if samples is None:
-        entries = max(len(row.scalars) // 4 for row in rows) * n * (10 if gaussian else 1)
+        entries = max(row.numbers * row.local_steps for row in rows) * n * (10 if gaussian else 1)
         samples = max(_FEWEST_REBUILDS, min(_MOST_REBUILDS, int(_REBUILD_BUDGET / max(entries, 1))))
     chosen = np.unique(np.linspace(0, len(rows) - 1, min(samples, len(rows))).round().astype(int))
     measured: list[Power] = []
     for done, row in enumerate((rows[i] for i in chosen), 1):
-        scaled = row.integers * (2.0**row.exponent / max(row.weight_sum, 1) / row.local_steps)
+        scaled = row.integers * (2.0 ** row.exponents[0] / max(row.weight_sum, 1) / row.local_steps)
         scatter = float((scaled**2).mean(axis=2).sum())  # sum over the sources of p_v^2 |g_v|^2
         gradient = estimate(table, row).astype(np.float64)
         power = float(gradient @ gradient)
-        noise = (n + 1 if gaussian else n - 1) / row.num_directions * scatter
-        per_direction = scatter / row.num_directions
+        noise = (n + 1 if gaussian else n - 1) / (row.num_directions * row.slices) * scatter
+        per_direction = scatter / (row.num_directions * row.slices)
         variance = 2 * n * per_direction**2 + 4 * max(power - noise, 0.0) * per_direction
         measured.append(Power(row.round, power, noise, scatter / _concentration(log.config, row), variance))
         if progress is not None:

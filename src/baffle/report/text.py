@@ -7,6 +7,7 @@ from itertools import groupby
 
 import msgspec
 
+from baffle.core.credit import model_table
 from baffle.core.method import Method
 from baffle.core.types import table_size
 from baffle.report.run import RecordedRun, Value, round_kind
@@ -72,7 +73,7 @@ def describe(log: RecordedRun) -> str:
     """What was trained, in one sentence."""
     command, method = log.config.command or {}, log.config.method
     model = command.get("model") or "A model"
-    what = f"{model} of {table_size(log.config.table):,} parameters"
+    what = f"{model} of {table_size(model_table(log.config.table)):,} parameters"
     where = f" on {command['dataset']}" if command.get("dataset") else ""
     how = (
         f"by {log.backprop} with exact gradients (backpropagation)"

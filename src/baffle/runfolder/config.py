@@ -16,7 +16,8 @@ from baffle.errors import BaffleError, CorruptRunError, JournalError, RunExistsE
 from baffle.files import sync_folder, write_atomic
 from baffle.runfolder.snapshots import encode_weights
 
-_FORMAT = 3
+_FORMAT = 4
+_READABLE = (3, 4)
 
 
 class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -95,6 +96,6 @@ def read_config(path: Path) -> RunConfig:
         raise JournalError(f"{file}: cannot be read: {error.strerror}") from error
     except (msgspec.DecodeError, BaffleError) as error:
         raise CorruptRunError(f"{file}: {error}") from error
-    if config.format != _FORMAT:
-        raise CorruptRunError(f"{file}: format = {config.format}: expected {_FORMAT}")
+    if config.format not in _READABLE:
+        raise CorruptRunError(f"{file}: format = {config.format}: expected {' or '.join(map(str, _READABLE))}")
     return config

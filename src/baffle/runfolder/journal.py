@@ -25,6 +25,7 @@ from pathlib import Path
 
 import msgspec
 
+from baffle.core.credit import model_table
 from baffle.core.method import replay
 from baffle.core.rebuild import FAST, Execution
 from baffle.core.state import State, state_sha256, weights_sha256
@@ -38,6 +39,8 @@ from baffle.runfolder.metrics import Record, encode_record, record_of, records_b
 from baffle.runfolder.snapshots import decode_weights, encode_state, encode_weights, load_state
 
 _KEEP_SNAPSHOTS = 2
+NEW_IN_4 = frozenset({"slices", "bits"})
+"""Fields of a method that runs of format 3 did not have."""
 
 
 class Journal:
@@ -124,6 +127,11 @@ class Journal:
         except (OSError, ValueError) as error:
             raise CorruptRunError(f"{path / 'initial.safetensors'}: cannot be read: {error}") from error
         journal = cls(path, config, initial)
+        if write and config.format == 3:
+            raise JournalError(
+                f"{path}: of an earlier version (format 3): it can be replayed and evaluated, not continued; "
+                f"start a new run from its weights with: baffle train --start {path}"
+            )
         if not write:
             journal._read()
             return journal
@@ -197,7 +205,7 @@ class Journal:
 
     def finish(self, state: State) -> None:
         """Write ``model.safetensors``: the averaged weights under the model's own names."""
-        write_file(self.path / "model.safetensors", encode_weights(self.config.table, state.ema_weights))
+        write_file(self.path / "model.safetensors", encode_weights(model_table(self.config.table), state.ema_weights))
 
     def state(self, round: int | None = None, execution: Execution = FAST) -> State:
         """The state after a round, by default the last: the newest snapshot before it, then the rows that follow."""
@@ -313,5 +321,14 @@ class Journal:
 
 
 def _genesis(config: RunConfig, initial: Weights) -> bytes:
-    fixed = msgspec.msgpack.encode((config.format, config.method, config.key, config.table))
+    if config.format == 3:  # methods and tables had fewer fields
+        method = msgspec.to_builtins(config.method)
+        method = {name: value for name, value in method.items() if name not in NEW_IN_4}
+        table = [(s.name, s.shape, s.offset, s.kept) for s in config.table]
+        names = ("name", "shape", "offset", "kept")
+        fixed = msgspec.msgpack.encode(
+            (config.format, method, config.key, [dict(zip(names, spec, strict=True)) for spec in table])
+        )
+    else:
+        fixed = msgspec.msgpack.encode((config.format, config.method, config.key, config.table))
     return hashlib.sha256(b"baffle journal\n" + fixed + weights_sha256(initial)).digest()

@@ -71,7 +71,7 @@ def record_of(row: Row) -> Record:
         accuracy=None,
         lr=row.coefficients["lr"],
         sigma=row.sigma,
-        exponent=row.exponent,
+        exponent=row.exponents[0],
         clip_factor=row.clip_factor,
         scalar_rms=scalar_rms(row),
         participants=len(row.participants),

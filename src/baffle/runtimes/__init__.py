@@ -5,8 +5,9 @@ Every inference engine is wrapped as a :class:`Runtime`, and one contract suite 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +40,34 @@ class Evaluator(Protocol):
 
         Returns:
             Losses of every pass: float32[passes, examples].
+        """
+        ...
+
+
+@runtime_checkable
+class CreditEvaluator(Protocol):
+    """An evaluator of models whose tensors are credited otherwise than by one scalar per direction."""
+
+    def credits(
+        self,
+        weights: Weights,
+        perturbations: Perturbations,
+        batch: Dataset,
+        groups: npt.NDArray[np.int64],
+        bounds: Sequence[int],
+    ) -> npt.NDArray[np.float64]:
+        """The numbers of each unit of a table whose tensors are credited otherwise than by one scalar per direction.
+
+        Args:
+            weights: float32[n].
+            perturbations: the directions of slice 0, and the steps; slice j has those j x num_directions further on.
+            batch: examples, those of a slice together.
+            groups: to whom (0, 1, ...) each example belongs, int64[examples].
+            bounds: where the slices begin, and the end of the last.
+
+        Returns:
+            float64[groups, numbers]: means over the examples of a group and slice; where numbers are exact, means over
+            all examples of a group.
         """
         ...
 

@@ -17,7 +17,7 @@ from baffle.core.aggregate import FEWEST_NEIGHBOURS
 from baffle.core.types import MAX_WEIGHT_SUM, Integers
 from baffle.errors import SecureSumError
 from baffle.secure.graph import MOST_NEIGHBOURS, neighbourhoods, threshold
-from baffle.secure.masks import Identity, PublicKeys, mask_key, pair_mask, self_mask, verify
+from baffle.secure.masks import Identity, PublicKeys, mask_key, pack_words, pair_mask, self_mask, verify
 from baffle.secure.messages import (
     Introduced,
     KeysResponse,
@@ -142,14 +142,17 @@ class SecureClient:
             signature=self._identity.signing.sign(signed_advert(self._key, round, self._client, public, rest)),
         )
 
-    def mask(self, round: int, introduced: Sequence[Introduced], values: Integers, counts: Sequence[int]) -> Masked:
+    def mask(
+        self, round: int, introduced: Sequence[Introduced], values: Integers, counts: Sequence[int], word: int = 32
+    ) -> Masked:
         """MaskedInputCollection: the vector under all masks. A round is answered only once.
 
         Args:
             round: number of the round.
             introduced: the neighbours' adverts, as far as they are for this client.
             values: weighted scalars, int64[local_steps, K] or flat.
-            counts: weight, clipped, nonfinite.
+            counts: weight, clipped, nonfinite, magnitudes.
+            word: bits of a word of the sum; only so many of each masked scalar are sent.
 
         Raises:
             SecureSumError: the round was answered before, or the neighbours are too few or not properly signed.
@@ -171,7 +174,7 @@ class SecureClient:
         return Masked(
             round=round,
             client=self._client,
-            vector=vector.astype("<u4").tobytes(),
+            vector=pack_words(vector[: values.size], word) + vector[values.size :].astype("<u4").tobytes(),
             complaints=tuple(client for client, held in keys.held.items() if not held),
         )
 

@@ -144,3 +144,27 @@ def verify(card: PublicKeys, signature: bytes, data: bytes) -> bool:
     except (InvalidSignature, ValueError):
         return False
     return True
+
+
+def pack_words(words: Words, bits: int) -> bytes:
+    """The lowest ``bits`` of each word without gaps, lowest bit first.
+
+    A sum modulo 2**32 of uniform masks is uniform in its lowest bits, too: what is cut off is not needed to add.
+
+    Examples:
+        >>> pack_words(np.array([0xFFFFFF1, 0x2], np.uint32), 12).hex()
+        'f12f00'
+    """
+    if bits == 32:
+        return words.astype("<u4").tobytes()
+    spread = words[:, None] >> np.arange(bits, dtype=np.uint32) & np.uint32(1)
+    return np.packbits(spread.astype(np.uint8).reshape(-1), bitorder="little").tobytes()
+
+
+def unpack_words(data: bytes, bits: int, count: int) -> Words:
+    """The inverse of :func:`pack_words`, with 0 where bits were cut off: uint32[count]."""
+    if bits == 32:
+        return np.frombuffer(data, "<u4").astype(np.uint32)
+    every = np.unpackbits(np.frombuffer(data, np.uint8), count=count * bits, bitorder="little").reshape(count, bits)
+    words: Words = (every.astype(np.uint32) << np.arange(bits, dtype=np.uint32)).sum(axis=1, dtype=np.uint32)
+    return words

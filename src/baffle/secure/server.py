@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from baffle.core.types import Integers
+from baffle.core.types import Integers, packed_size
 from baffle.errors import SecureSumError
 from baffle.secure.graph import MOST_NEIGHBOURS, neighbourhoods, threshold
-from baffle.secure.masks import PublicKeys, Words, agree, mask_key, pair_mask, self_mask, verify
+from baffle.secure.masks import PublicKeys, Words, agree, mask_key, pair_mask, self_mask, unpack_words, verify
 from baffle.secure.messages import (
     COMMITMENT,
     Introduced,
@@ -33,7 +33,7 @@ from baffle.secure.messages import (
 from baffle.secure.shares import SECRET, recombine
 
 COUNTS = 3
-"""Numbers that follow the scalars in a vector: weight, clipped, nonfinite."""
+"""Numbers that follow the scalars in a vector: weight, clipped, nonfinite; magnitudes may follow."""
 
 
 class SecureRound:
@@ -57,10 +57,13 @@ class SecureRound:
         cohort: Sequence[int],
         cards: Mapping[int, PublicKeys],
         size: int,
+        counts: int = COUNTS,
         *,
         degree: int = MOST_NEIGHBOURS,
+        word: int = 32,
     ) -> None:
         self._key, self._round, self._cards, self._size = key, round, cards, size
+        self._counts, self._word = counts, word
         self._around = neighbourhoods(cohort, (key, round), degree)
         self._place = {client: {other: i for i, other in enumerate(near)} for client, near in self._around.items()}
         self._adverts: dict[int, KeysResponse] = {}
@@ -148,13 +151,16 @@ class SecureRound:
             raise SecureSumError(
                 f"{where}: a second vector, or one too late: expected one, before the survivors are named"
             )
-        if len(masked.vector) != 4 * (self._size + COUNTS):
-            raise SecureSumError(f"{where}: {len(masked.vector)} bytes: expected {4 * (self._size + COUNTS)}")
+        words = packed_size(self._size, self._word)
+        if len(masked.vector) != words + 4 * self._counts:
+            raise SecureSumError(f"{where}: {len(masked.vector)} bytes: expected {words + 4 * self._counts}")
         strangers = set(masked.complaints) - set(self._around[masked.client])
         if strangers or masked.client in masked.complaints:
             raise SecureSumError(f"{where}: complains of {len(strangers)} strangers: expected its neighbours only")
         self._complaints |= {(masked.client, dealer) for dealer in masked.complaints}
-        self._vectors[masked.client] = np.frombuffer(masked.vector, "<u4").astype(np.uint32)
+        scalars = unpack_words(masked.vector[:words], self._word, self._size)
+        counts = np.frombuffer(masked.vector[words:], "<u4").astype(np.uint32)
+        self._vectors[masked.client] = np.concatenate([scalars, counts])
 
     @property
     def masked(self) -> frozenset[int]:
@@ -245,7 +251,7 @@ class SecureRound:
     def _enough(self, dealers: Sequence[int]) -> bool:
         return all(len(self._holders(dealer)) >= threshold(len(self._around[dealer])) for dealer in dealers)
 
-    def total(self) -> tuple[Integers, tuple[int, int, int]]:
+    def total(self) -> tuple[Integers, tuple[int, ...]]:
         """Unmasking: recombine the seeds, and remove all masks from the sum of the vectors.
 
         Returns:
@@ -260,16 +266,16 @@ class SecureRound:
         for dealer in self._introduced or ():
             self._require(dealer, len(self._holders(dealer)))
         seeds = self._recombine()
-        total = np.zeros(self._size + COUNTS, np.uint32)
+        total = np.zeros(self._size + self._counts, np.uint32)
         for client in survivors:
             here = context(self._key, self._round, client)
             total += self._vectors[client] - self_mask(seeds[client], here, total.size)
         for client in self._introduced or ():
             if client not in survivors:
                 total += self._left_over(client, seeds[client], total.size)
-        signed = total[: self._size].view(np.int32).astype(np.int64)
-        weight, clipped, nonfinite = (int(count) for count in total[self._size :])
-        return signed, (weight, clipped, nonfinite)
+        spare = np.uint32(32 - self._word)  # modulo 2**word; the highest bit of a word is its sign
+        signed = ((total[: self._size] << spare).view(np.int32) >> np.int32(32 - self._word)).astype(np.int64)
+        return signed, tuple(int(count) for count in total[self._size :])
 
     def _left_over(self, client: int, seed: bytes, size: int) -> Words:
         """What removes a dropped client's pair masks from the sum of its neighbours' vectors."""

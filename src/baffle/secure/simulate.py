@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from baffle.core.types import Aggregate, Reply, Task, unpack_int32
+from baffle.core.aggregate import counts_of, number_of_counts, summed
+from baffle.core.types import Aggregate, Reply, Task, unpack
 from baffle.secure.client import SecureClient
 from baffle.secure.server import SecureRound
 
@@ -63,8 +64,10 @@ def sum_together(
     """
     cards = {client: secure.card for client, secure in clients.items()}
     cohort = sorted(clients)
-    size = task.local_steps * task.num_directions
-    here = SecureRound(task.key, task.round, cohort, cards, size, degree=task.secure)
+    size = task.local_steps * task.numbers
+    here = SecureRound(
+        task.key, task.round, cohort, cards, size, number_of_counts(task), degree=task.secure, word=task.word
+    )
     up = down = 0
     for client in cohort:
         if client not in dropped.before_advert:
@@ -77,8 +80,8 @@ def sum_together(
         down += len(msgspec.msgpack.encode(introduced))
         if client not in dropped.before_vector:
             reply = plain[client]
-            counts = (reply.weight, reply.clipped, reply.nonfinite)
-            masked = clients[client].mask(task.round, introduced, unpack_int32(reply.scalars), counts)
+            values = unpack(reply.scalars, task.bits, size) * reply.weight
+            masked = clients[client].mask(task.round, introduced, values, counts_of(reply), task.word)
             up += len(msgspec.msgpack.encode(masked))
             here.add(masked)
     survivors = here.survive()
@@ -90,6 +93,5 @@ def sum_together(
                 unmasked = clients[client].unmask(request)
                 up += len(msgspec.msgpack.encode(unmasked))
                 here.unmask(unmasked)
-    total, (weight, clipped, nonfinite) = here.total()
-    vectors = total.reshape(1, task.local_steps, task.num_directions)
-    return Summed(Aggregate(vectors, survivors.clients, weight, clipped, nonfinite), up, down)
+    total, sums = here.total()
+    return Summed(summed(task, total, sums, survivors.clients), up, down)

@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 from safetensors import SafetensorError
 
+from baffle.core.credit import model_table
 from baffle.core.types import Masks, Weights
 from baffle.data import Dataset, hold_out, load
 from baffle.engines.local import LocalEngine
@@ -191,7 +192,7 @@ def model_of_run(journal: Journal, options: TrainConfig) -> tuple[nn.Module, Mas
     model, masks = model_of(options, train, vocabulary_of(train, validation, test), options.split(train)[0])
     runtime = TorchRuntime(model, cross_entropy, threads=1, masks=masks)
     recorded = EvaluationPlan.of(journal.config.plan)
-    if runtime.table != journal.config.table or EvaluationPlan.of(runtime.plan).frozen != recorded.frozen:
+    if runtime.table != model_table(journal.config.table) or EvaluationPlan.of(runtime.plan).frozen != recorded.frozen:
         raise PlanError(f"{journal.path}: the run trained another model than its options make now")
     load_into(model, runtime.table, journal.state().ema_weights)
     return model, masks
@@ -204,6 +205,18 @@ def runtime_of(options: TrainConfig, model: nn.Module, data: Dataset, masks: Mas
     """
     from torch.nn.functional import cross_entropy
 
+    if not options.is_plain:
+        from baffle.runtimes.pytorch.credit import CreditRuntime
+
+        return CreditRuntime(
+            model,
+            cross_entropy,
+            data,
+            credit=options.credit,
+            threads=options.threads,
+            precision=options.precision,
+            masks=masks,
+        )
     if options.runtime in ("torch", "auto"):
         from baffle.runtimes.pytorch.runtime import TorchRuntime
 
@@ -222,7 +235,7 @@ def runtime_of(options: TrainConfig, model: nn.Module, data: Dataset, masks: Mas
 def evaluated_as(options: TrainConfig, plan: EvaluationPlan) -> TrainConfig:
     """The options that evaluate as a run did, so that nothing is measured again."""
     runtime = plan.runtime or options.runtime
-    strategy = plan.strategy if runtime == "torch" else "auto"
+    strategy = plan.strategy if runtime == "torch" and options.is_plain else "auto"
     return msgspec.structs.replace(options, runtime=runtime, strategy=strategy, threads=plan.threads)
 
 
@@ -230,7 +243,7 @@ def chosen_of(
     options: TrainConfig, model: nn.Module, data: Dataset, masks: Masks | None, clients: Sequence[Dataset]
 ) -> Choice | None:
     """Choose the fastest runtime by a short measurement on the clients' first examples; None if options name one."""
-    if options.strategy != "auto" or options.runtime not in ("torch", "auto"):
+    if options.strategy != "auto" or options.runtime not in ("torch", "auto") or not options.is_plain:
         return None
     ways = {
         strategy: partial(runtime_of, msgspec.structs.replace(options, runtime="torch", strategy=strategy), model)
@@ -305,7 +318,10 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         model, _ = model_of_run(journal, command_of(journal))
         return {name: tensor.detach() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
     average = journal.state().ema_weights
-    return {spec.name: torch.from_numpy(average[spec.slice].reshape(spec.shape)) for spec in journal.config.table}
+    return {
+        spec.name: torch.from_numpy(average[spec.slice].reshape(spec.shape))
+        for spec in model_table(journal.config.table)
+    }
 
 
 def vocabulary_of(*parts: Dataset | None) -> int | None:

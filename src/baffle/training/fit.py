@@ -19,16 +19,24 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-def default_method(rounds: int) -> Method:
-    """The method of ``fit``: 100 shared rank-1 directions, forward differences, Adam with lr 0.01 on a cosine schedule.
+def default_method(rounds: int, credit: str = "global", examples: int = 32) -> Method:
+    """The method of ``fit``: shared directions, forward differences, Adam on a cosine schedule.
+
+    One scalar per direction needs many of them: K = 100, at a learning rate of 0.01. Rows that are credited one by one
+    need few: K = 5 in 8 slices, in 8 bits, at 0.03.
 
     Args:
         rounds: Length of the schedule.
+        credit: As for ``fit``.
+        examples: Of the client that has the fewest: there are no more slices than that.
 
     Returns:
         The method, for ``fit`` or ``train``.
     """
-    return Method(optimizer=Adam(lr=0.01, schedule=Cosine(rounds)))
+    if credit == "global":
+        return Method(optimizer=Adam(lr=0.01, schedule=Cosine(rounds)))
+    slices = max(1, min(8, examples))
+    return Method(num_directions=5, slices=slices, bits=8, optimizer=Adam(lr=0.03, schedule=Cosine(rounds)))
 
 
 def fit(
@@ -39,6 +47,7 @@ def fit(
     test: Dataset | None = None,
     rounds: int = 400,
     method: Method | None = None,
+    credit: str = "global",
     seed: int = 0,
     out: str | Path | None = None,
     progress: Progress | None = None,
@@ -56,6 +65,8 @@ def fit(
         rounds: Number of updates of the weights.
         method: What happens in a round; by default ``default_method(rounds)``. A method of your own has its own
             learning-rate schedule.
+        credit: ``global``: one scalar per direction. ``local``: one per row of each layer, through a head on the
+            layer's features; ``feature``: the same for the layers before the last one (``docs/method.md``).
         seed: Seed of everything random; equal seeds give bit-identical runs.
         out: New run folder; without it nothing is written.
         progress: Called with the record of each round.
@@ -82,7 +93,21 @@ def fit(
     from baffle.runtimes.pytorch.runtime import TorchRuntime
 
     require_examples(clients)
-    method = method or default_method(rounds)
+    method = method or default_method(rounds, credit, min(len(client) for client in clients))
+    if credit != "global":
+        from baffle.runtimes.pytorch.credit import CreditRuntime
+
+        credited = CreditRuntime(model, loss, clients[0], credit=credit)
+        return train(
+            method,
+            LocalEngine(credited, clients),
+            credited.initial_weights(),
+            rounds=rounds,
+            test=test,
+            seed=seed,
+            out=out,
+            progress=progress,
+        )
     ways = {way: partial(TorchRuntime, model, loss, strategy=way) for way in ("copies", "stacked")}
     batch = trial_batch(clients, method.batch_size)
     runtime = choose(ways, batch, num_directions=method.num_directions, family=method.family).runtime

@@ -13,7 +13,7 @@ from baffle.core.guard import Guard
 from baffle.core.method import Method
 from baffle.core.optim import Adam, AdamW, ClipUpdate, Constant, Cosine, Optimizer, Sgd
 from baffle.core.scalars import ClipScalars
-from baffle.core.types import Difference, Family, Sharing
+from baffle.core.types import DEFAULT_BITS, Difference, Family, Sharing
 from baffle.data import Dataset, partition
 from baffle.errors import JournalError, OptionError, require_choice
 from baffle.runtimes.choose import STRATEGIES
@@ -82,6 +82,20 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     participation: Annotated[float, _about(_DATA, "Share of clients that take part in a round.")] = 1.0
     batch_size: Annotated[int, _about(_DATA, "Examples of a client's mini-batch.")] = 32
     num_directions: Annotated[int, _about(_METHOD, "K: directions, and numbers a client returns.")] = 100
+    credit: Annotated[
+        str,
+        _about(
+            _METHOD,
+            "global: one scalar per direction. local: one per row, through a head on each layer. feature: one per row "
+            "for the layers before the last.",
+        ),
+    ] = "global"
+    head: Annotated[
+        str | None,
+        _about(_METHOD, "The last layer: exact gradients, or directions; by default exact unless credit is global."),
+    ] = None
+    slices: Annotated[int, _about(_METHOD, "Parts of a mini-batch, each with its own K directions.")] = 1
+    bits: Annotated[int, _about(_METHOD, "Bits of a number that a client returns, 1 to 32.")] = DEFAULT_BITS
     family: Annotated[Family, _about(_METHOD, "rank1, rademacher or gaussian directions.")] = "rank1"
     sharing: Annotated[Sharing, _about(_METHOD, "shared directions (scalars can be summed), or per-client.")] = "shared"
     difference: Annotated[
@@ -155,6 +169,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         require_choice("guard", self.guard, ["rollback", "stop", "off"])
         require_count("rounds", self.rounds)
         require_count("seed", self.seed, 0, 2**64 - 1)
+        self._check_credit()
         if self.backprop:
             self._check_backprop(self.backprop)
         for field, only in (("alpha", "dirichlet"), ("shards", "shards")):
@@ -168,8 +183,29 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         if self.momentum and self.optimizer != "sgd":
             raise OptionError("momentum", self.momentum, f"optimizer sgd, not {self.optimizer}")
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether one scalar per direction is about all of the model."""
+        return self.credit == "global" and self.head in (None, "directions")
+
+    def _check_credit(self) -> None:
+        require_choice("credit", self.credit, ("global", "feature", "local"))
+        if self.head is not None:
+            require_choice("head", self.head, ("exact", "directions"))
+        if self.credit != "global" and self.head == "directions":
+            raise OptionError("head", self.head, f"exact with credit {self.credit}, which needs the head's derivative")
+        if self.is_plain:
+            return
+        for field in ("lattice", "strategy", "memory"):
+            value = getattr(self, field)
+            if value != _DEFAULTS[field]:
+                raise OptionError(field, value, f"none with credit {self.credit} and an exact head")
+        if self.runtime != "torch":
+            raise OptionError("runtime", self.runtime, f"torch with credit {self.credit} and an exact head")
+
     def _check_backprop(self, kind: str) -> None:
-        for field in ("clip_scalars", "lattice", "runtime", "precision", "strategy", "memory", "prune", "secure_sum"):
+        fields = ("clip_scalars", "lattice", "runtime", "precision", "strategy", "memory", "prune", "secure_sum")
+        for field in (*fields, "credit", "head"):
             value = getattr(self, field)
             if value != _DEFAULTS[field] and not (field == "prune" and self.prune_by == "channels"):
                 raise OptionError(field, value, f"none with backprop {kind}, which is dense and in float32, by PyTorch")
@@ -200,6 +236,8 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         """The method these options describe."""
         return Method(
             num_directions=self.num_directions,
+            slices=self.slices,
+            bits=self.bits,
             family=self.family,
             sharing=self.sharing,
             difference=self.differences,

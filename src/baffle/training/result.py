@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
+from baffle.core.credit import model_table
 from baffle.core.state import State, weights_sha256
 from baffle.core.types import Weights, table_size
 from baffle.data import Dataset
@@ -81,7 +82,7 @@ class Run:
         """Copy the averaged weights into a PyTorch model."""
         from baffle.runtimes.pytorch.runtime import load_into
 
-        load_into(model, self.config.table, self.average)
+        load_into(model, model_table(self.config.table), self.average)
 
     def summary(self) -> dict[str, str | int | float | None]:
         """Totals of the run, as ``baffle train --json`` prints them; None where a value is unknown."""
@@ -100,7 +101,7 @@ class Run:
             }
             | {
                 name: None if self.config.backprop else getattr(method, name)
-                for name in ("num_directions", "family", "sharing", "difference", "lattice")
+                for name in ("num_directions", "slices", "bits", "family", "sharing", "difference", "lattice")
             }
             | {"sigma": None if self.config.backprop else records[-1].sigma if records else method.sigma}
             | {
@@ -110,7 +111,7 @@ class Run:
                 "bytes_down": total(r.bytes_down for r in records),
                 "seconds": total(r.seconds for r in records),
                 "peak_rss_mb": round(peak_rss_mb(), 1),
-                "parameters": table_size(self.config.table),
+                "parameters": table_size(model_table(self.config.table)),
                 "weights_sha256": self.weights_sha256,
                 "run": None if self.path is None else str(self.path),
             }

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from baffle.client.calibrate import LADDER
-from baffle.core.types import LIMIT
+from baffle.core.types import pack
 from baffle.engines.remote.memory import Twist
 from baffle.engines.remote.transport import Arrival, Request
 from baffle.protocol.messages import (
@@ -54,19 +54,26 @@ def raw(data: bytes) -> Twist:
 
 
 def _scalars(*values: int) -> bytes:
-    return np.array(values, "<i4").tobytes()
+    return pack(np.array(values), METHOD.bits)
+
+
+_LOWEST = (0x4000).to_bytes(8, "little")
+"""-(2**14) as the first of four integers of 15 bits: it has no positive counterpart, so no client sends it."""
 
 
 LIES = {
-    "K": (changed(scalars=_scalars(1, 2, 3)), "12 bytes of scalars: expected 16"),
+    "K": (changed(scalars=_scalars(1, 2, 3)), "6 bytes of scalars: expected 8"),
     "round": (changed(round=77), "reply to round 77"),
     "client": (changed(client=0), "reply of client 0"),
     "no client": (changed(client=2**60), "reply of client"),
     "weight": (changed(weight=256), "weight = 256"),
     "weight 0": (changed(weight=0), "weight = 0"),
-    "huge": (changed(scalars=_scalars(2**31 - 1, 0, 0, 0)), "scalar 2147483647"),
-    "huge and negative": (changed(scalars=_scalars(-(2**31), 0, 0, 0)), "scalar 2147483648"),
-    "one too much": (changed(scalars=_scalars(LIMIT * 255 + 1, 0, 0, 0)), "expected at most 16383 x its weight"),
+    "one too much": (changed(scalars=_LOWEST), "scalar 16384: expected at most 16383"),
+    "bits behind the last": (changed(scalars=b"\xff" * 8), "bits behind the last integer: expected 0"),
+    "no magnitude": (changed(magnitudes=()), "magnitudes (): expected 1 of 0 to 16777216 x its weight"),
+    "magnitudes": (changed(magnitudes=(1, 1)), "magnitudes (1, 1): expected 1"),
+    "huge magnitude": (changed(magnitudes=(255 * 2**24 + 1,)), "magnitudes (4278190081,): expected 1"),
+    "negative magnitude": (changed(magnitudes=(-1,)), "magnitudes (-1,): expected 1"),
     "negative count": (changed(clipped=-1), "clipped = -1"),
     "huge count": (changed(nonfinite=2**60), "nonfinite = 1152921504606846976"),
     "hash": (saying(lambda answer: encode(TrainResponse(answer.reply, bytes(32)))), "evaluated at state 000000"),

@@ -17,7 +17,7 @@ import time
 from collections.abc import Collection, Sequence
 
 from baffle.client.calibrate import Calibration, agree
-from baffle.client.respond import perturbations
+from baffle.client.respond import passes_of
 from baffle.core.aggregate import nothing
 from baffle.core.checks import require_between, require_count, require_positive
 from baffle.core.scalars import weight_of
@@ -151,7 +151,7 @@ class RemoteEngine:
         self._close(current)
         visits = self._roster.last.visits if self._roster.last is not None else ()
         up, down, self._up, self._down = self._up, self._down, 0, 0
-        passes, sizes = task.local_steps * len(perturbations(task, self.table, 0)), self.sizes
+        passes, sizes = passes_of(task, self.table), self.sizes
         return Exchange(
             replies,
             passes * len(answered),

@@ -41,7 +41,7 @@ class Round:
     @property
     def reply_bytes(self) -> int:
         """Bytes of the scalars in a reply."""
-        return 4 * self.task.local_steps * self.task.num_directions
+        return 4 * self.task.local_steps * self.task.numbers
 
     @property
     def any_failed(self) -> bool:

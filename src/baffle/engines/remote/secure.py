@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
-from baffle.core.types import LIMIT, Aggregate, Cohort, Task
+from baffle.core.aggregate import number_of_counts, summed
+from baffle.core.types import Aggregate, Cohort, Task
 from baffle.engines.remote.mailbox import Stage
 from baffle.errors import FederationError, ReplyError, SecureSumError
 from baffle.protocol.messages import PUBLIC_KEYS as ATTACHED_KEYS
@@ -87,8 +88,10 @@ class SecureSum:
         from baffle.secure.server import SecureRound  # needs cryptography, which plain sums do without
 
         self._task, self._cohort, self._need, self._early = task, cohort, need, early
-        size = task.local_steps * task.num_directions
-        self._round: SecureRound = SecureRound(task.key, task.round, tuple(keys), keys, size, degree=task.secure)
+        size, counts = task.local_steps * task.numbers, number_of_counts(task)
+        self._round: SecureRound = SecureRound(
+            task.key, task.round, tuple(keys), keys, size, counts, degree=task.secure, word=task.word
+        )
         for response in early.pop(task.round, tuple(keys)):
             with contextlib.suppress(SecureSumError):  # its client is asked for other keys
                 self._round.advertise(response)
@@ -147,10 +150,9 @@ class SecureSum:
     def total(self) -> Aggregate:
         """Unmask the sum. Raises SecureSumError if that fails, or if a client's vector cannot be an honest one."""
         task = self._task
-        vectors, (weight, clipped, nonfinite) = self._round.total()
+        vectors, counts = self._round.total()
         survivors = self._round.survive().clients
         expected = sum(self._cohort[client] for client in survivors)
-        if weight != expected or int(np.abs(vectors).max(initial=0)) > LIMIT * expected:
-            raise SecureSumError(f"round {task.round}: weights of {weight}, expected {expected}: one sent another")
-        vectors = vectors.reshape(1, task.local_steps, task.num_directions)
-        return Aggregate(vectors, survivors, weight, clipped, nonfinite)
+        if counts[0] != expected or int(np.abs(vectors).max(initial=0)) > task.limit * expected:
+            raise SecureSumError(f"round {task.round}: weights of {counts[0]}, expected {expected}: one sent another")
+        return summed(task, vectors, counts, survivors)
