@@ -157,6 +157,7 @@ class Point:
             weights = on_lattice(table, weights)
         self.masks: dict[int, npt.NDArray[np.bool_]] = {}
         self._plain: dict[int, AnyArray] | None = {} if select else None
+        self._flat = weights
         self.base: list[Float32] = []  # unperturbed weights in the layout's order
         self.pairs: dict[tuple[int, np.float32], tuple[Bits, Bits]] = {}
         for i, (spec, layout) in enumerate(zip(table, self.layouts, strict=True)):
@@ -177,6 +178,11 @@ class Point:
         if tensor not in self._plain:
             self._plain[tensor] = self.cast(tensor)(self.base[tensor])
         return self._plain[tensor]
+
+    def weights(self, tensor: int) -> npt.NDArray[np.float64]:
+        """A tensor's unperturbed weights in its own shape and order, not rounded further."""
+        spec = self.directions.table[tensor]
+        return self._flat[spec.slice].reshape(spec.shape).astype(np.float64)
 
     @property
     def unperturbed(self) -> Pass:
@@ -360,7 +366,6 @@ class Pass:
                 np.multiply(out, mask, out=out)
             np.add(base, out, out=out)
             return
-        # a slab of rows at a time, so that it is still in the cache when the base is added
         # a slab of rows at a time, so that it is still in the cache when the base is added
         a, b = (factors[0][self.k] * self.step)[..., None], factors[1][self.k][..., None, :]
         height = max(1, _WHOLE // out[..., :1, :].size)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from baffle.errors import ModelError
 from baffle.models import build
 from baffle.runtimes.pytorch.chain import Chain, find_chain
-from baffle.runtimes.pytorch.credit import examples_like
+from baffle.runtimes.pytorch.credit_table import examples_like
 
 
 def chain_of(model: nn.Module, *shape: int, local: bool = True) -> Chain:

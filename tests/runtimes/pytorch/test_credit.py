@@ -16,7 +16,8 @@ from baffle.core.directions import Directions
 from baffle.core.rebuild import gradient
 from baffle.core.types import Task
 from baffle.data import Dataset
-from baffle.runtimes.pytorch.credit import CreditRuntime, Float64
+from baffle.runtimes.credit import Float64
+from baffle.runtimes.pytorch.credit import CreditRuntime
 from baffle.runtimes.pytorch.runtime import TorchRuntime
 from helpers import TASK
 

@@ -4,6 +4,8 @@
 * ``model.onnx``: the graph; trainable weights are among its inputs; it gives outputs, and losses unless the client
   computes them;
 * ``ranges.onnx``: for int8 activations, the graph that measures their ranges;
+* ``head-0.onnx``, ``rows-0.onnx``, ...: of a credited model, its blocks (:class:`BlockGraphs`), and with int8
+  activations ``ranges-head-0.onnx``, ... beside them; ``loss.onnx`` if the client cannot compute the loss itself;
 * ``weights.safetensors``: the initial weights, float32[n].
 
 Reading one needs numpy, msgspec and safetensors; ``baffle.export`` makes one.
@@ -23,9 +25,10 @@ import msgspec
 import numpy as np
 import safetensors.numpy
 
+from baffle.core.credit import is_plain, units_of
 from baffle.core.types import Table, Weights
 from baffle.data import Dataset, Scaling
-from baffle.errors import BundleError, DataError, require_choice
+from baffle.errors import BundleError, DataError, ModelError, require_choice
 from baffle.files import write_atomic
 
 FORMAT = 1
@@ -52,6 +55,42 @@ class Pixels(msgspec.Struct, frozen=True):
     std: tuple[float, ...]
 
 
+class HeadGraph(msgspec.Struct, frozen=True):
+    """The graph that runs a model from one head to the next: it gives ``features`` and the values that others read."""
+
+    weight: str
+    bias: str | None
+    """Names of the head's own tensors, a linear layer on the features."""
+    reads: tuple[str, ...]
+    gives: tuple[str, ...]
+
+
+class RowsGraph(msgspec.Struct, frozen=True):
+    """The graph that runs a unit again on its clean input: it gives the ``features`` of its head."""
+
+    unit: int
+    head: int
+    reads: tuple[str, ...]
+    owners: tuple[int, ...]
+    """Which number of the unit each feature adds to; -1: none."""
+
+
+class BlockGraphs(msgspec.Struct, frozen=True, kw_only=True):
+    """A credited model in blocks (``runtimes.credit``)."""
+
+    heads: tuple[HeadGraph, ...]
+    rows: tuple[RowsGraph, ...]
+    loss: bool
+    """Whether ``loss.onnx`` gives losses from what the last layer puts out."""
+    activations: tuple[str, ...] = ()
+    """As in the manifest, of the blocks."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the blocks' graphs."""
+        return (*(f"head-{i}.onnx" for i in range(len(self.heads))), *(f"rows-{i}.onnx" for i in range(len(self.rows))))
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Contents of a bundle: how the graph is fed, and the hashes of all files."""
 
@@ -67,6 +106,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     activations: tuple[str, ...]
     """Quantised activations: their scale and zero point are inputs (NAME.scale, NAME.zero), which the client measures
     on its own data."""
+    blocks: BlockGraphs | None = None
+    """Of a model that is credited otherwise than by one scalar per direction."""
     frozen: str = ""
     """SHA-256 of the frozen parameters, which are constants of the graph; empty if there are none."""
     files: dict[str, Annotated[str, msgspec.Meta(min_length=64, max_length=64)]]
@@ -204,6 +245,9 @@ def _check(bundle: Bundle) -> None:
         if hashlib.sha256(bundle.files[name]).hexdigest() != expected:
             raise BundleError(f"{name}: its SHA-256 differs from the manifest's: the file was damaged or edited")
     needed = {"model.onnx", "weights.safetensors"} | ({"ranges.onnx"} if manifest.activations else set())
+    if (blocks := manifest.blocks) is not None:
+        needed |= {*blocks.files} | ({"loss.onnx"} if blocks.loss else set())
+        needed |= {f"ranges-{name}" for name in blocks.files} if blocks.activations else set()
     if manifest.files.keys() != needed or bundle.files.keys() != needed:
         names = ", ".join(sorted(bundle.files))
         raise BundleError(f"files {names}: expected {', '.join(sorted(needed))}")
@@ -220,6 +264,7 @@ def _check(bundle: Bundle) -> None:
     for spec, feed in zip(manifest.table, manifest.feeds, strict=True):
         if feed not in ("float32", "float16") and spec.matrix is None:
             raise BundleError(f"manifest.json: tensor {spec.name}: feed {feed}: expected that of a matrix only")
+    _check_blocks(manifest)
     try:
         initial = bundle.initial
     except Exception as error:  # safetensors raises types of its own
@@ -237,6 +282,42 @@ def _check(bundle: Bundle) -> None:
         raise BundleError(
             f"manifest.json: pixels of {len(scaling.mean)} channels: expected x [channels, height, width]"
         )
+
+
+def _check_blocks(manifest: Manifest) -> None:
+    """Check that blocks and the credit of the tensors fit together."""
+    blocks = manifest.blocks
+    if blocks is None:
+        if not is_plain(manifest.table):
+            raise BundleError("manifest.json: tensors with credit, and no blocks: expected blocks")
+        return
+    try:
+        units = units_of(manifest.table)
+    except ModelError as error:
+        raise BundleError(f"manifest.json: {error}") from error
+    known = {"x"}
+    specs = {spec.name: spec for spec in manifest.table}
+    for i, head in enumerate(blocks.heads):
+        weight = specs.get(head.weight)
+        if weight is None or len(weight.shape) != 2 or weight.credit.kind != "exact":
+            raise BundleError(f"manifest.json: head {i}: weight {head.weight}: expected a matrix with exact credit")
+        if head.bias is not None and (head.bias not in specs or specs[head.bias].shape != weight.shape[:1]):
+            raise BundleError(f"manifest.json: head {i}: bias {head.bias}: expected one number per output")
+        if unknown := sorted(set(head.reads) - known):
+            raise BundleError(f"manifest.json: head {i} reads {', '.join(unknown)}: expected values of heads before it")
+        known |= {*head.gives}
+        for j, rows in enumerate(blocks.rows):
+            if rows.head != i:
+                continue
+            if unknown := sorted(set(rows.reads) - known):
+                raise BundleError(f"manifest.json: rows {j} read {', '.join(unknown)}: expected values given before")
+            count = units[rows.unit].numbers if 0 <= rows.unit < len(units) else 0
+            if len(rows.owners) != weight.shape[1] or not all(-1 <= n < count for n in rows.owners):
+                raise BundleError(f"manifest.json: rows {j}: owners: expected a number of unit {rows.unit} per feature")
+    found = sorted(rows.unit for rows in blocks.rows if 0 <= rows.head < len(blocks.heads))
+    expected = [number for number, unit in enumerate(units) if unit.kind == "rows"]
+    if not blocks.heads or found != expected:
+        raise BundleError(f"manifest.json: blocks of units {found}: expected {expected}, each with a head")
 
 
 def require_precision(precision: str, runtime: str, choices: tuple[str, ...]) -> None:

@@ -75,7 +75,7 @@ class Replica:
         self.branches: dict[int, tuple[Float32, Float32]] = {}
         for i, (spec, feed, kind) in enumerate(zip(manifest.table, manifest.feeds, kinds, strict=True)):
             out, rest = spec.matrix or (0, 0)
-            memory = _aligned(spec.size, _DTYPES["codes" if "codes" in feed else kind]).reshape(spec.shape)
+            memory = aligned(spec.size, _DTYPES["codes" if "codes" in feed else kind]).reshape(spec.shape)
             self.written.append(memory)
             self.buffers[f"{spec.name}.codes" if "codes" in feed else spec.name] = memory
             if "codes" in feed:
@@ -85,10 +85,13 @@ class Replica:
                 self.branches[i] = (left, right)
                 self.buffers[f"{spec.name}.left"] = left
                 self.buffers[f"{spec.name}.right"] = right
-        for name in manifest.activations:
+        blocks = manifest.blocks
+        for name in (*manifest.activations, *(blocks.activations if blocks is not None else ())):
             self.buffers[f"{name}.scale"] = np.ones((), np.float32)
             self.buffers[f"{name}.zero"] = np.zeros((), np.uint8)
         self.programs: dict[tuple[str, int], tuple[Program, Array, Array]] = {}
+        self.blocks: dict[tuple[str, int], Program] = {}  # of a credited model, by file and number of examples
+        self.values: dict[tuple[str, int], Array] = {}  # what its blocks hand on
 
     def point(self, perturbations: Perturbations, weights: Weights) -> Point:
         """Weights prepared to be written into the buffers."""
@@ -106,7 +109,7 @@ class Replica:
         """Losses of one part of the passes: float32[passes, examples]."""
         losses = np.empty((len(part), sum(c.size for c in batches)), np.float32)
         outputs: list[list[Array]] = []  # of passes whose losses are still to be computed
-        self._fix(point, ranges)
+        self.fix(point, ranges)
         first = 0
         for done, evaluated in enumerate(point.passes(part), 1):
             self._write(evaluated)
@@ -156,10 +159,10 @@ class Replica:
 
     def _unperturbed(self, weights: Weights, ranges: Mapping[str, tuple[float, float]]) -> None:
         point = self.point(unperturbed(self.bundle.manifest.table), weights)
-        self._fix(point, ranges)
+        self.fix(point, ranges)
         self._write(point.unperturbed)
 
-    def _fix(self, point: Point, ranges: Mapping[str, tuple[float, float]]) -> None:
+    def fix(self, point: Point, ranges: Mapping[str, tuple[float, float]]) -> None:
         """Set the inputs that are the same for all passes of a call: scales and activation ranges."""
         for spec, layout in zip(self.bundle.manifest.table, point.layouts, strict=True):
             if layout.scales is not None:
@@ -172,10 +175,14 @@ class Replica:
 
     def _write(self, evaluated: Pass) -> None:
         """Write a pass's perturbed weights into the input buffers."""
-        for i, memory in enumerate(self.written):
-            evaluated.write(i, memory)
-        for i, branch in self.branches.items():
-            evaluated.branch(i, *branch)
+        for i in range(len(self.written)):
+            self.write_tensor(evaluated, i)
+
+    def write_tensor(self, evaluated: Pass, tensor: int) -> None:
+        """Write a tensor's weights, as they are in a pass, into its input buffers."""
+        evaluated.write(tensor, self.written[tensor])
+        if tensor in self.branches:
+            evaluated.branch(tensor, *self.branches[tensor])
 
     def _copied_outputs(self, micro_batch: MicroBatch) -> Array:
         """A copy of the outputs, or of the graph's own losses, since the next run may overwrite them."""
@@ -188,18 +195,22 @@ class Replica:
         for number, micro_batch in enumerate(batches):
             losses = np.stack([of_pass[number] for of_pass in outputs])
             if self._outside:
-                losses = _host_loss(self.bundle.manifest.loss, losses, micro_batch.y)
+                losses = host_loss(self.bundle.manifest.loss, losses, micro_batch.y)
             parts.append(losses[:, : micro_batch.size].astype(np.float32))
         return np.concatenate(parts, axis=1)
 
     def _outputs(self, file: str, micro_batch: MicroBatch) -> Mapping[str, Array]:
-        key = file, len(micro_batch.x)
-        if key not in self.programs:
-            x, y = (_aligned(a.size, a.dtype).reshape(a.shape) for a in (micro_batch.x, micro_batch.y))
-            self.programs[key] = (self.load(file, self.buffers | {"x": x, "y": y}), x, y)
-        program, x, y = self.programs[key]
+        program, x, y = self.program(file, micro_batch.x, micro_batch.y)
         x[...], y[...] = micro_batch.x, micro_batch.y
         return program.run()
+
+    def program(self, file: str, x: Array, y: Array) -> tuple[Program, Array, Array]:
+        """A graph's program for inputs of these shapes, and the buffers that it reads them from."""
+        key = file, len(x)
+        if key not in self.programs:
+            own = [aligned(a.size, a.dtype).reshape(a.shape) for a in (x, y)]
+            self.programs[key] = (self.load(file, self.buffers | {"x": own[0], "y": own[1]}), *own)
+        return self.programs[key]
 
 
 def unchecked() -> np.errstate:
@@ -218,7 +229,7 @@ def explained(what: str) -> Iterator[None]:
         raise ModelError(f"{what} failed: {' '.join(str(error).split())}") from error
 
 
-def _host_loss(loss: str, outputs: Array, y: Array) -> npt.NDArray[np.float64]:
+def host_loss(loss: str, outputs: Array, y: Array) -> npt.NDArray[np.float64]:
     """Losses of outputs [passes, examples, ...] in float64, so that only the model computes in low precision."""
     z = outputs.astype(np.float64)
     if loss == "mse":
@@ -231,7 +242,7 @@ def _host_loss(loss: str, outputs: Array, y: Array) -> npt.NDArray[np.float64]:
     raise ModelError(f"outputs {outputs.shape[1:]} and targets {y.shape}: expected [examples, classes] and [examples]")
 
 
-def _aligned(size: int, dtype: npt.DTypeLike) -> Array:
+def aligned(size: int, dtype: npt.DTypeLike) -> Array:
     """An array that starts at a multiple of 64 bytes, which engines read without copying it."""
     bytes_ = size * np.dtype(dtype).itemsize
     raw = np.zeros(bytes_ + 64, np.uint8)

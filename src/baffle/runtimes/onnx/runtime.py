@@ -21,11 +21,14 @@ import numpy.typing as npt
 
 from baffle.core.checks import require_count
 from baffle.core.cores import cores
+from baffle.core.credit import sizes_of
 from baffle.core.types import Losses, ParamSpec, Table, Weights
 from baffle.data import Dataset
 from baffle.errors import PlanError
 from baffle.runtimes import Evaluation
+from baffle.runtimes.credit import LARGEST_PART, Float64, credits_of
 from baffle.runtimes.lanes import Lane, side_by_side
+from baffle.runtimes.onnx.blocks import GraphBlocks, plan_of
 from baffle.runtimes.onnx.bundle import Bundle, Feed
 from baffle.runtimes.onnx.replica import Buffers as Buffers
 from baffle.runtimes.onnx.replica import Loader, MicroBatch, Program, Replica
@@ -109,11 +112,7 @@ class GraphRuntime:
     ) -> Losses:
         """Losses of every pass, divided among some lanes: float32[passes, examples]."""
         self._bundle.check_data(batch)
-        branches = [i for i, feed in enumerate(self._bundle.manifest.feeds) if "branch" in feed]
-        if perturbations.num_directions and any(not perturbations.directions.is_rank1(i) for i in branches):
-            raise PlanError(
-                f"family {perturbations.directions.family!r} with a bundle of rank-1 branches: expected rank1"
-            )
+        self._check_family(perturbations)
         batches = self._cut(batch, lanes[0].replica)
         ranges = self._ranges(lanes[0].replica, weights, batches)
         if not _finite(weights, ranges):
@@ -125,6 +124,38 @@ class GraphRuntime:
             return lanes[i].replica.losses(point, parts[i], batches, ranges)
 
         return np.concatenate(side_by_side(run, len(parts)))
+
+    def credits(
+        self,
+        weights: Weights,
+        perturbations: Perturbations,
+        batch: Dataset,
+        groups: npt.NDArray[np.int64],
+        bounds: Sequence[int],
+    ) -> Float64:
+        """The numbers of each unit of a credited model; see ``runtimes.CreditEvaluator``.
+
+        Raises:
+            PlanError: If the bundle was exported without credit.
+        """
+        if self._bundle.manifest.blocks is None:
+            raise PlanError("a bundle without blocks gives one scalar per direction: export it with credit")
+        self._bundle.check_data(batch)
+        self._check_family(perturbations)
+        self._cut(batch, self._replicas[0])  # checks labels
+        plan, (x, y) = plan_of(self._bundle), (batch.inputs(), batch.y)
+        point = self._replicas[0].point(perturbations, weights)
+        size = min(LARGEST_PART, int(np.diff(bounds).max()))
+        parts = [slice(start, min(start + size, len(x))) for start in range(0, len(x), size)]
+        ranges: dict[str, tuple[float, float]] = {}
+        if self._bundle.manifest.blocks.activations:
+            ranges = GraphBlocks(self._replicas[0], point, x, y, size, None).measure(parts)
+        if not _finite(weights, ranges):
+            return np.full(
+                (int(groups.max()) + 1, sum(sizes_of(plan.table, _directions(perturbations, bounds)))), np.nan
+            )
+        lanes = [GraphBlocks(replica, point, x, y, size, ranges) for replica in self._replicas]
+        return credits_of(plan, lanes, point, perturbations, groups, bounds)
 
     def evaluate(self, weights: Weights, data: Dataset) -> Evaluation:
         """Losses and correct predictions of the unperturbed model on a whole data set.
@@ -145,6 +176,13 @@ class GraphRuntime:
         if not _finite(weights, ranges):
             losses[:] = np.nan
         return Evaluation(losses, np.concatenate(correct) if len(correct) == len(results) else None)
+
+    def _check_family(self, perturbations: Perturbations) -> None:
+        branches = [i for i, feed in enumerate(self._bundle.manifest.feeds) if "branch" in feed]
+        if perturbations.num_directions and any(not perturbations.directions.is_rank1(i) for i in branches):
+            raise PlanError(
+                f"family {perturbations.directions.family!r} with a bundle of rank-1 branches: expected rank1"
+            )
 
     def _cut(self, data: Dataset, replica: Replica) -> list[MicroBatch]:
         x, y = data.inputs(), data.y
@@ -168,6 +206,10 @@ class GraphRuntime:
         if not names:
             return {}
         return replica.ranges(weights, batches, names)
+
+
+def _directions(perturbations: Perturbations, bounds: Sequence[int]) -> int:
+    return perturbations.num_directions * (len(bounds) - 1)
 
 
 def _finite(weights: Weights, ranges: Mapping[str, tuple[float, float]]) -> bool:

@@ -49,8 +49,7 @@ class Segment:
         head: the number of its head.
         owners: int64[features], the row of the matrix that owns each feature.
         numbers: of each tensor int64[rows], which number of the unit belongs to a row.
-        count: how many numbers the unit has; the last is shared where ``shares``.
-        shares: whether some rows share the number that all features give.
+        count: how many numbers the unit has; the last may be shared by rows that own no feature.
     """
 
     names: tuple[str, ...]
@@ -60,7 +59,6 @@ class Segment:
     owners: npt.NDArray[np.int64]
     numbers: Mapping[str, npt.NDArray[np.int64]]
     count: int
-    shares: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +90,7 @@ class Chain:
         inputs: the placeholder of the examples.
         output: the node that the model returns, and the linear layer that it ends in.
         tail: nodes between that layer and the output, if any.
-        segments, heads: units and their heads, in the order of the graph.
+        segments, heads: units and their heads, in the order of the graph; the last head is the model's own.
         constants: values of parameters and buffers that are not trained, by node.
     """
 
@@ -266,7 +264,10 @@ class _Finder:
         if self._last.args[0] not in number:  # nothing but the head is trained, or credited so
             heads.append(self._head(self._last.args[0], True, ""))  # type: ignore[arg-type]
         found.sort(key=lambda s: self._order[s[1][0]])
-        return found, tuple(heads)
+        # in the order in which a pass meets them
+        order = sorted(range(len(heads)), key=lambda i: (heads[i].own, self._order.get(heads[i].features, -1)))
+        placed = [(*cut[:3], order.index(cut[3])) for cut in found]
+        return placed, tuple(heads[i] for i in order)
 
     def _frontier(self, start: Node) -> tuple[Node | None, set[Node]]:
         """The first value that reaches a further matrix, and all nodes that ``start`` changes on the way to any."""
@@ -370,7 +371,7 @@ def _with_owners(
         env = values_of(chain, x, lambda name: parameters[name].detach())
         for names, nodes, features, head in cuts:
             rows = parameters[names[0]].shape[0] if parameters[names[0]].ndim else 1
-            draft = Segment(names, nodes, features, head, np.zeros(0, np.int64), {}, 1, False)
+            draft = Segment(names, nodes, features, head, np.zeros(0, np.int64), {}, 1)
             owners = np.full(chain.heads[head].count, -1, np.int64)
             if _name(nodes[0]) in _MATRICES and _name(nodes[0]) != "embedding":
                 owners = _owners(chain, draft, env, node_of[names[0]], parameters[names[0]].detach(), rows, generator)
@@ -385,7 +386,7 @@ def _with_owners(
             shares = any((n == len(owning)).any() for n in numbers.values())
             known = np.where(owners >= 0, number[owners], -1) if len(owning) else owners
             count = len(owning) + int(shares)
-            segments.append(Segment(names, nodes, features, head, known, numbers, count, shares))
+            segments.append(Segment(names, nodes, features, head, known, numbers, count))
     return Chain(
         chain.nodes,
         chain.parameters,
