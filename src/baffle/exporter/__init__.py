@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from itertools import repeat
 
 import msgspec
 import numpy as np
@@ -27,12 +28,16 @@ from baffle.runtimes.perturb import Perturbations
 
 try:
     import onnx
+    import torch
     from torch import Tensor, nn
 
+    from baffle.exporter.blocks import quantized_blocks, trace_blocks
     from baffle.exporter.quantized import quantize
     from baffle.exporter.trace import host_loss, trace
     from baffle.runtimes.onnx.ort import PRECISIONS, OrtRuntime
-    from baffle.runtimes.pytorch.runtime import TorchRuntime
+    from baffle.runtimes.pytorch.credit import CreditRuntime
+    from baffle.runtimes.pytorch.module_checks import per_example
+    from baffle.runtimes.pytorch.runtime import TorchRuntime, to_tensors
 except ImportError as error:
     raise MissingExtraError("exporting needs PyTorch and ONNX: pip install 'baffle[export]'") from error
 
@@ -51,6 +56,7 @@ def export(
     precision: Precision = "fp32",
     branches: bool = False,
     masks: Masks | None = None,
+    credit: str | None = None,
 ) -> Bundle:
     """Export a model as a client bundle, and check that it computes what the model does.
 
@@ -68,6 +74,8 @@ def export(
             branch and added to their outputs, as LoRA does, so that the weights themselves are never perturbed. Not
             with fp16, whose rounding would hide it, and not for pruned layers, whose zeros it would fill.
         masks: Pruning masks by the names of the tensors, as ``prune`` returns them.
+        credit: As for ``CreditRuntime``: the bundle then has a graph for each block of the model. None: one scalar per
+            direction for everything.
 
     Returns:
         The bundle, to be evaluated by ``OrtRuntime`` or ``OpenVinoRuntime``.
@@ -106,8 +114,7 @@ def export(
         frozen=EvaluationPlan.of(runtime.plan).frozen,
         files={},
     )
-    files = {"model.onnx": graph.SerializeToString()}
-    bundle = make_bundle(manifest, files, runtime.initial_weights())
+    bundle = make_bundle(manifest, {"model.onnx": graph.SerializeToString()}, runtime.initial_weights())
     ort = OrtRuntime(bundle, threads=1)
     together = _few_losses(ort, sample)
     alone = np.concatenate([_few_losses(ort, sample.take(np.arange(i, i + 1))) for i in range(len(sample))], axis=1)
@@ -119,15 +126,54 @@ def export(
                 f"the exported graph gives a loss of {losses[worst]:.6g}{what} where the model gives "
                 f"{reference[worst]:.6g}: expected the same; does the model depend on the batch, or on anything random?"
             )
+    graphs = {"model.onnx": graph}
+    if credit is not None:
+        credited = CreditRuntime(model, loss, sample, credit=credit, threads=1, masks=masks)
+        bundle, graphs = _in_blocks(bundle, graph, credited, loss, sample)
+        _check_credit(credited, OrtRuntime(bundle, threads=1), sample, tolerance)
     if precision in ("fp32", "fp16"):
         return bundle
-    return _quantized(bundle, graph, model, weights_only=precision == "int8-weights")
+    return _quantized(bundle, graphs, model, weights_only=precision == "int8-weights")
 
 
-def _quantized(bundle: Bundle, graph: onnx.ModelProto, model: nn.Module, *, weights_only: bool) -> Bundle:
+def _in_blocks(
+    bundle: Bundle, graph: onnx.ModelProto, credited: CreditRuntime, loss: Callable[..., Tensor], sample: Dataset
+) -> tuple[Bundle, dict[str, onnx.ModelProto]]:
+    """The bundle with the blocks of a credited model, and all of its graphs."""
+    local_heads = len(credited.table) - len(bundle.manifest.table)  # no graph reads them
+    float32: Feed = "float32"
+    feeds = (*bundle.manifest.feeds, *repeat(float32, local_heads))
+    x, y = to_tensors(sample.take(np.arange(2) % len(sample)), torch.device("cpu"))
+    outside = host_loss(loss, sample.y) is not None
+    blocks, graphs = trace_blocks(credited.chain, credited.table, feeds, x, y, per_example(loss), in_graph=not outside)
+    graphs = {"model.onnx": graph} | graphs
+    manifest = msgspec.structs.replace(bundle.manifest, table=credited.table, feeds=feeds, blocks=blocks)
+    files = {name: made.SerializeToString() for name, made in graphs.items()}
+    return make_bundle(manifest, files, credited.initial_weights()), graphs
+
+
+def _check_credit(model: CreditRuntime, graphs: OrtRuntime, sample: Dataset, tolerance: float) -> None:
+    """Raise ModelError unless the blocks give the numbers that the model does."""
+    groups = np.zeros(len(sample), np.int64)
+    around = Perturbations(Directions(model.table, "rank1", (0, 0)), 2, (_SIGMA, -_SIGMA), baseline=0)
+    expected, found = (
+        r.credits(model.initial_weights(), around, sample, groups, [0, len(sample)]) for r in (model, graphs)
+    )
+    scale = np.abs(expected).max()
+    if not np.allclose(found, expected, rtol=0, atol=100 * tolerance * scale):
+        worst = np.abs(found - expected).argmax()
+        raise ModelError(
+            f"the exported blocks give {found.flat[worst]:.6g} where the model gives {expected.flat[worst]:.6g}: "
+            "expected the same; does the model depend on the batch, or on anything random?"
+        )
+
+
+def _quantized(
+    bundle: Bundle, graphs: Mapping[str, onnx.ModelProto], model: nn.Module, *, weights_only: bool
+) -> Bundle:
     frozen = any(not p.requires_grad for p in model.parameters())
     trained = tuple(spec.name for spec in bundle.manifest.table)
-    result = quantize(graph, trained, trained_in_float=frozen, weights_only=weights_only)
+    result = quantize(graphs["model.onnx"], trained, trained_in_float=frozen, weights_only=weights_only)
     if not result.quantized:
         raise PlanError(
             "int8: no convolution and no linear layer to quantise" + (" among the frozen ones" if frozen else "")
@@ -136,11 +182,18 @@ def _quantized(bundle: Bundle, graph: onnx.ModelProto, model: nn.Module, *, weig
     for spec, feed in zip(bundle.manifest.table, bundle.manifest.feeds, strict=True):
         coded = spec.name in result.quantized
         feeds.append(("codes+branch" if feed == "branch" else "codes") if coded else feed)
-    files = {"model.onnx": result.model.SerializeToString()}
+    files = {"model.onnx": result.model}
     if result.activations:
-        files["ranges.onnx"] = result.ranges.SerializeToString()
-    manifest = msgspec.structs.replace(bundle.manifest, feeds=tuple(feeds), activations=result.activations)
-    made = make_bundle(manifest, files, bundle.initial)
+        files["ranges.onnx"] = result.ranges
+    blocks = bundle.manifest.blocks
+    if blocks is not None:
+        trained_codes = result.quantized.intersection(trained)
+        blocks, more = quantized_blocks(blocks, graphs, trained_codes, weights_only=weights_only)
+        files |= more
+    manifest = msgspec.structs.replace(
+        bundle.manifest, feeds=tuple(feeds), activations=result.activations, blocks=blocks
+    )
+    made = make_bundle(manifest, {name: graph.SerializeToString() for name, graph in files.items()}, bundle.initial)
     OrtRuntime(made, threads=1)  # report a graph that does not load now, not on the client
     return made
 

@@ -53,11 +53,11 @@ class _WeightsIn(nn.Module):
         outputs = torch.func.functional_call(model, dict(zip(names, weights, strict=True)), (x,)).float()
         if loss is None:
             return (outputs,)
-        with _SpelledOut():
+        with SpelledOut():
             return outputs, loss(outputs, data[1]).float()
 
 
-class _SpelledOut(TorchFunctionMode):
+class SpelledOut(TorchFunctionMode):
     """A mode that computes cross-entropy in elementary operations where the exporter drops label smoothing or fails."""
 
     def __torch_function__(
@@ -153,16 +153,27 @@ def trace(
     inputs, outputs = ["x"], ["outputs"]
     if in_graph is not None:
         inputs, outputs = ["x", "y"], ["outputs", "losses"]
+    dims = {"data": [{0: batch}] * len(inputs), "weights": [None] * len(weights)}
+    graph = to_graph(wrapper, ([x, y][: len(inputs)], weights), [*inputs, *names], outputs, dims)
+    _check_inputs(graph, dict(zip(names, shapes.values(), strict=True)), {spec.name for spec in table})
+    kinds: list[Feed] = ["branch" if s.name in branched else "float16" if half else "float32" for s in table]
+    return table, tuple(kinds), graph
+
+
+def to_graph(
+    module: nn.Module, arguments: tuple[Any, ...], inputs: list[str], outputs: list[str], dims: dict[str, Any]
+) -> onnx.ModelProto:
+    """Export a module for a batch of any size. Raises ModelError if that cannot be done."""
     try:
         with _quietly():
             program = torch.onnx.export(
-                wrapper,
-                ([x, y][: len(inputs)], weights),
+                module,
+                arguments,
                 dynamo=True,
                 opset_version=OPSET,
-                input_names=[*inputs, *names],
+                input_names=inputs,
                 output_names=outputs,
-                dynamic_shapes={"data": [{0: batch}] * len(inputs), "weights": [None] * len(weights)},
+                dynamic_shapes=dims,
                 verbose=False,
             )
     except Exception as error:  # the exporter raises types of its own, from deep within
@@ -172,9 +183,7 @@ def trace(
     assert program is not None  # with dynamo=True and no file a program is returned
     graph = program.model_proto
     _strip(graph)
-    _check_inputs(graph, dict(zip(names, shapes.values(), strict=True)), {spec.name for spec in table})
-    kinds: list[Feed] = ["branch" if s.name in branched else "float16" if half else "float32" for s in table]
-    return table, tuple(kinds), graph
+    return graph
 
 
 def _strip(graph: onnx.ModelProto) -> None:

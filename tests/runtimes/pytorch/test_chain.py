@@ -45,7 +45,7 @@ def test_residual_units_share_the_head_behind_their_sum() -> None:
 def test_values_own_features_and_queries_and_keys_share_a_number() -> None:
     chain = chain_of(build("transformer", (1, 8, 8), 10), 1, 8, 8)
     qkv = next(segment for segment in chain.segments if segment.names[0] == "blocks.0.qkv.weight")
-    assert qkv.shares
+    assert qkv.count == 65
     assert qkv.numbers["blocks.0.qkv.weight"].tolist() == [64] * 128 + list(range(64))
     first = chain.segments[0]
     assert first.names == ("embed.weight", "embed.bias", "positions")

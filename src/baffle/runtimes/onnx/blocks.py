@@ -63,7 +63,8 @@ class GraphBlocks:
         self._examples, self._size, self._done = slice(0, 0), size, 0
         self._prefix = "" if ranges is not None else "ranges-"
         self.measured: dict[str, tuple[float, float]] = {}
-        self._tensors = {unit: [i for i in units_of(point.directions.table)[unit].tensors] for unit in self._units()}
+        units = units_of(point.directions.table)
+        self._tensors = {rows.unit: units[rows.unit].tensors for rows in blocks.rows}
         replica.fix(point, ranges or {})
 
     @property
@@ -82,7 +83,7 @@ class GraphBlocks:
 
     def features(self, head: int) -> Float64:
         """Run on to a head."""
-        features = np.zeros(0)
+        features: Array = np.zeros(0)
         for i in range(self._done, head + 1):
             given = self._run(f"head-{i}.onnx", self._blocks.heads[i].reads)
             for name in self._blocks.heads[i].gives:
@@ -123,9 +124,6 @@ class GraphBlocks:
                     if rows.head == head:
                         self.again(place, self._point.unperturbed)
         return self.measured
-
-    def _units(self) -> list[int]:
-        return [rows.unit for rows in self._blocks.rows]
 
     def _run(self, file: str, reads: Sequence[str]) -> Mapping[str, Array]:
         given = self._bound(self._prefix + file, reads).run()

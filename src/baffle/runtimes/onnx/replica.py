@@ -208,8 +208,8 @@ class Replica:
         """A graph's program for inputs of these shapes, and the buffers that it reads them from."""
         key = file, len(x)
         if key not in self.programs:
-            own = [aligned(a.size, a.dtype).reshape(a.shape) for a in (x, y)]
-            self.programs[key] = (self.load(file, self.buffers | {"x": own[0], "y": own[1]}), *own)
+            own_x, own_y = (aligned(a.size, a.dtype).reshape(a.shape) for a in (x, y))
+            self.programs[key] = self.load(file, self.buffers | {"x": own_x, "y": own_y}), own_x, own_y
         return self.programs[key]
 
 

@@ -151,9 +151,8 @@ class GraphRuntime:
         if self._bundle.manifest.blocks.activations:
             ranges = GraphBlocks(self._replicas[0], point, x, y, size, None).measure(parts)
         if not _finite(weights, ranges):
-            return np.full(
-                (int(groups.max()) + 1, sum(sizes_of(plan.table, _directions(perturbations, bounds)))), np.nan
-            )
+            directions = perturbations.num_directions * (len(bounds) - 1)
+            return np.full((int(groups.max()) + 1, sum(sizes_of(plan.table, directions))), np.nan)
         lanes = [GraphBlocks(replica, point, x, y, size, ranges) for replica in self._replicas]
         return credits_of(plan, lanes, point, perturbations, groups, bounds)
 
@@ -206,10 +205,6 @@ class GraphRuntime:
         if not names:
             return {}
         return replica.ranges(weights, batches, names)
-
-
-def _directions(perturbations: Perturbations, bounds: Sequence[int]) -> int:
-    return perturbations.num_directions * (len(bounds) - 1)
 
 
 def _finite(weights: Weights, ranges: Mapping[str, tuple[float, float]]) -> bool:

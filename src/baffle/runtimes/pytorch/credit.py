@@ -100,6 +100,11 @@ class CreditRuntime:
         return self._table
 
     @property
+    def chain(self) -> Chain:
+        """The model's graph, cut into units."""
+        return self._walk.chain
+
+    @property
     def plan(self) -> dict[str, str | int]:
         """How passes are evaluated."""
         return self._inner.plan | {"strategy": "units", "credit": self._credit}
