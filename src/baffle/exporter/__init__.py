@@ -82,7 +82,7 @@ def export(
 
     Raises:
         ModelError: If the model cannot be exported, or the graph gives other losses than the model.
-        PlanError: For int8 with nothing to quantise, and for fp16 with branches.
+        PlanError: For int8 with nothing to quantise, for fp16 with branches, and for rows with branches.
         OptionError: For an unknown precision, or without examples.
 
     Examples:
@@ -128,6 +128,8 @@ def export(
             )
     graphs = {"model.onnx": graph}
     if credit is not None:
+        if branches and credit != "global":
+            raise PlanError(f"branches with credit {credit}: a row has signs of its own, which no rank-1 branch holds")
         credited = CreditRuntime(model, loss, sample, credit=credit, threads=1, masks=masks)
         bundle, graphs = _in_blocks(bundle, graph, credited, loss, sample)
         _check_credit(credited, OrtRuntime(bundle, threads=1), sample, tolerance)
@@ -189,7 +191,7 @@ def _quantized(
     if blocks is not None:
         trained_codes = result.quantized.intersection(trained)
         blocks, more = quantized_blocks(blocks, graphs, trained_codes, weights_only=weights_only)
-        files |= more
+        files |= more | {name: graph for name, graph in graphs.items() if name == "loss.onnx"}
     manifest = msgspec.structs.replace(
         bundle.manifest, feeds=tuple(feeds), activations=result.activations, blocks=blocks
     )

@@ -45,14 +45,16 @@ class _Piecewise(nn.Module):
         weights: Sequence[Node],
         factors: Mapping[Node, int],
         constants: Mapping[Node, Tensor],
+        half: bool,
     ) -> None:
         super().__init__()
-        self.__dict__["hidden"] = piece, weights, factors, constants
+        self.__dict__["hidden"] = piece, weights, factors, constants, half
 
     def forward(self, values: list[Tensor], weights: list[Tensor]) -> tuple[Tensor, ...]:
-        piece, names, factors, constants = self.__dict__["hidden"]
+        piece, names, factors, constants, half = self.__dict__["hidden"]
         env: dict[Node, Any] = dict(constants)
-        env |= dict(zip(piece.reads, values, strict=True))
+        for node, value in zip(piece.reads, values, strict=True):
+            env[node] = value.half() if half and value.is_floating_point() else value
         env |= dict(zip(names, weights[: len(names)], strict=True))
         for node in piece.nodes:
             env[node] = run(node, env)
@@ -104,10 +106,9 @@ def trace_blocks(
     constants = {n: v.to(dtype) if v.is_floating_point() else v for n, v in chain.constants.items()}
     chain = replace(chain, constants=constants)
     feed = {spec.name: kind for spec, kind in zip(table, feeds, strict=True)}
-    if x.is_floating_point():
-        x = x.to(dtype)
     with torch.no_grad():
-        values = values_of(chain, x, lambda name: state[name])
+        values = values_of(chain, x.to(dtype) if x.is_floating_point() else x, lambda name: state[name])
+    values[chain.inputs] = x  # the graphs convert it
     heads, rows = _heads(chain), []
     for segment in chain.segments:
         inner = _with_numbers(segment.nodes)
@@ -149,7 +150,6 @@ def quantized_blocks(
     coded = set(coded)
     for name, graph in graphs.items():
         if name not in blocks.files:
-            made[name] = graph
             continue
         own = tuple(i.name for i in graph.graph.input if i.name in coded)
         result = quantize(graph, own, trained_in_float=False, weights_only=weights_only)
@@ -229,7 +229,9 @@ def _graph(
         name = chain.parameters[n]
         names += [f"{name}.left", f"{name}.right"]
         tensors += [state[name].new_zeros(state[name].shape[0]), state[name].new_ones(state[name][0].numel())]
-    module = _Piecewise(piece, weights, {n: i for i, n in enumerate(branched)}, chain.constants)
+    module = _Piecewise(
+        piece, weights, {n: i for i, n in enumerate(branched)}, chain.constants, "float16" in feed.values()
+    )
     given = [values[node] for node in piece.reads]
     dims = {"values": [_dims(node, value) for node, value in zip(piece.reads, given, strict=True)]}
     inputs = [*_names(chain, piece.reads), *names]

@@ -177,7 +177,8 @@ class GraphRuntime:
         return Evaluation(losses, np.concatenate(correct) if len(correct) == len(results) else None)
 
     def _check_family(self, perturbations: Perturbations) -> None:
-        branches = [i for i, feed in enumerate(self._bundle.manifest.feeds) if "branch" in feed]
+        perturbed = [spec.credit.kind != "exact" for spec in self.table]
+        branches = [i for i, feed in enumerate(self._bundle.manifest.feeds) if "branch" in feed and perturbed[i]]
         if perturbations.num_directions and any(not perturbations.directions.is_rank1(i) for i in branches):
             raise PlanError(
                 f"family {perturbations.directions.family!r} with a bundle of rank-1 branches: expected rank1"
