@@ -59,9 +59,10 @@ def small(seed: int = 0) -> nn.Module:
         return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Hardswish(), nn.Linear(16, 10))
 
 
-def make_fleet(folder: Path, precision: Precision) -> Fleet:
+def make_fleet(folder: Path, precision: Precision, credit: str | None = None) -> Fleet:
     train, _ = bf.load("digits")
-    bundle, clients = bf.export(small(), F.cross_entropy, train, precision=precision), bf.partition(train, CLIENTS)
+    bundle = bf.export(small(), F.cross_entropy, train, precision=precision, credit=credit)
+    clients = bf.partition(train, CLIENTS)
     return Fleet(bundle, clients, write_clients(bundle, clients, folder), folder)
 
 
