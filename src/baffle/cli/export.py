@@ -34,6 +34,8 @@ _FLAGS = [
     Flag("prune_by", _MODEL, "magnitude, inputs or channels."),
     Flag("seed", _MODEL, "Seed of the initial weights."),
     Flag("precision", _CLIENT, "fp32 (OpenVINO also runs it in bf16), fp16, int8-weights or int8."),
+    Flag("credit", _CLIENT, "global, local or feature: with blocks, for clients that return numbers of rows."),
+    Flag("head", _CLIENT, "The last layer: exact gradients, or directions; by default exact unless credit is global."),
     Flag("branches", _CLIENT, "Rank-1 perturbations beside the weights, in float."),
 ]
 

@@ -205,7 +205,7 @@ def runtime_of(options: TrainConfig, model: nn.Module, data: Dataset, masks: Mas
     """
     from torch.nn.functional import cross_entropy
 
-    if not options.is_plain:
+    if not options.is_plain and options.runtime in ("torch", "auto"):
         from baffle.runtimes.pytorch.credit import CreditRuntime
 
         return CreditRuntime(
@@ -270,7 +270,10 @@ def bundle_of(options: TrainConfig, model: nn.Module, data: Dataset, masks: Mask
 
     own = options.runtime == "openvino" and options.precision in ("bf16", "fp16")  # a setting of the engine
     precision = msgspec.convert("fp32" if own else options.precision, Precision)
-    return export(model, cross_entropy, data, precision=precision, branches=options.branches, masks=masks)
+    credit = None if options.is_plain else options.credit
+    return export(
+        model, cross_entropy, data, precision=precision, branches=options.branches, masks=masks, credit=credit
+    )
 
 
 def load_start(model: nn.Module, path: Path) -> None:

@@ -196,12 +196,12 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             raise OptionError("head", self.head, f"exact with credit {self.credit}, which needs the head's derivative")
         if self.is_plain:
             return
-        for field in ("lattice", "strategy", "memory"):
+        for field in ("strategy", "memory"):
             value = getattr(self, field)
             if value != _DEFAULTS[field]:
                 raise OptionError(field, value, f"none with credit {self.credit} and an exact head")
-        if self.runtime != "torch":
-            raise OptionError("runtime", self.runtime, f"torch with credit {self.credit} and an exact head")
+        if self.branches and self.credit != "global":
+            raise OptionError("branches", True, f"none with credit {self.credit}: a row has signs of its own")
 
     def _check_backprop(self, kind: str) -> None:
         fields = ("clip_scalars", "lattice", "runtime", "precision", "strategy", "memory", "prune", "secure_sum")
