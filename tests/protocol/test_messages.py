@@ -109,7 +109,7 @@ def test_the_bytes_of_messages_stay() -> None:
         "a77363616c617273c40401020304aa6d61676e6974756465739206cd012ca7636c697070656401a96e6f6e66696e69746500ac73746174655f736861323536c402aabb"
     )
     assert hashlib.sha256(encode(SETUP)).hexdigest() == (
-        "d7091b6645aa3db60391cd690bf2ca1edb41b48fe48d90f9dec936b7c619d540"
+        "33bfca5c5497123a75aae9691774e6b0c3e1c2767c51ae99d6357aad264a2f42"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def test_a_malformed_entry_is_left_to_the_options_made_from_it() -> None:
 
 
 @pytest.mark.parametrize("folder", JOURNALS, ids=lambda folder: folder.name)
-def test_the_record_of_an_old_run_is_kept_byte_for_byte(folder: Path) -> None:
-    config = read_config(folder)
-    assert encode_config(config) == (folder / "config.json").read_bytes()
+def test_the_plan_of_an_old_run_is_kept(folder: Path) -> None:
+    config, recorded = read_config(folder), json.loads((folder / "config.json").read_bytes())
+    assert json.dumps(json.loads(encode_config(config))["plan"]) == json.dumps(recorded["plan"])
     assert EvaluationPlan.of(config.plan).runtime == config.plan["runtime"]

@@ -52,7 +52,7 @@ def test_rounds_that_change_nothing_do_not_bring_the_state_again(fed: Federation
         assert sum(STATE in attachments for _, attachments in fed.network.train_requests(node)) == 1
 
 
-@pytest.mark.parametrize(("gone", "whole"), [(1, False), (4, False), (14, True)])
+@pytest.mark.parametrize(("gone", "whole"), [(1, False), (4, False), (40, True)])
 def test_who_is_behind_gets_the_rows_that_it_lacks_or_the_state_where_that_is_shorter(
     fed: Federation, tmp_path: Path, gone: int, whole: bool
 ) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 import baffle as bf
 from baffle.client.participant import Participant
+from baffle.core.types import packed_size
 from baffle.engines.remote.transport import Arrival, Request
 from baffle.protocol.encoding import decode_row
 from baffle.protocol.messages import (
@@ -101,7 +102,11 @@ def test_the_weights_are_those_of_plain_sums(kind: str, fed: Federation, tmp_pat
     assert not any(isinstance(c.response, TrainResponse) for c in fed.network.deliveries)
     for c in fed.network.deliveries:
         if isinstance(c.response, MaskedTrainResponse):
-            assert len(c.response.masked.vector) == 4 * (method.num_directions * method.local_steps + 3)
+            assert isinstance(c.message, TrainRequest)
+            numbers = packed_size(method.num_directions * method.local_steps, c.message.task.word)
+            counts = 3 + 2  # weight, clipped, not finite, and the magnitude in two halves
+            assert len(c.response.masked.vector) == numbers + 4 * counts
+            assert c.message.task.word < 32
 
 
 def test_a_round_takes_two_exchanges_once_keys_ride_on_replies(fed: Federation) -> None:
