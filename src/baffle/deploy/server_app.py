@@ -50,6 +50,8 @@ def serve(grid: Grid, context: Context) -> Run:
     if out is not None:
         _remove_unstarted(out)
     server = assemble_server(options)
+    options = server.options
+    _log.info("plan: %s", server.plan)
     engine = RemoteEngine(
         GridTransport(quick(grid)),
         server.runtime,
@@ -111,7 +113,7 @@ def _remove_unstarted(out: Path) -> None:
         shutil.rmtree(out)
 
 
-_TOLD = ("model", "activation", "norm", "trainable", "runtime", "precision", "seed", "augment", "credit")
+_TOLD = ("model", "activation", "norm", "trainable", "runtime", "precision", "seed", "augment", "credit", "head")
 
 
 def setup_of(options: TrainConfig, server: Server) -> Setup:
