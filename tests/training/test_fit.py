@@ -21,7 +21,9 @@ CLIENTS = bf.partition(TRAIN, clients=3)
 def test_fit_is_train_with_the_default_method_and_leaves_the_model_alone(tmp_path: Path) -> None:
     model = linear()
     before = [p.clone() for p in model.parameters()]
-    run = bf.fit(model, CLIENTS, loss=F.cross_entropy, test=TEST, rounds=4, seed=3, out=tmp_path / "run")
+    run = bf.fit(
+        model, CLIENTS, loss=F.cross_entropy, test=TEST, rounds=4, credit="global", seed=3, out=tmp_path / "run"
+    )
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     assert run.config.method == default_method(4)
     strategy = run.config.plan["strategy"]  # measured, so it may differ from one time to another
