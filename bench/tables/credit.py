@@ -25,7 +25,6 @@ from torch import nn
 
 import baffle as bf
 from baffle.models import build, transformer
-from baffle.models.parts import norm_of
 from baffle.runtimes.pytorch.credit import CreditRuntime
 from baffle.training.backprop import train_backprop
 from bench.tables import credit_page

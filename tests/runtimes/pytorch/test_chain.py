@@ -54,7 +54,9 @@ def test_values_own_features_and_queries_and_keys_share_a_number() -> None:
 
 def test_every_row_owns_its_features_though_a_norm_moves_those_of_its_group() -> None:
     chain = chain_of(build("bench.tables.credit:convolutions", (3, 32, 32), 10), 3, 32, 32)
-    for segment, rows in zip(chain.segments, (32, 64, 128, 128), strict=True):  # of the third, two are told apart wrongly
+    for segment, rows in zip(
+        chain.segments, (32, 64, 128, 128), strict=True
+    ):  # of the third, two are told apart wrongly
         assert segment.owners.tolist() == np.repeat(np.arange(rows), 4).tolist()
         assert not segment.shares
 

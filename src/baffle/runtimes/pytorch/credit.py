@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
 import numpy as np
@@ -40,6 +40,7 @@ CREDITS = ("local", "feature", "global")
 _TINY = 1e-5  # step of the loss's own finite differences, in float64
 _EXAMPLES = 64  # that go through the model together
 _TRIED = 4  # examples on which the chain is found
+_TURN = 4  # of so many directions one is about the rows that share a number, the others about rows with their own
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Float64: TypeAlias = npt.NDArray[np.float64]
 
@@ -102,6 +103,7 @@ class CreditRuntime:
             n: value.to(self._dtype) if value.is_floating_point() else value for n, value in chain.constants.items()
         }
         self._maps = [_map_of(chain, segment) for segment in chain.segments]
+        self._sharing = [_sharing(segment, self._table) for segment in chain.segments]
         self._channels_last = self._takes_channels_last(x)
 
     @property
@@ -151,7 +153,7 @@ class CreditRuntime:
         ]
         layouts = layouts_of(self._table, self._dtype, self._channels_last)
         point = Point(perturbations, weights, layouts)
-        count = int(groups.max()) + 1
+        count, slices = int(groups.max()) + 1, len(bounds) - 1
 
         def work(i: int) -> list[list[Float64]]:
             done = []
@@ -159,7 +161,10 @@ class CreditRuntime:
                 for part in parts[i :: self._threads]:
                     owners = np.zeros((count, part.examples.stop - part.examples.start))
                     owners[groups[part.examples], np.arange(owners.shape[1])] = 1
-                    done.append(self._evaluate(point, perturbations, part, x[part.examples], y[part.examples], owners))
+                    turns = _Turns(part.number * perturbations.num_directions, perturbations.num_directions * slices)
+                    done.append(
+                        self._evaluate(point, perturbations, part, turns, x[part.examples], y[part.examples], owners)
+                    )
             return done
 
         with one_thread(True):
@@ -193,7 +198,7 @@ class CreditRuntime:
         return numbers
 
     def _evaluate(
-        self, point: Point, asked: Perturbations, part: _Part, x: Tensor, y: Tensor, owners: Float64
+        self, point: Point, asked: Perturbations, part: _Part, turns: _Turns, x: Tensor, y: Tensor, owners: Float64
     ) -> list[Float64]:
         """Of each unit the sums over a part's examples, float64[groups, numbers]."""
         chain, first = self._chain, asked.first + part.number * asked.num_directions
@@ -208,7 +213,7 @@ class CreditRuntime:
             env[node] = run(node, env)
             for number, head in enumerate(chain.heads):
                 if head.features is node:
-                    base = self._credit_head(number, head, env, point, passes, asked.steps, y, owners, sums)
+                    base = self._credit_head(number, head, env, point, passes, asked.steps, turns, y, owners, sums)
             for gone in self._expires[i]:
                 env.pop(gone, None)
         assert base is not None  # the last head is the model's own
@@ -224,6 +229,7 @@ class CreditRuntime:
         point: Point,
         passes: Sequence[Pass],
         steps: tuple[float, ...],
+        turns: _Turns,
         y: Tensor,
         owners: Float64,
         sums: dict[int, Float64],
@@ -242,7 +248,7 @@ class CreditRuntime:
         for place, segment in enumerate(self._chain.segments):
             if segment.head == number:
                 sums[self._unit[segment.names[0]]] = self._credit_rows(
-                    place, segment, env, passes, steps, slope_of_features, features, owners
+                    place, segment, env, passes, steps, turns, slope_of_features, features, owners
                 )
         return base
 
@@ -253,20 +259,34 @@ class CreditRuntime:
         env: dict[Node, Any],
         passes: Sequence[Pass],
         steps: tuple[float, ...],
+        turns: _Turns,
         slope: Tensor,
         features: Tensor,
         owners: Float64,
     ) -> Float64:
-        """float64[groups, directions x numbers] of one unit."""
-        nodes = [(name, self._node_of[name]) for name in segment.names]
+        """float64[groups, directions x numbers] of one unit.
+
+        Where rows share a number they take turns with the others, or it would be drowned in what those change: a
+        direction moves either kind, the number of the other is 0, and both count for as many as there are in all.
+        """
+        plain = {name: env[self._node_of[name]] for name in segment.names}
         columns: list[Float64] = []
         for k in range(len(passes) // len(steps)):
+            turn = turns.of(k) if segment.shares else None
             ends = []
             for evaluated in passes[k * len(steps) : (k + 1) * len(steps)]:
-                changed = {node: self._written(evaluated, name, {}) for name, node in nodes}
+                changed = {}
+                for name in segment.names:
+                    value = self._written(evaluated, name, {})
+                    if turn is not None:
+                        value = torch.where(self._sharing[place][name] == turn.shared, value, plain[name])
+                    changed[self._node_of[name]] = value
                 ends.append(again(self._chain, segment, env, changed).double())
             gap, width = (ends[0] - features, steps[0]) if len(steps) == 1 else (ends[0] - ends[1], steps[0] - steps[1])
-            columns.append(owners @ (slope * gap).numpy() @ self._maps[place] / width)
+            numbers = owners @ (slope * gap).numpy() @ self._maps[place] / width
+            if turn is not None:
+                numbers *= turn.factor * ((np.arange(segment.count) == segment.count - 1) == turn.shared)
+            columns.append(numbers)
         return np.concatenate(columns, axis=1)
 
     def _losses(
@@ -363,6 +383,33 @@ class _Part:
     examples: slice
 
 
+class _Turn(NamedTuple):
+    """A direction of a unit some of whose rows share a number: whether it is about those, and how much it counts."""
+
+    shared: bool
+    factor: float
+
+
+class _Turns(NamedTuple):
+    """Whose turn each direction is: the number of the first in a part, and how many the slices have in all."""
+
+    first: int
+    total: int
+
+    def of(self, k: int) -> _Turn | None:
+        """The turn of a part's direction; None where there are too few for turns.
+
+        Examples:
+            >>> [_Turns(2, 8).of(k) for k in range(2)]
+            [_Turn(shared=False, factor=1.3333333333333333), _Turn(shared=True, factor=4.0)]
+        """
+        count = self.total // _TURN
+        if not count:
+            return None
+        shared = (self.first + k) % _TURN == _TURN - 1
+        return _Turn(shared, self.total / (count if shared else self.total - count))
+
+
 def examples_like(example: Tensor) -> Tensor:
     """Examples to find a model's chain on, the same on every machine: only the shape and type of [1, ...] count."""
     shape = (_TRIED, *example.shape[1:])
@@ -430,6 +477,15 @@ def _runs(numbers: npt.NDArray[np.int64]) -> tuple[tuple[int, int, int], ...]:
         runs.append((stop - start, int(numbers[start]), step))
         start = stop
     return tuple(runs)
+
+
+def _sharing(segment: Segment, table: Table) -> dict[str, Tensor]:
+    """Of each tensor which rows share the unit's last number, in a shape that goes with the tensor's."""
+    if not segment.shares:
+        return {}
+    shapes = {spec.name: spec.shape for spec in table}
+    rows = {name: torch.from_numpy(numbers == segment.count - 1) for name, numbers in segment.numbers.items()}
+    return {name: found.reshape([-1, *[1] * (len(shapes[name]) - 1)]) for name, found in rows.items()}
 
 
 def _map_of(chain: Chain, segment: Segment) -> Float64:
