@@ -4,8 +4,8 @@
         --data DIR [--seeds 0 1 2] [--write]
 
 Ten clients with 32 examples each per round, Adam on a cosine. Every cell is one run; cells that are done are kept in
-docs/credit.json. ``--write`` makes docs/credit.md and its picture from them (``credit_page``); without names it does
-nothing else. All of it takes several hours on one core: ``mnist`` and ``bits`` about one.
+docs/credit.json, from which ``--write`` makes the tables and the picture of docs/credit.md (``credit_page``); without
+names it does nothing else. All of it takes many hours on one core: ``mnist`` and ``bits`` about one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import baffle as bf
-from baffle.models import build, transformer
+from baffle.models import build
+from baffle.models.parts import norm_of
+from baffle.models.transformer import transformer
 from baffle.runtimes.pytorch.credit import CreditRuntime
 from baffle.training.backprop import train_backprop
 from bench.tables import credit_page
@@ -41,9 +43,13 @@ def convolutions(shape: tuple[int, ...], classes: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     inputs = shape[0]
     for index, width in enumerate((32, 64, 128, 128)):
-        layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.GroupNorm(width // 16, width), nn.Hardswish()]
+        layers += [nn.Conv2d(inputs, width, 3, padding=1), norm_of("group", width), nn.Hardswish()]
         layers += [nn.MaxPool2d(2)] if index < 3 else []
         inputs = width
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d) and layer.bias is not None:
+            nn.init.kaiming_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * inputs, classes))
 
 
@@ -151,9 +157,8 @@ def read(data: str, folder: Path) -> tuple[bf.Dataset, bf.Dataset]:
 def train(cell: Cell, folder: Path) -> Result:
     """One run."""
     train_set, test = read(cell.data, folder)
-    clients = bf.partition(train_set, clients=CLIENTS, seed=cell.seed)
     model = build(MODELS[cell.model], train_set.x.shape[1:], 10, cell.seed)
-    own = sum(p.numel() for p in model.parameters())
+    clients = bf.partition(train_set, clients=CLIENTS, seed=cell.seed)
     method = bf.Method(
         num_directions=cell.num_directions,
         slices=cell.slices,
@@ -162,42 +167,66 @@ def train(cell: Cell, folder: Path) -> Result:
         batch_size=BATCH,
         optimizer=bf.adam(cell.lr, schedule=bf.cosine(rounds=cell.rounds)),
     )
-    options = {"rounds": cell.rounds, "test": test, "seed": cell.seed, "evaluate_every": cell.rounds}
-    accuracy: float | None
-    if cell.way in ("backprop", "local-backprop"):
-        loss = F.cross_entropy
-        if cell.way == "local-backprop":
-            model, loss = LocalLosses(model, train_set), local_loss
-        engine = bf.LocalEngine(bf.TorchRuntime(model, loss, threads=1), clients)
-        run = train_backprop("fedsgd", method, engine, model, loss, **options)
-        passes, accuracy = BACKWARD, run.accuracy
-        if isinstance(model, LocalLosses):
-            run.load_into(model)
-            accuracy = model.accuracy(test)
+    if "backprop" in cell.way:
+        run, accuracy = by_backprop(cell, model, method, clients, test)
     else:
-        kinds = {"local": "local", "feature": "feature", "exact": "global"}
-        runtime = (
-            bf.TorchRuntime(model, F.cross_entropy, threads=1)
-            if cell.way == "published"
-            else CreditRuntime(model, F.cross_entropy, train_set, credit=kinds[cell.way], threads=1)
+        runtime = runtime_of(cell, model, train_set)
+        run = bf.train(
+            method,
+            bf.LocalEngine(runtime, clients),
+            runtime.initial_weights(),
+            rounds=cell.rounds,
+            test=test,
+            seed=cell.seed,
+            evaluate_every=cell.rounds,
         )
-        run = bf.train(method, bf.LocalEngine(runtime, clients), runtime.initial_weights(), **options)
-        passes, accuracy = run.records[-1].forward_passes // CLIENTS, run.accuracy
+        accuracy = run.accuracy
     if accuracy is None or run.loss is None:
         raise SystemExit(f"{cell}: no accuracy: expected one on {len(test)} test images")
-    rounds = len(run.records)
+    own, records = sum(p.numel() for p in model.parameters()), run.records
     return Result(
         cell=cell,
         accuracy=round(accuracy, 4),
         loss=round(run.loss, 4),
-        passes=passes,
+        passes=BACKWARD if "backprop" in cell.way else (records[-1].forward_passes or 0) // CLIENTS,
         weights=own,
         heads=run.state.weights.size - own,
-        bytes_up=round(sum(r.bytes_up or 0 for r in run.records) / rounds / CLIENTS),
-        bytes_down=round(sum(r.bytes_down or 0 for r in run.records) / rounds / CLIENTS),
-        clipped=sum(r.clipped for r in run.records),
-        seconds=round(sum(r.seconds for r in run.records)),
+        bytes_up=round(sum(r.bytes_up or 0 for r in records) / len(records) / CLIENTS),
+        bytes_down=round(sum(r.bytes_down or 0 for r in records) / len(records) / CLIENTS),
+        clipped=sum(r.clipped or 0 for r in records),
+        seconds=round(sum(r.seconds or 0 for r in records)),
     )
+
+
+def runtime_of(cell: Cell, model: nn.Module, sample: bf.Dataset) -> bf.TorchRuntime | CreditRuntime:
+    """What evaluates a cell's passes, on one thread."""
+    if cell.way == "published":
+        return bf.TorchRuntime(model, F.cross_entropy, threads=1)
+    credit = "global" if cell.way == "exact" else cell.way
+    return CreditRuntime(model, F.cross_entropy, sample, credit=credit, threads=1)
+
+
+def by_backprop(
+    cell: Cell, model: nn.Module, method: bf.Method, clients: Sequence[bf.Dataset], test: bf.Dataset
+) -> tuple[bf.Run, float | None]:
+    """FedSGD on the loss, or on local losses, and its accuracy."""
+    local = LocalLosses(model, test) if cell.way == "local-backprop" else None
+    net, loss = (model, F.cross_entropy) if local is None else (local, local_loss)
+    run = train_backprop(
+        "fedsgd",
+        method,
+        bf.LocalEngine(bf.TorchRuntime(net, loss, threads=1), clients),
+        net,
+        loss,
+        rounds=cell.rounds,
+        test=test,
+        seed=cell.seed,
+        evaluate_every=cell.rounds,
+    )
+    if local is None:
+        return run, run.accuracy
+    run.load_into(local)
+    return run, local.accuracy(test)
 
 
 def results(file: Path) -> list[Result]:
