@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import baffle as bf
 from baffle.runtimes.pytorch.chain import Chain, Head, again, find_chain, is_tokens, pooled, values_of
-from baffle.runtimes.pytorch.credit import credited, examples_like
+from baffle.runtimes.pytorch.credit_table import credited, examples_like
 
 
 @dataclass(frozen=True, eq=False)

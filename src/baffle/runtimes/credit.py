@@ -57,8 +57,8 @@ class CreditRows:
     map: Float64
 
     def sharing(self, table: Table) -> Rows:
-        """By the place of each of the unit's tensors, which rows share the last number; nothing where none do."""
-        if self.map.sum() == len(self.map):  # each feature adds to one number
+        """By the place of each of the unit's tensors, which rows share the last number; nothing unless some do."""
+        if self.map.shape[1] == 1 or not self.map[:, -1].all():  # a number of all features is one that is shared
             return {}
         last = self.map.shape[1] - 1
         return {i: numbers_of_rows(table[i]) == last for i in units_of(table)[self.unit].tensors}
