@@ -84,7 +84,7 @@ OPTIONS: dict[str, set[str]] = {
     "app": {"json"},
     "export": {
         *("to", "out", "dataset", "data", "activation", "norm", "start", "trainable", "prune", "prune-by", "seed"),
-        *("precision", "branches", "json"),
+        *("precision", "branches", "credit", "head", "json"),
     },
     "calibrate": {
         *("dataset", "data", "model", "activation", "norm", "start", "trainable", "prune", "prune-by", "seed"),
