@@ -28,7 +28,19 @@ from baffle.core.quantize import (
 )
 from baffle.core.rebuild import estimate
 from baffle.core.scalars import encode as encode_scalars
-from baffle.core.types import Family, ParamSpec, Row, Table, Task, Weights, bits_of, make_table, pack, table_size
+from baffle.core.types import (
+    Credit,
+    Family,
+    ParamSpec,
+    Row,
+    Table,
+    Task,
+    Weights,
+    bits_of,
+    make_table,
+    pack,
+    table_size,
+)
 from baffle.runtimes import perturb
 from baffle.runtimes.perturb import Perturbations
 from helpers import TASK
@@ -131,6 +143,14 @@ def test_unscale_by_hand() -> None:
     assert found.tolist() == [2, -1, 4, 2, 0, 0, 3, 5]
     assert found.dtype == np.float32
     assert np.array_equal(estimated, before)
+
+
+def test_exact_numbers_are_measured_along_no_direction_and_stay() -> None:
+    estimated = np.array([16, -8, 16, 8, 0, 0, 3, 5], np.float32)
+    exact = tuple(msgspec.structs.replace(spec, credit=Credit(0, "exact")) for spec in TABLE)
+    rows = tuple(msgspec.structs.replace(spec, credit=Credit(0, "rows")) for spec in TABLE)
+    assert unscale(exact, estimated, HAND, 0.25, 2).tolist() == estimated.tolist()
+    assert unscale(rows, estimated, HAND, 0.25, 2).tolist() == [2, -1, 4, 2, 0, 0, 3, 5]
 
 
 def test_perturbed_by_hand() -> None:

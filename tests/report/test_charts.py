@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 
-import baffle
+import baffle.report
 from baffle.core.types import table_size
 from baffle.errors import MissingExtraError
 from baffle.report.charts import Chart, Line, Panel, draw, unit
@@ -57,8 +57,8 @@ def test_many_points_and_many_clients_are_drawn_binned(tmp_path: Path) -> None:
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(baffle, "report", baffle.report)  # to have it back with the modules below
     monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(baffle, "report", baffle.report)  # put back afterwards: importing it again replaces it
     for name in [name for name in sys.modules if name.startswith("baffle.report")]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(MissingExtraError, match=r"pip install 'baffle\[plots\]'"):

@@ -94,7 +94,7 @@ def _answer(runtime: Runtime, data: Dataset, request: Message) -> Message:
     if not isinstance(request, WorkRequest):
         raise ReplyError(f"{type(request).__name__}: expected a task")
     task, client = request.task, request.client
-    check_task(task)
+    check_task(task, runtime.table)
     weights = _weights(request.weights, table_size(runtime.table))
     if request.calibrate:
         return measure(task, runtime, weights, data, client)

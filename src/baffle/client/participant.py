@@ -163,7 +163,7 @@ class Participant:
         if ready is None:
             return self._behind(request.setup)
         runtime, data = ready
-        check_task(request.task)
+        check_task(request.task, runtime.table)
         weights = self._weights(request, attachments, runtime.table)
         if weights is None:
             return self._behind(request.setup)

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from baffle.core.checks import require_count, require_positive
-from baffle.core.credit import is_plain, units_of
+from baffle.core.credit import is_plain, sizes_of, units_of
 from baffle.core.directions import Directions
 from baffle.core.method import Method
 from baffle.core.philox import Purpose, generator
@@ -22,7 +22,7 @@ from baffle.core.rebuild import FAST, Execution, gradient
 from baffle.core.scalars import Encoded, encode, weight_of
 from baffle.core.types import MOST_BITS, Losses, Reply, Table, Task, Weights, pack
 from baffle.data import Dataset, concatenate, sample
-from baffle.errors import PlanError
+from baffle.errors import OptionError, PlanError
 from baffle.runtimes import CreditEvaluator, Evaluator, Runtime
 from baffle.runtimes.perturb import Perturbations
 
@@ -163,7 +163,7 @@ def respond(
     return reply(task, client, weight_of(examples, task.quantum), steps)
 
 
-def check_task(task: Task) -> None:
+def check_task(task: Task, table: Table) -> None:
     """Refuse what no server asks for, and what would take for ever. Raises OptionError."""
     require_count("num_directions", task.num_directions, 1, 2**20)
     require_count("slices", task.slices, 1, 2**16)
@@ -172,3 +172,8 @@ def check_task(task: Task) -> None:
     require_positive("sigma", task.sigma)
     if task.batch_size is not None:
         require_count("batch_size", task.batch_size)
+    sizes = sizes_of(table, task.num_directions * task.slices)
+    if task.sizes != sizes:
+        raise OptionError("unit_sizes", task.unit_sizes, f"{sizes}, for this model")
+    if len(task.exponents) != len(sizes):
+        raise OptionError("exponents", task.exponents, f"{len(sizes)}, one for each unit")

@@ -89,7 +89,7 @@ def unscale(table: Table, estimate: Weights, weights: Weights, sigma: float, cod
     """Correct a gradient estimate whose scalars were measured on the lattice: divide each row by its step.
 
     A scalar is then the derivative along a direction whose rows are stretched by the steps, so the rebuild from
-    unstretched directions yields the gradient times the steps.
+    unstretched directions yields the gradient times the steps. Exact numbers are about no direction: they stay.
 
     Args:
         table: the trainable tensors.
@@ -103,5 +103,6 @@ def unscale(table: Table, estimate: Weights, weights: Weights, sigma: float, cod
     """
     result = estimate.copy()
     for i, steps in lattice_steps(table, weights, sigma, codes).items():
-        result[table[i].slice].reshape(table[i].matrix or (0, 0))[:] /= steps[:, None]
+        if table[i].credit.kind != "exact":
+            result[table[i].slice].reshape(table[i].matrix or (0, 0))[:] /= steps[:, None]
     return result
