@@ -179,7 +179,8 @@ def ablation(found: Sequence[Result], data: str, rounds: int) -> str:
 def local_losses(found: Sequence[Result]) -> str:
     """The whole loss, local losses and rows, side by side."""
     rows = []
-    for data, model in (("mnist", "lenet"), ("cifar10", "convolutions"), ("cifar10", "transformer")):
+    models = ("mnist", "lenet"), ("cifar10", "convolutions"), ("cifar10", "wrn-10-2"), ("cifar10", "transformer")
+    for data, model in models:
         mine = groups(found, lambda c, d=data, m=model: (c.data, c.model) == (d, m))  # type: ignore[misc]
         exact = [g for g in mine if g.cell.way == "local-backprop"]
         for rounds in sorted({g.cell.rounds for g in exact}):
