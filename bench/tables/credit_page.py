@@ -207,11 +207,13 @@ def chart(found: Sequence[Result]) -> Chart:
         for r in mine:
             if (r.cell.way, r.cell.slices, r.cell.bits) == (way, slices, bits):
                 points[r.passes] = max(points.get(r.passes, 0.0), r.accuracy)
+        if not points:
+            continue
         x = sorted(points)
         label = TITLES[way] + (f", {slices} slices" if slices > 1 else "")
         lines.append(Line(label, np.array(x, np.float64), np.array([points[p] for p in x], np.float64), colour=colour))
     exact = max((r.accuracy for r in mine if r.cell.way == "backprop"), default=np.nan)
-    lines.append(Line("backpropagation", np.array([BACKWARD], np.float64), np.array([exact]), colour=len(lines)))
+    lines.append(Line("backpropagation", np.array([BACKWARD], np.float64), np.array([exact]), colour=len(ways)))
     caption = f"A forward and a backward pass are counted as {BACKWARD} passes. One seed."
     title = "LeNet on MNIST after 172 rounds"
     return Chart("credit", title, caption, "passes over each example", (Panel("accuracy", tuple(lines)),), log_x=True)
