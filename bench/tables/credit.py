@@ -132,6 +132,8 @@ def losses(seed: int) -> Iterator[Cell]:
         ("mnist", "lenet", 0.03, 172),
         ("cifar10", "convolutions", 0.01, 250),
         ("cifar10", "convolutions", 0.005, 250),
+        ("cifar10", "wrn-10-2", 0.005, 200),
+        ("cifar10", "transformer", 0.002, 250),
     ):
         yield Cell(data, model, "local-backprop", 1, 1, 32, lr, rounds, seed)
 

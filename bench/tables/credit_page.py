@@ -179,7 +179,8 @@ def ablation(found: Sequence[Result], data: str, rounds: int) -> str:
 def local_losses(found: Sequence[Result]) -> str:
     """The whole loss, local losses and rows, side by side."""
     rows = []
-    for data, model in (("mnist", "lenet"), ("cifar10", "convolutions"), ("cifar10", "transformer")):
+    models = ("mnist", "lenet"), ("cifar10", "convolutions"), ("cifar10", "wrn-10-2"), ("cifar10", "transformer")
+    for data, model in models:
         mine = groups(found, lambda c, d=data, m=model: (c.data, c.model) == (d, m))  # type: ignore[misc]
         exact = [g for g in mine if g.cell.way == "local-backprop"]
         for rounds in sorted({g.cell.rounds for g in exact}):
@@ -206,11 +207,13 @@ def chart(found: Sequence[Result]) -> Chart:
         for r in mine:
             if (r.cell.way, r.cell.slices, r.cell.bits) == (way, slices, bits):
                 points[r.passes] = max(points.get(r.passes, 0.0), r.accuracy)
+        if not points:
+            continue
         x = sorted(points)
         label = TITLES[way] + (f", {slices} slices" if slices > 1 else "")
         lines.append(Line(label, np.array(x, np.float64), np.array([points[p] for p in x], np.float64), colour=colour))
     exact = max((r.accuracy for r in mine if r.cell.way == "backprop"), default=np.nan)
-    lines.append(Line("backpropagation", np.array([BACKWARD], np.float64), np.array([exact]), colour=len(lines)))
+    lines.append(Line("backpropagation", np.array([BACKWARD], np.float64), np.array([exact]), colour=len(ways)))
     caption = f"A forward and a backward pass are counted as {BACKWARD} passes. One seed."
     title = "LeNet on MNIST after 172 rounds"
     return Chart("credit", title, caption, "passes over each example", (Panel("accuracy", tuple(lines)),), log_x=True)
