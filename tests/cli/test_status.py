@@ -18,10 +18,12 @@ from status_helpers import text
 def test_what_is_drawn(deployed: Path) -> None:
     shown = text(read_status(deployed), now=1080.0).splitlines()
     table = [" ".join(line.split()) for line in shown]
-    assert table[1:5] == [
+    assert table[1:7] == [
         "stage training, round 2 of 4, the last one 1 min ago",
         "model loss 1.0000, accuracy 0.5000 (round 1)",
         "time 5.00 s a round, 12 s in all, about 10 s to go",
+        "passes 5 over each example of a mini-batch",
+        "reply 4 numbers of 15 bits: 4 of the loss (1 unit)",
         "bytes up 90 B, 30 B a round",
     ]
     assert table[-4:] == [

@@ -182,14 +182,15 @@ def test_a_toml_file_takes_the_same_options(tmp_path: Path) -> None:
         "seed": "7",
         "clients": "3",
     }
-    rest = [f"{flag[2:]} = {value}" for flag, value in zip(SHORT[4::2], SHORT[5::2], strict=True)]
+    flags = zip(SHORT[4::2], SHORT[5::2], strict=True)
+    rest = [f"{flag[2:]} = {value if value.isdigit() else repr(value)}" for flag, value in flags]
     (tmp_path / "o.toml").write_text("\n".join([*(f"{name} = {value}" for name, value in lines.items()), *rest]))
     by_file = last_json(invoke(tmp_path, "train", "o.toml", "--json", "--out", "file"))
     by_flags = last_json(invoke(tmp_path, *TRAIN_SHORT, *EVERYTHING))
     assert [by_file[name] for name in RESULTS] == [by_flags[name] for name in RESULTS]
     assert config(tmp_path / "file")["command"] == config(tmp_path / "run")["command"]
-    flags = ("--no-augment", "--shards", "2", "--guard", "off", "--norm", "none")
-    assert invoke(tmp_path, "train", "o.toml", "--out", "won", *flags).code == 0
+    others = ("--no-augment", "--shards", "2", "--guard", "off", "--norm", "none")
+    assert invoke(tmp_path, "train", "o.toml", "--out", "won", *others).code == 0
     command = config(tmp_path / "won")["command"]
     assert [command[name] for name in ("augment", "shards", "guard", "norm", "holdout", "activation")] == [
         *(False, 2, "off", "none"),

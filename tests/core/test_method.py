@@ -7,6 +7,8 @@ import math
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import baffle as bf
 from baffle.client.respond import local_update, reply
@@ -16,7 +18,9 @@ from baffle.core.rebuild import Execution
 from baffle.core.scalars import Encoded, weight_of
 from baffle.core.state import State, state_sha256, weights_sha256
 from baffle.core.types import (
+    FEW_BITS,
     MAX_WEIGHT,
+    MAX_WEIGHT_OF_FEW_BITS,
     MAX_WEIGHT_SUM,
     Cohort,
     Integers,
@@ -159,6 +163,38 @@ def test_weights_always_fit_their_four_bytes(participants: int, largest: int) ->
     if quantum > 1:  # no finer quantum would do
         finer = (largest + quantum // 4) // (quantum // 2)
         assert finer > MAX_WEIGHT or finer * participants > MAX_WEIGHT_SUM
+
+
+@pytest.mark.parametrize("bits", [1, FEW_BITS, FEW_BITS + 1, 15])
+@given(sizes=st.lists(st.integers(1, 10**6), min_size=1, max_size=40))
+def test_every_client_has_its_share_of_the_weight_to_half_a_unit(bits: int, sizes: list[int]) -> None:
+    unit = examples_per_weight(max(sizes), len(sizes), bits)
+    most = MAX_WEIGHT_OF_FEW_BITS if bits <= FEW_BITS else MAX_WEIGHT
+    weights = [weight_of(size, unit) for size in sizes]
+    assert max(weights) <= most
+    assert unit == 1 or 2 * max(weights) >= most  # the weight's range is used
+    for size, weight in zip(sizes, weights, strict=True):
+        assert abs(weight * unit - size) <= unit / 2 or (weight, size < unit) == (1, True)
+
+
+def test_clients_of_very_different_sizes_weigh_nearly_what_they_have() -> None:
+    sizes = [5, 27, 46, 56, 61, 92, 151, 262, 369, 369]  # ten clients of digits, Dirichlet 0.1
+    unit = examples_per_weight(max(sizes), len(sizes), 8)
+    weights = [weight_of(size, unit) for size in sizes]
+    assert (unit, weights) == (32, [1, 1, 1, 2, 2, 3, 5, 8, 12, 12])
+    shares = [w / sum(weights) - s / sum(sizes) for w, s in zip(weights, sizes, strict=True)]
+    assert sum(map(abs, shares)) / 2 < 0.03  # of the weight is with other clients than it should be
+
+
+@pytest.mark.parametrize(("batch", "sizes", "smallest"), [(4, (10, 20), 4), (16, (10, 5), 5), (None, (7, 30), 7)])
+def test_more_slices_than_examples_are_refused_when_planned(
+    batch: int | None, sizes: tuple[int, ...], smallest: int
+) -> None:
+    method = Method(slices=8, batch_size=batch)
+    with pytest.raises(PlanError, match=f"slices = 8 with a mini-batch of {smallest} examples"):
+        method.plan(start(method), TABLE, sizes, 5, None)
+    method = Method(slices=smallest, batch_size=batch)
+    assert method.plan(start(method), TABLE, sizes, 5, None)[0].slices == smallest
 
 
 def test_too_many_participants_are_refused() -> None:

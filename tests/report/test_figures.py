@@ -9,12 +9,12 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from baffle.core.types import table_size
+from baffle.core.types import Credit, table_size
 from baffle.report import read_run
 from baffle.report.charts import draw
 from baffle.report.figures import client_charts, progress_charts, signal_charts
 from baffle.report.signal_noise import measure_power
-from baffle.report.text import notes
+from baffle.report.text import describe, notes, settings
 from report_helpers import TABLE, assert_is_png, log_of, make_rows
 
 
@@ -50,3 +50,16 @@ def test_a_repeated_row_is_no_participation() -> None:
     assert bars.panels[0].columns[1].tolist() == [2, 2, 2]
     assert raster.panels[0].image is not None
     assert raster.panels[0].image.tolist() == [[1, 1, 0]] * 3
+
+
+def test_of_runs_with_other_numbers_than_scalars_the_noise_is_not_guessed() -> None:
+    gradient = np.random.default_rng(4).standard_normal(table_size(TABLE))
+    log = log_of(make_rows([gradient] * 3, "rank1", "shared", 3, 0), "rank1", "shared")
+    rows = tuple(msgspec.structs.replace(spec, credit=Credit(0, "rows", ((spec.shape[0], 0, 1),))) for spec in TABLE)
+    of_rows = replace(log, config=msgspec.structs.replace(log.config, table=rows))
+    assert signal_charts([of_rows]) == []
+    assert any("Signal and noise of the estimate are not shown" in note for note in notes(of_rows))
+    assert not any("Signal and noise" in note for note in notes(log))
+    assert settings(of_rows)["numbers by kind"] == f"{16 * 12} of rows (1 unit)"
+    assert settings(log)["numbers by kind"] == "16 of the loss (1 unit)"
+    assert "returns 192 numbers a round, along K = 16 shared rank1 directions" in describe(of_rows)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
 
 from baffle.core.types import Family, Sharing, table_size
 from baffle.report.signal_noise import measure_power
+from helpers import METHOD
 from report_helpers import TABLE, WEIGHTS, log_of, make_rows
 
 
@@ -55,3 +58,13 @@ def test_noise_in_the_scalars_is_not_taken_for_signal() -> None:
     # a share 1/K of the scalars' own noise is left
     left = (float(np.mean([q.equal for q in powers])) - squared) / 16
     assert abs(signal.mean() - squared - left) < 4 * float(np.std(signal, ddof=1)) / math.sqrt(len(signal))
+
+
+def test_clients_count_by_the_weights_that_few_bits_leave_them() -> None:
+    gradient = np.random.default_rng(3).standard_normal(table_size(TABLE))
+    log = log_of(make_rows([gradient] * 3, "rank1", "per-client", 4, 0), "rank1", "per-client")
+    few = replace(log, config=msgspec.structs.replace(log.config, method=msgspec.structs.replace(METHOD, bits=8)))
+    shares = np.array([15, 8, 3]) / 26  # of 60, 30 and 10 examples, four to a unit of weight
+    powers = measure_power(few, samples=4)
+    expected = 16 / (table_size(TABLE) - 1) / (shares @ shares)
+    assert float(np.mean([q.equal / q.noise for q in powers])) == pytest.approx(expected, rel=1e-6)

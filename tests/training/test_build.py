@@ -138,6 +138,15 @@ def test_options_about_one_scalar_per_direction_choose_it(changes: dict[str, str
     assert (options.num_directions, options.slices, options.bits, options.lr) == (100, 1, 15, 0.01)
 
 
+@pytest.mark.parametrize("changes", [{"strategy": "stacked"}, {"memory": "1GB"}, {"head": "directions"}])
+def test_the_plan_says_which_option_left_no_rows(changes: dict[str, str]) -> None:
+    [(name, value)] = changes.items()
+    _, _, plan = decide(train_config(None, dict(changes)), Refusing("global"))
+    assert plan == f"a scalar per direction (no rows: {name} = {value} is about that alone)"
+    _, _, plan = decide(train_config(None, {"credit": "global", **changes}), Refusing("global"))
+    assert plan == "a scalar per direction"  # nothing was left open
+
+
 def test_a_kind_that_is_set_and_that_the_model_has_not_is_refused() -> None:
     with pytest.raises(ModelError, match="no local"):
         decide(TrainConfig(credit="local"), Refusing("global"))

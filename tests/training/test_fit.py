@@ -12,7 +12,9 @@ from torch import nn
 
 import baffle as bf
 from baffle.errors import DataError, ModelError, RunExistsError
+from baffle.training.defaults import WAYS
 from baffle.training.fit import default_method
+from baffle.training.options import TrainConfig
 from helpers import linear
 
 TRAIN, TEST = bf.load("digits")
@@ -68,6 +70,24 @@ class Twice(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         outputs: torch.Tensor = self.layer(self.layer(x.flatten(1)).relu())[:, :10]
         return outputs
+
+
+class TwiceBeforeItsHead(nn.Module):
+    """A model without rows of its own, but with a last layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(64, 64), nn.Linear(64, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = self.head(self.layer(self.layer(x.flatten(1)).relu()).relu())
+        return outputs
+
+
+def test_shell_and_python_take_the_same_numbers() -> None:
+    for credit, head in WAYS:
+        options = TrainConfig(rounds=7).decided(credit, head, examples=5)
+        assert options.method() == default_method(7, credit, 5, head)
 
 
 def test_a_model_without_rows_is_trained_by_one_scalar_per_direction() -> None:

@@ -111,6 +111,10 @@ def _head(status: Status, now: float) -> Table:
         left = "" if status.seconds_left is None else f", about {_ago(status.seconds_left)} to go"
         spent = "" if status.seconds is None else f", {_ago(status.seconds)} in all"
         lines.add_row("time", f"{status.seconds_per_round:.2f} s a round{spent}{left}")
+    if status.passes_per_example is not None:
+        bits = "1 bit" if status.bits == 1 else f"{status.bits} bits"
+        lines.add_row("passes", f"{status.passes_per_example:,} over each example of a mini-batch")
+        lines.add_row("reply", f"{status.numbers_per_reply:,} numbers of {bits}: {status.numbers_of}")
     for name, sum_, mean in (
         ("bytes up", status.bytes_up, status.bytes_up_per_round),
         ("bytes down", status.bytes_down, status.bytes_down_per_round),

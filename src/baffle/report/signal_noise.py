@@ -98,6 +98,6 @@ def _concentration(config: RunConfig, row: Row) -> float:
     if row.sharing == "shared":
         return 1.0 / row.local_steps
     asked = max(1, round(config.method.participation * len(config.clients)))
-    quantum = examples_per_weight(max(config.clients), asked)
+    quantum = examples_per_weight(max(config.clients), asked, config.method.bits)
     weights = np.array([weight_of(config.clients[client], quantum) for client in row.participants], np.float64)
     return float(((weights / weights.sum()) ** 2).sum()) / row.local_steps

@@ -12,6 +12,7 @@ from typing import Literal
 
 import msgspec
 
+from baffle.client.costs import costs_of
 from baffle.errors import JournalError
 from baffle.runfolder.clients import Member, RoundLog, Visit, read_members, read_rounds
 from baffle.runfolder.config import RunConfig, read_config
@@ -76,6 +77,13 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     bytes_down: float | int | None = None
     bytes_up_per_round: float | None = None
     bytes_down_per_round: float | None = None
+    passes_per_example: int | None = None
+    """Forward passes over each example of a mini-batch."""
+    numbers_per_reply: int | None = None
+    bits: int | None = None
+    """Of each number of a reply."""
+    numbers_of: str | None = None
+    """What the numbers of a reply are about, in words."""
     rollbacks: int = 0
     late_answers: int = 0
     """Responses that arrived after their round was closed."""
@@ -147,6 +155,7 @@ def summarize(
     logs = [log for log in logs if log.round in known]  # a round that a kill interrupted counts when it is repeated
     evaluated = next((r for r in reversed(records) if r.loss is not None or r.accuracy is not None), None)
     seconds = [r.seconds for r in records[-_RECENT:] if r.seconds is not None]
+    costs = None if config.backprop else costs_of(config.method, config.table)
     up, down = (total(r.bytes_up for r in records), total(r.bytes_down for r in records))
     return Status(
         run=run,
@@ -163,6 +172,10 @@ def summarize(
         bytes_down=down,
         bytes_up_per_round=None if up is None or not records else up / len(records),
         bytes_down_per_round=None if down is None or not records else down / len(records),
+        passes_per_example=None if costs is None else costs.passes,
+        numbers_per_reply=None if costs is None else costs.numbers,
+        bits=None if costs is None else costs.bits,
+        numbers_of=None if costs is None else costs.kinds,
         rollbacks=sum(r.restores is not None for r in records),
         late_answers=sum(log.late for log in logs),
         refused_answers=sum(log.refused for log in logs),

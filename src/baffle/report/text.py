@@ -7,7 +7,8 @@ from itertools import groupby
 
 import msgspec
 
-from baffle.core.credit import model_table
+from baffle.client.costs import costs_of
+from baffle.core.credit import is_plain, model_table
 from baffle.core.method import Method
 from baffle.core.types import table_size
 from baffle.report.run import RecordedRun, Value, round_kind
@@ -25,6 +26,7 @@ def settings(log: RecordedRun) -> dict[str, Value]:
     schedule = optimizer.pop("schedule")
     guard = {name: value for name, value in (msgspec.to_builtins(method.guard) or {}).items() if name != "type"}
     sizes = config.clients
+    costs = costs_of(method, config.table)
     chosen: dict[str, Value] = {
         "method": log.backprop or "forward passes only",
         **{
@@ -37,6 +39,10 @@ def settings(log: RecordedRun) -> dict[str, Value]:
         "participation": method.participation,
         "batch size": method.batch_size or "all examples",
         "directions K": method.num_directions,
+        "slices": method.slices,
+        "passes over each example": costs.passes,
+        "numbers of a reply": f"{costs.numbers:,} of {counted(costs.bits, 'bit')} ({costs.bytes:,} bytes)",
+        "numbers by kind": costs.kinds,
         "family": method.family,
         "sharing": method.sharing,
         "difference": method.difference,
@@ -57,6 +63,10 @@ def settings(log: RecordedRun) -> dict[str, Value]:
     if log.backprop:
         forward = (
             "directions K",
+            "slices",
+            "passes over each example",
+            "numbers of a reply",
+            "numbers by kind",
             "family",
             "sharing",
             "difference",
@@ -72,14 +82,16 @@ def settings(log: RecordedRun) -> dict[str, Value]:
 def describe(log: RecordedRun) -> str:
     """What was trained, in one sentence."""
     command, method = log.config.command or {}, log.config.method
+    costs = costs_of(method, log.config.table)
     model = command.get("model") or "A model"
     what = f"{model} of {table_size(model_table(log.config.table)):,} parameters"
     where = f" on {command['dataset']}" if command.get("dataset") else ""
     how = (
         f"by {log.backprop} with exact gradients (backpropagation)"
         if log.backprop
-        else f"by forward passes only: each client returns K = {method.num_directions} numbers a round, along "
-        f"{method.sharing} {method.family} directions"
+        else f"by forward passes only: each client returns {counted(costs.numbers, 'number')} a round, along "
+        f"K = {method.num_directions} {method.sharing} {method.family} directions"
+        + (f" for each of {method.slices} slices" if method.slices > 1 else "")
     )
     return f"{what}, trained{where} in {counted(len(log.config.clients), 'client')} {how}."
 
@@ -113,6 +125,11 @@ def notes(log: RecordedRun) -> list[str]:
         (
             log.backprop is not None,
             "This run has exact gradients: each forward pass is followed by a backward pass, which is not counted.",
+        ),
+        (
+            not log.backprop and not is_plain(log.config.table),
+            "Signal and noise of the estimate are not shown: the estimate of their noise is for one scalar per "
+            "direction, and this run has numbers of other kinds.",
         ),
         (
             bool(log.records) and not log.backprop and not any(r.applied for r in log.records),

@@ -13,10 +13,9 @@ import msgspec
 import numpy as np
 from safetensors import SafetensorError
 
-from baffle.client.respond import passes_of
-from baffle.core.credit import model_table, sizes_of
-from baffle.core.method import Method
-from baffle.core.types import Masks, Table, Weights, packed_size
+from baffle.client.costs import costs_of
+from baffle.core.credit import model_table
+from baffle.core.types import Masks, Weights
 from baffle.data import Dataset, hold_out, load
 from baffle.engines.local import LocalEngine
 from baffle.errors import CorruptRunError, DataError, ModelError, OptionError, PlanError
@@ -149,7 +148,8 @@ def decide(
     Returns:
         (the options as decided, what was made, what was decided and why in a line).
     """
-    refused = ""
+    asked = options.asks_for_plain if options.credit == "auto" else None
+    refused = f" (no rows: {asked} is about that alone)" if asked else ""
     for i, (credit, head) in enumerate(options.ways):
         decided = options.decided(credit, head, examples)
         try:
@@ -161,22 +161,6 @@ def decide(
             continue
         return decided, made, f"{_NAMES[credit, head]}{refused}"
     raise AssertionError("there is always a way")
-
-
-def costs_of(method: Method, table: Table) -> str:
-    """What a round costs a client, in words.
-
-    Examples:
-        >>> from baffle.core.types import make_table
-        >>> costs_of(Method(num_directions=4), make_table({"w": (3, 2)}))
-        '5 passes over each example, 4 numbers of 15 bits (8 bytes)'
-    """
-    sizes = sizes_of(table, method.num_directions * method.slices)
-    numbers = sum(sizes) * method.local_steps
-    return (
-        f"{passes_of(method, table)} passes over each example, {numbers:,} numbers of {method.bits} bits "
-        f"({packed_size(numbers, method.bits):,} bytes)"
-    )
 
 
 def require_runtime(options: TrainConfig) -> None:

@@ -14,23 +14,27 @@ from baffle.engines.local import LocalEngine, require_examples
 from baffle.errors import ModelError
 from baffle.runtimes import Runtime
 from baffle.runtimes.choose import choose, trial_batch
+from baffle.training.defaults import WAYS, usual
 from baffle.training.loop import Progress, train
 from baffle.training.result import Run
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+_GLOBAL = ("global", "directions")
 
-def default_method(rounds: int, credit: str = "global", examples: int = 32) -> Method:
+
+def default_method(rounds: int, credit: str = "global", examples: int = 32, head: str | None = None) -> Method:
     """The method of ``fit``: shared directions, forward differences, Adam on a cosine schedule.
 
     One scalar per direction needs many of them: K = 100, at a learning rate of 0.01. Rows that are credited one by one
-    need few: K = 5 in 8 slices, in 8 bits, at 0.03.
+    need few: K = 5 in 8 slices, in 8 bits, at 0.03 (``training.defaults``, as for ``baffle train``).
 
     Args:
         rounds: Length of the schedule.
         credit: ``local`` or ``feature`` for rows; ``global`` for one scalar per direction.
         examples: Of the client that has the fewest: there are no more slices than that.
+        head: ``exact`` or ``directions``; by default exact unless credit is global.
 
     Returns:
         The method, for ``fit`` or ``train``.
@@ -39,10 +43,9 @@ def default_method(rounds: int, credit: str = "global", examples: int = 32) -> M
         >>> default_method(100, "local").num_directions, default_method(100).num_directions
         (5, 100)
     """
-    if credit == "global":
-        return Method(optimizer=Adam(lr=0.01, schedule=Cosine(rounds)))
-    slices = max(1, min(8, examples))
-    return Method(num_directions=5, slices=slices, bits=8, optimizer=Adam(lr=0.03, schedule=Cosine(rounds)))
+    head = head or ("directions" if credit == "global" else "exact")
+    directions, slices, bits, lr = usual(credit, head, min(examples, Method().batch_size or examples))
+    return Method(num_directions=directions, slices=slices, bits=bits, optimizer=Adam(lr=lr, schedule=Cosine(rounds)))
 
 
 def fit(
@@ -73,7 +76,8 @@ def fit(
             schedule, and ``credit="auto"`` is then ``global``.
         credit: Which numbers clients return (``docs/method.md``). ``local``: one per row of each layer, through a head
             on the layer's features; ``feature``: the same for the layers before the last one; ``global``: one scalar
-            per direction. ``auto``: the first of these that the model has.
+            per direction. ``auto``: the first of these that the model has; with ``global`` the last layer is then
+            exact if it can be. What was taken is in the run's ``config.table`` and ``config.plan``.
         seed: Seed of everything random; equal seeds give bit-identical runs.
         out: New run folder; without it nothing is written.
         progress: Called with the record of each round.
@@ -99,13 +103,14 @@ def fit(
     """
     require_examples(clients)
     examples = min(len(client) for client in clients)
-    kinds = [credit] if credit != "auto" else ["global"] if method is not None else ["local", "feature", "global"]
-    for kind in kinds:
-        chosen = method or default_method(rounds, kind, examples)
+    only = _GLOBAL if credit in ("auto", "global") else (credit, "exact")
+    ways = WAYS if credit == "auto" and method is None else (only,)
+    for kind, head in ways:
+        chosen = method or default_method(rounds, kind, examples, head)
         try:
-            runtime = _runtime(model, loss, clients, chosen, kind)
-        except ModelError:  # it has no such rows
-            if kind == kinds[-1]:
+            runtime = _runtime(model, loss, clients, chosen, kind, head)
+        except ModelError:  # it has no such numbers
+            if (kind, head) == ways[-1]:
                 raise
             continue
         break
@@ -122,13 +127,13 @@ def fit(
 
 
 def _runtime(
-    model: nn.Module, loss: Callable[..., Tensor], clients: Sequence[Dataset], method: Method, credit: str
+    model: nn.Module, loss: Callable[..., Tensor], clients: Sequence[Dataset], method: Method, credit: str, head: str
 ) -> Runtime:
     """What evaluates the model; the fastest way, by a short measurement, where there is more than one."""
     from baffle.runtimes.pytorch.credit import CreditRuntime
     from baffle.runtimes.pytorch.runtime import TorchRuntime
 
-    if credit != "global":
+    if (credit, head) != _GLOBAL:
         return CreditRuntime(model, loss, clients[0], credit=credit)
     ways = {way: partial(TorchRuntime, model, loss, strategy=way) for way in ("copies", "stacked")}
     batch = trial_batch(clients, method.batch_size)

@@ -13,10 +13,11 @@ from baffle.core.guard import Guard
 from baffle.core.method import Method
 from baffle.core.optim import Adam, AdamW, ClipUpdate, Constant, Cosine, Optimizer, Sgd
 from baffle.core.scalars import ClipScalars
-from baffle.core.types import DEFAULT_BITS, Difference, Family, Sharing
+from baffle.core.types import Difference, Family, Sharing
 from baffle.data import Dataset, partition
 from baffle.errors import JournalError, OptionError, require_choice
 from baffle.runtimes.choose import STRATEGIES
+from baffle.training.defaults import WAYS, usual
 
 PARTITIONS = ("iid", "dirichlet", "shards", "column")
 RUNTIMES = {
@@ -200,11 +201,15 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         """The kinds of credit and head that these options leave open, the best first."""
         if self.credit != "auto":
             return ((self.credit, self.head or ("directions" if self.credit == "global" else "exact")),)
-        if self.backprop or self.branches or self.strategy != "auto" or self.memory is not None:
-            return (("global", "directions"),)  # they are about one scalar per direction
-        if self.head == "directions":
-            return (("global", "directions"),)
-        return ("local", "exact"), ("feature", "exact"), ("global", "exact"), ("global", "directions")
+        return WAYS[-1:] if self.backprop or self.asks_for_plain else WAYS
+
+    @property
+    def asks_for_plain(self) -> str | None:
+        """Which option is about one scalar per direction alone, with its value; None if no such option is set."""
+        for field in ("strategy", "memory", "branches"):
+            if getattr(self, field) != _DEFAULTS[field]:
+                return f"{field} = {getattr(self, field)}"
+        return "head = directions" if self.head == "directions" else None
 
     def decided(self, credit: str, head: str, examples: int | None = None) -> TrainConfig:
         """These options with a kind of credit and head, and with the numbers that are usual for it where none is set.
@@ -214,15 +219,9 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             head: With it.
             examples: Of the client that has the fewest: there are no more slices than that; None if not known.
         """
-        rows, plain = credit != "global", (credit, head) == ("global", "directions")
         most = self.batch_size if examples is None else min(self.batch_size, examples)
-        usual = {
-            "num_directions": 5 if rows else 100 if plain else 20,
-            "slices": 1 if plain else max(1, min(8, most)),
-            "bits": DEFAULT_BITS if plain else 8,
-            "lr": 0.01 if plain or self.optimizer == "sgd" else 0.03,
-        }
-        missing = {name: value for name, value in usual.items() if getattr(self, name) is None}
+        numbers = usual(credit, head, most, self.optimizer)._asdict()
+        missing = {name: value for name, value in numbers.items() if getattr(self, name) is None}
         return msgspec.structs.replace(self, credit=credit, head=head, **missing)
 
     def _check_credit(self) -> None:

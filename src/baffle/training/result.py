@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
+from baffle.client.costs import costs_of
 from baffle.core.credit import model_table
 from baffle.core.state import State, weights_sha256
 from baffle.core.types import Weights, table_size
@@ -87,6 +88,7 @@ class Run:
     def summary(self) -> dict[str, str | int | float | None]:
         """Totals of the run, as ``baffle train --json`` prints them; None where a value is unknown."""
         method, records = self.config.method, self.records
+        costs = None if self.config.backprop else costs_of(method, self.config.table)
         return (
             {
                 "accuracy": self.accuracy,
@@ -105,6 +107,9 @@ class Run:
             }
             | {"sigma": None if self.config.backprop else records[-1].sigma if records else method.sigma}
             | {
+                "passes_per_example": None if costs is None else costs.passes,
+                "numbers_per_reply": None if costs is None else costs.numbers,
+                "numbers_of": None if costs is None else costs.kinds,
                 "forward_passes": total(r.forward_passes for r in records),
                 "samples_forwarded": total(r.samples_forwarded for r in records),
                 "bytes_up": total(r.bytes_up for r in records),
