@@ -234,6 +234,7 @@ def hashes_in_one_process(here: Site, rounds: Sequence[Collection[int]]) -> list
     """
     options = train_config(here.folder / "train.toml", {"threads": 1})
     server = assemble_server(options)
+    options = server.options
     engine = RecordedParticipants(server.runtime, bf.partition(server.train, clients=len(here.files)), rounds)
     run = bf.train(options.method(), engine, server.initial, rounds=len(rounds) - 1, seed=options.seed)
     return [record.weights_sha256 for record in run.records]
