@@ -14,7 +14,7 @@ help:  ## Show this list.
 	touch $@
 
 demo: .venv/installed  ## Install into .venv and train digits by forward passes only (about a minute).
-	$(BIN)/baffle train --batch-size 16 --rounds 100 --json
+	$(BIN)/baffle train --batch-size 16 --rounds 200 --json
 
 deploy-demo: .venv/installed  ## The same with SuperLink, TLS and 3 clients as processes, some of them killed.
 	$(BIN)/python apps/demo.py

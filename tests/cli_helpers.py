@@ -18,7 +18,6 @@ from helpers import Outcome, places
 SMALL = (
     *("--model", "mlp", "--num-directions", "4", "--batch-size", "8", "--clients", "3", "--rounds", "4"),
     *("--threads", "1"),  # two threads crawl where the cores are shared
-    *("--credit", "global"),  # what most of the command does is the same for rows, which take longer to find
 )
 SMALL_RUN = ("train", *SMALL, "--evaluate-every", "2", "--snapshot-every", "3", "--json")
 SUMMARY = {
@@ -41,7 +40,7 @@ SUMMARY = {
 }
 SHORT = (
     *("--model", "mlp", "--clients", "2", "--batch-size", "4", "--num-directions", "2", "--rounds", "4"),
-    *("--threads", "1", "--evaluate-every", "1", "--snapshot-every", "2", "--credit", "global"),
+    *("--threads", "1", "--evaluate-every", "1", "--snapshot-every", "2"),
 )
 TRAIN_SHORT = ("train", *SHORT, "--json", "--out", "run")
 
@@ -107,7 +106,7 @@ def wide(shape: tuple[int, ...], classes: int) -> nn.Module:
 MODEL = ("--model", "tiny_model:build")
 TINY_OPTIONS = (
     *(*MODEL, "--clients", "2", "--batch-size", "8", "--num-directions", "4", "--rounds", "4", "--threads", "1"),
-    *("--evaluate-every", "2", "--snapshot-every", "2", "--lr", "0.05", "--ema", "0.5", "--credit", "global"),
+    *("--evaluate-every", "2", "--snapshot-every", "2", "--lr", "0.05", "--ema", "0.5"),
 )
 TRAIN_TINY = ("train", *TINY_OPTIONS, "--json", "--out", "run")
 SHAPES = {"1.weight": [12, 64], "1.bias": [12], "3.weight": [10, 12], "3.bias": [10]}

@@ -27,8 +27,12 @@ EXCEPTIONS: Mapping[str, str] = {
     "deploy/server_app.py": "in deploy/test_deploy.py, as processes; refused options in deploy/test_client_model.py",
     "engines/__init__.py": "a protocol and a struct; its implementations are tested",
     "engines/remote/transport.py": "a protocol and structs; its implementations are tested",
+    "exporter/blocks.py": "in runtimes/test_credit_contract.py, as what it exports is evaluated",
     "exporter/__init__.py": "in test_export.py, named after what users call",
     "report/__init__.py": "loads pages.py when it is first used: in report/test_pages.py",
+    "runtimes/credit.py": "in runtimes/test_credit_contract.py, which holds every runtime to it",
+    "runtimes/onnx/blocks.py": "in runtimes/test_credit_contract.py, which holds every runtime to it",
+    "runtimes/pytorch/credit_table.py": "in runtimes/pytorch/test_credit.py and test_chain.py",
     "runtimes/__init__.py": "a protocol and structs; test_contract.py holds every runtime to it",
 }
 """Modules of the package without a test file of their own name in the same place, and why."""

@@ -43,7 +43,7 @@ class Cell:
 
     def command(self, data: Path, out: Path) -> list[str]:
         """What to type."""
-        forward = ["--credit", "global", "--sharing", self.gradients, "--sigma", "0.001"]  # the paper's scalars
+        forward = ["--sharing", self.gradients, "--sigma", "0.001"]
         how = ["--backprop", "fedsgd"] if self.gradients == "fedsgd" else forward
         often = 10 if self.dataset == "mnist" else 5
         options = f"--dataset {self.dataset} --model {self.model} --clients 10 --batch-size 32 --num-directions 100"

@@ -25,7 +25,7 @@ ROUNDS = 40
 OPTIONS = (
     *("--rounds", str(ROUNDS), "--snapshot-every", "10", "--out", "r", "--json"),
     *("--num-directions", "20", "--batch-size", "8", "--clients", "4", "--threads", "1"),
-    *("--credit", "global", "--strategy", "copies"),  # not measured: undisturbed runs are compared with others
+    *("--strategy", "copies"),  # not measured: undisturbed runs are compared with others
 )
 
 STOPS = '''

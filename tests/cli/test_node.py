@@ -46,7 +46,7 @@ def test_a_node_evaluates_as_its_owner_says(
     np.savez(tmp_path / "mine.npz", x=data.x[:8], y=data.y[:8])
     refused(invoke(tmp_path, *NODE, "--threads", "2", *flags), "here")
     options = TrainConfig(model="mlp", threads=1, strategy="copies", memory="1GB")  # the server's own way
-    setup = server_app.setup_of(assemble_server(options))
+    setup = server_app.setup_of(options, assemble_server(options))
     runtime = client_model.runtime_for(setup, made[0])
     told = {"runtime": "torch", "threads": 2, "strategy": strategy, "memory": memory}
     assert {name: runtime.plan.get(name) for name in told} == told

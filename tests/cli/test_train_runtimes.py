@@ -124,9 +124,7 @@ def test_runtime_auto_takes_the_fastest_and_keeps_to_it(
     outcome = invoke(tmp_path, *TRAIN_TINY, *flags)
     summary = last_json(outcome)
     [told] = [line for line in outcome.err.splitlines() if line.startswith("plan: ")]
-    assert re.fullmatch(
-        rf"plan: a scalar per direction; .*; {fastest} \(passes a second: copies .*, stacked .*, openvino .*\)", told
-    )
+    assert re.fullmatch(rf"plan: {fastest} \(passes a second: copies .*, stacked .*, openvino .*\)", told)
     recorded, command = config(tmp_path / "run")["plan"], config(tmp_path / "run")["command"]
     assert (recorded["runtime"], recorded["precision"]) == (
         "openvino" if fastest == "openvino" else "torch",

@@ -23,7 +23,7 @@ from baffle.core.aggregate import (
     typical_magnitudes,
     word_bits,
 )
-from baffle.core.scalars import MAGNITUDE_UNITS, MOST_MAGNITUDE, Encoded
+from baffle.core.scalars import Encoded
 from baffle.core.types import Aggregate, Credit, Reply, Row, bits_of, limit_of, make_table, pack
 from baffle.errors import ReplyError
 from helpers import TASK
@@ -164,19 +164,6 @@ def test_every_unit_has_a_scale_of_its_own() -> None:
 
 def test_the_share_of_clipped_numbers() -> None:
     assert clipped_share(msgspec.structs.replace(row([1, 2, 3, 4], clients=2), clipped=2)) == 0.25
-
-
-@pytest.mark.parametrize("bits", [15, 24, 32])
-def test_the_scale_settles_where_clients_can_tell_the_magnitude(bits: int) -> None:
-    """However fine the scale, magnitudes end at MOST_MAGNITUDE: a target beyond it would never be met."""
-    exponent, size = FIRST_EXPONENT, 0.37
-    for _ in range(8):
-        told = min(MOST_MAGNITUDE, round(size * 2.0**-exponent * MAGNITUDE_UNITS))
-        (exponent,) = next_exponents(
-            TABLE, bits, msgspec.structs.replace(row([1, -1]), exponents=(exponent,), magnitudes=(told,))
-        )
-    assert 2**-0.5 <= size * 2.0**-exponent / target_magnitude(bits) <= 2**0.5
-    assert size * 2.0**-exponent < limit_of(bits) / 8
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 15])

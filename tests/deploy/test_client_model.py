@@ -37,13 +37,13 @@ from baffle.training.options import TrainConfig
 from remote_helpers import TRAIN
 
 DATA = TRAIN.take(np.arange(40))
-MLP = TrainConfig(model="mlp", credit="global")
+MLP = TrainConfig(model="mlp")
 
 
 def served(options: TrainConfig) -> tuple[Server, Setup]:
     """A server, and its setup as clients get it."""
     server = assemble_server(msgspec.structs.replace(options, threads=1))
-    return server, decode_setup(encode(setup_of(server)))
+    return server, decode_setup(encode(setup_of(options, server)))
 
 
 def losses(runtime: Runtime, server: Server, data: bf.Dataset) -> bytes:
@@ -56,10 +56,10 @@ def losses(runtime: Runtime, server: Server, data: bf.Dataset) -> bytes:
     "options",
     [
         MLP,
-        TrainConfig(activation="relu", seed=2**64 - 1, credit="global"),
+        TrainConfig(activation="relu", seed=2**64 - 1),
         msgspec.structs.replace(MLP, trainable="head"),
         msgspec.structs.replace(MLP, prune=0.7),
-        TrainConfig(prune=0.5, prune_by="inputs", precision="bf16", credit="global"),
+        TrainConfig(prune=0.5, prune_by="inputs", precision="bf16"),
         msgspec.structs.replace(MLP, runtime="ort"),
         msgspec.structs.replace(MLP, runtime="ort", prune=0.5, trainable="head"),
         msgspec.structs.replace(MLP, runtime="ort", prune=0.5, prune_by="channels"),
@@ -91,7 +91,7 @@ def _enrol(setup: Setup, data: bf.Dataset = DATA) -> EnrolResponse | FailedRespo
 def test_fewer_channels_need_a_bundle() -> None:
     options = msgspec.structs.replace(MLP, prune=0.5, prune_by="channels")
     with pytest.raises(OptionError, match="ort or openvino"):
-        setup_of(assemble_server(options))
+        setup_of(options, assemble_server(options))
 
 
 # What is not trusted

@@ -248,7 +248,7 @@ def offered(monkeypatch: pytest.MonkeyPatch) -> Offered:
     return Offered(monkeypatch)
 
 
-SMALL = TrainConfig(model="mlp", batch_size=8, clients=5, threads=1, credit="global")
+SMALL = TrainConfig(model="mlp", batch_size=8, clients=5, threads=1)
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,7 @@ def test_the_command_prints_the_same_names(tmp_path: Path) -> None:
     forward, fedsgd, fedavg = (
         invoke(tmp_path, *options, "--out", name, *more)
         for name, *more in (
-            ("forward", "--num-directions", "2", "--credit", "global"),
+            ("forward", "--num-directions", "2"),
             ("fedsgd", "--backprop", "fedsgd"),
             ("fedavg", "--backprop", "fedavg", "--local-steps", "2", "--local-lr", "0.1"),
         )

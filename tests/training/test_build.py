@@ -16,14 +16,13 @@ from baffle.training.build import (
     assemble,
     assemble_server,
     command_of,
-    decide,
     evaluated_as,
     load_start,
     model_of,
     splits,
     vocabulary_of,
 )
-from baffle.training.options import TrainConfig, train_config
+from baffle.training.options import TrainConfig
 from helpers import linear, train_digits
 
 SMALL = TrainConfig(model="mlp", clients=3, strategy="copies", threads=1)
@@ -88,63 +87,3 @@ def test_the_vocabulary_is_one_more_than_the_largest_token() -> None:
     assert vocabulary_of(bf.load("digits")[0]) is None
     with pytest.raises(DataError, match="a token -1"):
         vocabulary_of(bf.Dataset(np.array([[-1, 4]]), np.array([0])))
-
-
-class Refusing:
-    """Makes something of options, as long as they ask for one of some kinds of credit."""
-
-    def __init__(self, *kinds: str) -> None:
-        self.kinds, self.asked = kinds, list[tuple[str, str | None]]()
-
-    def __call__(self, options: TrainConfig) -> str:
-        self.asked.append((options.credit, options.head))
-        if options.credit not in self.kinds:
-            raise ModelError(f"no {options.credit}")
-        return options.credit
-
-
-@pytest.mark.parametrize(
-    ("has", "asked", "numbers"),
-    [
-        (("local", "global"), 1, (5, 8, 8, 0.03)),
-        (("feature",), 2, (5, 8, 8, 0.03)),
-        (("global",), 3, (20, 8, 8, 0.03)),
-    ],
-)
-def test_the_first_kind_of_numbers_that_the_model_has_is_taken(
-    has: tuple[str, ...], asked: int, numbers: tuple[int, int, int, float]
-) -> None:
-    make = Refusing(*has)
-    options, made, plan = decide(TrainConfig(), make, examples=100)
-    assert len(make.asked) == asked
-    assert (made, options.credit, options.head) == (has[0], has[0], "exact")
-    assert (options.num_directions, options.slices, options.bits, options.lr) == numbers
-    assert ("no rows: no local" in plan) == (asked > 1)
-
-
-def test_what_is_set_is_kept_and_slices_fit_the_smallest_client() -> None:
-    options, _, _ = decide(TrainConfig(num_directions=3, lr=0.5), Refusing("local"), examples=6)
-    assert (options.num_directions, options.slices, options.bits, options.lr) == (3, 6, 8, 0.5)
-    options, _, _ = decide(TrainConfig(optimizer="sgd", batch_size=4), Refusing("local"))
-    assert (options.slices, options.lr) == (4, 0.01)
-
-
-@pytest.mark.parametrize(
-    "changes", [{"credit": "global"}, {"strategy": "copies"}, {"head": "directions"}, {"memory": "1GB"}]
-)
-def test_options_about_one_scalar_per_direction_choose_it(changes: dict[str, str]) -> None:
-    options, _, _ = decide(train_config(None, dict(changes)), Refusing("local", "feature", "global"))
-    assert (options.credit, options.head) == ("global", "directions")
-    assert (options.num_directions, options.slices, options.bits, options.lr) == (100, 1, 15, 0.01)
-
-
-def test_a_kind_that_is_set_and_that_the_model_has_not_is_refused() -> None:
-    with pytest.raises(ModelError, match="no local"):
-        decide(TrainConfig(credit="local"), Refusing("global"))
-
-
-def test_a_decision_is_kept_as_it_was_made() -> None:
-    setup = assemble(TrainConfig(model="mlp", clients=3, threads=1))
-    assert (setup.options.credit, setup.options.head, setup.options.num_directions) == ("local", "exact", 5)
-    assert assemble(setup.options).engine.table == setup.engine.table
-    assert setup.plan.startswith("a number per row, through a head on each layer; 6 passes over each example")

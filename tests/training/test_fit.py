@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import baffle as bf
-from baffle.errors import DataError, ModelError, RunExistsError
+from baffle.errors import DataError, RunExistsError
 from baffle.training.fit import default_method
 from helpers import linear
 
@@ -22,9 +21,7 @@ CLIENTS = bf.partition(TRAIN, clients=3)
 def test_fit_is_train_with_the_default_method_and_leaves_the_model_alone(tmp_path: Path) -> None:
     model = linear()
     before = [p.clone() for p in model.parameters()]
-    run = bf.fit(
-        model, CLIENTS, loss=F.cross_entropy, test=TEST, rounds=4, credit="global", seed=3, out=tmp_path / "run"
-    )
+    run = bf.fit(model, CLIENTS, loss=F.cross_entropy, test=TEST, rounds=4, seed=3, out=tmp_path / "run")
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     assert run.config.method == default_method(4)
     strategy = run.config.plan["strategy"]  # measured, so it may differ from one time to another
@@ -46,32 +43,3 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     with pytest.raises(RunExistsError):
         bf.fit(linear(), CLIENTS, loss=F.cross_entropy, rounds=1, out=tmp_path / "run")
-
-
-def test_by_default_rows_are_trained_where_the_model_has_them() -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.Hardswish(), nn.Linear(12, 10))
-    run = bf.fit(model, CLIENTS, loss=F.cross_entropy, test=TEST, rounds=30)
-    assert run.config.method == default_method(30, "local")
-    assert {spec.credit.kind for spec in run.config.table} == {"rows", "exact"}
-    assert run.accuracy is not None
-    assert run.accuracy > 0.8
-    run.load_into(model)
-
-
-class Twice(nn.Module):
-    """A model without rows of its own: it uses its layer twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(64, 64)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        outputs: torch.Tensor = self.layer(self.layer(x.flatten(1)).relu())[:, :10]
-        return outputs
-
-
-def test_a_model_without_rows_is_trained_by_one_scalar_per_direction() -> None:
-    run = bf.fit(Twice(), CLIENTS, loss=F.cross_entropy, rounds=1)
-    assert run.config.method == default_method(1)
-    with pytest.raises(ModelError):
-        bf.fit(Twice(), CLIENTS, loss=F.cross_entropy, rounds=1, credit="local")

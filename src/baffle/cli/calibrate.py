@@ -63,7 +63,6 @@ def calibrate_command(
     column "guess" is the error that a client estimates without a reference: --sigma auto chooses by it.
     """
     options = train_config(config, flags if config else {"batch_size": 64, "num_directions": 64} | flags)
-    options = options.decided("global", "directions")  # sigma is that of one scalar per direction
     options.method()  # refuses options that contradict each other
     if options.runtime == "auto":  # nothing is timed here: take the default
         options = msgspec.structs.replace(options, runtime="torch")
@@ -123,7 +122,7 @@ def _measure(options: TrainConfig) -> tuple[list[Calibration], list[tuple[Agreem
     calibrations, agreements, cosines = [], [], []
     for codes in track(_codes(options), "measuring", console=errors, disable=not errors.is_terminal):
         task = _task(options, codes)
-        calibration = calibrate(task, runtime, weights, batch, task.num_directions)
+        calibration = calibrate(task, runtime, weights, batch, options.num_directions)
         chosen = perturbations(msgspec.structs.replace(task, sigma=calibration.sigma), runtime.table, 0)
         differences, gradients = derivatives(model, cross_entropy, weights, chosen, batch)
         calibrations.append(calibration)
@@ -140,7 +139,7 @@ def _task(options: TrainConfig, codes: int) -> Task:
         family=options.family,
         sharing="shared",
         difference=options.differences,
-        num_directions=options.method().num_directions,
+        num_directions=options.num_directions,
         sigma=1.0,
         lattice=codes,
         exponents=(0,),

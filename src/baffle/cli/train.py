@@ -46,15 +46,14 @@ def train_command(
     Ctrl-C (exit code 130) and SIGTERM (143) end it; the rounds so far are saved and 'baffle resume' continues them.
     """
     options = train_config(config, flags)
-    options.method()  # refuses options that contradict each other, before data are read
+    method = options.method()
     setup = assemble(options)
-    options, method = setup.options, setup.options.method()
     path = out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{options.model.replace(':', '.')}"
     places = {
         name: value and str(Path(value).resolve()) for name, value in (("data", options.data), ("start", options.start))
     }
     command = msgspec.to_builtins(options) | places
-    plan = "" if options.backprop else f"plan: {setup.plan}"
+    plan = "" if setup.choice is None or not setup.choice.rates else f"plan: {setup.choice}"
     with (
         show_progress(options.rounds, [], plan) as progress,
         write_events(path, tensorboard, progress) as tell,

@@ -97,8 +97,6 @@ def calibrate(
         num_directions = min(num_directions, _CREDITED_DIRECTIONS)
     sizes = sizes_of(runtime.table, num_directions)
     directed = [p for p, unit in zip(part_of(sizes), units_of(runtime.table), strict=True) if unit.kind != "exact"]
-    if not directed:  # every number is exact: no pass is perturbed
-        return Calibration(ladder, np.empty((len(ladder), 0)), np.zeros(len(ladder)), ladder[len(ladder) // 2], 0, 0)
     for sigma in ladder:
         probe = msgspec.structs.replace(task, sigma=sigma, num_directions=num_directions, slices=1, unit_sizes=sizes)
         [numbers] = numbers_of(probe, runtime.table, runtime, weights, [batch], client)

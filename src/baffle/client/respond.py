@@ -16,7 +16,6 @@ import numpy.typing as npt
 from baffle.core.checks import require_count, require_positive
 from baffle.core.credit import is_plain, sizes_of, units_of
 from baffle.core.directions import Directions
-from baffle.core.method import Method
 from baffle.core.philox import Purpose, generator
 from baffle.core.rebuild import FAST, Execution, gradient
 from baffle.core.scalars import Encoded, encode, weight_of
@@ -35,8 +34,8 @@ def perturbations(task: Task, table: Table, client: int, step: int = 0, first: i
     return Perturbations(directions, task.num_directions, (task.sigma, -task.sigma), False, first, task.lattice)
 
 
-def passes_of(task: Task | Method, table: Table) -> int:
-    """Forward passes over each example of a mini-batch that a reply takes, by what a task or a method says.
+def passes_of(task: Task, table: Table) -> int:
+    """Forward passes over each example of a mini-batch that a reply takes.
 
     Rows that are credited one by one are perturbed in one pass through all layers, each on its clean input, beside
     the clean pass.

@@ -50,12 +50,10 @@ def serve(grid: Grid, context: Context) -> Run:
     if out is not None:
         _remove_unstarted(out)
     server = assemble_server(options)
-    options = server.options
-    _log.info("plan: %s", server.plan)
     engine = RemoteEngine(
         GridTransport(quick(grid)),
         server.runtime,
-        setup_of(server),
+        setup_of(options, server),
         clients=config.clients,
         downlink=config.downlink,
         quorum=config.quorum,
@@ -113,16 +111,15 @@ def _remove_unstarted(out: Path) -> None:
         shutil.rmtree(out)
 
 
-_TOLD = ("model", "activation", "norm", "trainable", "runtime", "precision", "seed", "augment", "credit", "head")
+_TOLD = ("model", "activation", "norm", "trainable", "runtime", "precision", "seed", "augment", "credit")
 
 
-def setup_of(server: Server) -> Setup:
-    """What a server tells its clients to evaluate.
+def setup_of(options: TrainConfig, server: Server) -> Setup:
+    """What a server that trains by these options tells its clients to evaluate.
 
     Raises:
         OptionError: The model has fewer channels than its name says, and no bundle to send.
     """
-    options = server.options
     if server.bundle is None and options.prune and options.prune_by == "channels":
         raise OptionError("runtime", options.runtime, "ort or openvino: a model with fewer channels needs a bundle")
     runtime, scaling = server.runtime, server.train.scaling

@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -124,7 +123,6 @@ def draw(chart: Chart) -> bytes:
         if chart.log_x:
             axes[0].set_xscale("log", nonpositive="mask")
             axes[0].xaxis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:g}"))
-            axes[0].xaxis.set_minor_formatter(FuncFormatter(partial(_between_decades, axes[0])))
         axes[0].set_title(chart.title, loc="left")
         axes[-1].set_xlabel(chart.xlabel)
         figure.align_ylabels(axes)
@@ -266,13 +264,6 @@ def _labels(chart: Chart) -> dict[str, None]:
         if len(panel.lines) > 1 or line.label != panel.label
     ]
     return dict.fromkeys([*curves, *(kind for _, kind in chart.marks)])
-
-
-def _between_decades(ax: Axes, value: float, position: int) -> str:
-    """The label of 2 and 5 of a decade, where an axis has few decades."""
-    low, high = ax.get_xlim()
-    digit = value / 10 ** math.floor(math.log10(value) + 1e-9)
-    return f"{value:g}" if high / low < 10**2.5 and round(digit, 6) in (2, 5) else ""
 
 
 def _entries(axes: Sequence[Axes], labels: Iterable[str]) -> dict[str, Artist]:

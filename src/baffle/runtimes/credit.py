@@ -11,26 +11,23 @@ Local losses: Nokland and Eidnes, arXiv 1901.06656; with forward gradients: Ren 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from baffle.core.credit import numbers_of_rows, part_of, sizes_of, units_of
+from baffle.core.credit import part_of, sizes_of, units_of
 from baffle.core.types import Table
 from baffle.runtimes.lanes import side_by_side
 from baffle.runtimes.perturb import BUDGET, Pass, Perturbations, Point
 
 Float64: TypeAlias = npt.NDArray[np.float64]
-Rows: TypeAlias = Mapping[int, npt.NDArray[np.bool_]]
-"""By a tensor's place in the table, which of its rows."""
 
 LARGEST_PART = 64
 """Examples that go through a model together, at most."""
-_TURN = 4  # of so many directions one is about the rows that share a number, the others about rows with their own
 _OUTPUTS = 2**21  # numbers whose losses are taken together
 
 
@@ -55,13 +52,6 @@ class CreditRows:
     unit: int
     head: int
     map: Float64
-
-    def sharing(self, table: Table) -> Rows:
-        """By the place of each of the unit's tensors, which rows share the last number; nothing unless some do."""
-        if self.map.shape[1] == 1 or not self.map[:, -1].all():  # a number of all features is one that is shared
-            return {}
-        last = self.map.shape[1] - 1
-        return {i: numbers_of_rows(table[i]) == last for i in units_of(table)[self.unit].tensors}
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,11 +102,10 @@ class Blocks(Protocol):
         """Run on to a head, and return its features float64[examples, features]. Heads are asked for in order."""
         ...
 
-    def again(self, rows: int, evaluated: Pass, moved: Rows) -> Float64:
+    def again(self, rows: int, evaluated: Pass) -> Float64:
         """The features of a unit (by its place in the plan) in a pass that perturbs it, on its clean input.
 
-        Called while the unit's head is the one that was asked for last. Of tensors in ``moved`` only those rows are
-        perturbed.
+        Called while the unit's head is the one that was asked for last.
         """
         ...
 
@@ -165,7 +154,7 @@ def credits_of(
         for part in parts[i :: len(lanes)]:
             owners = np.zeros((count, part.examples.stop - part.examples.start))
             owners[groups[part.examples], np.arange(owners.shape[1])] = 1
-            done.append(_of_part(plan, lanes[i], point, asked, part, len(bounds) - 1, owners))
+            done.append(_of_part(plan, lanes[i], point, asked, part, owners))
         return done
 
     found: list[list[Float64]] = [[]] * len(parts)
@@ -175,7 +164,7 @@ def credits_of(
 
 
 def _of_part(
-    plan: CreditPlan, blocks: Blocks, point: Point, asked: Perturbations, part: _Part, slices: int, owners: Float64
+    plan: CreditPlan, blocks: Blocks, point: Point, asked: Perturbations, part: _Part, owners: Float64
 ) -> list[Float64]:
     """Of each unit the sums over a part's examples, float64[groups, numbers]."""
     first = asked.first + part.number * asked.num_directions
@@ -196,51 +185,13 @@ def _of_part(
         slopes_of_features = slopes @ weight
         for place, rows in enumerate(plan.rows):
             if rows.head == number:
-                turns = _turns(asked.num_directions, part, slices) if rows.sharing(plan.table) else ()
-                moved = _moved(rows.sharing(plan.table), turns, len(passes), len(asked.steps))
-                ends = (blocks.again(place, evaluated, own) for evaluated, own in zip(passes, moved, strict=True))
+                ends = (blocks.again(place, evaluated) for evaluated in passes)
                 derivatives = _derivatives(ends, asked.steps, features)
-                columns = [owners @ (slopes_of_features * d) @ rows.map for d in derivatives]
-                for column, turn in zip(columns, turns, strict=False):
-                    column *= turn.factor * ((np.arange(column.shape[1]) == column.shape[1] - 1) == turn.shared)
-                sums[rows.unit] = np.concatenate(columns, axis=1)
+                sums[rows.unit] = np.concatenate([owners @ (slopes_of_features * d) @ rows.map for d in derivatives], 1)
     if units[0].kind == "loss":
         ends = (_loss(plan, blocks, point, part, evaluated) for evaluated in passes)
         sums[0] = owners @ np.stack(list(_derivatives(ends, asked.steps, losses)), axis=1)
     return [sums[unit] for unit in range(len(sums))]
-
-
-class _Turn(NamedTuple):
-    """Whether a direction is about the rows that share a number or about the others, and how much it counts."""
-
-    shared: bool
-    factor: float
-
-
-def _turns(num_directions: int, part: _Part, slices: int) -> tuple[_Turn, ...]:
-    """Whose turn each direction of a part is; none where the slices have too few directions.
-
-    Rows that share a number take turns with the others, or it would be drowned in what those change: a direction moves
-    either kind, the number of the other is 0, and both count for as many as there are in all.
-
-    Examples:
-        >>> [turn.shared for turn in _turns(2, _Part(1, slice(0, 3)), 4)]
-        [False, True]
-    """
-    total = num_directions * slices
-    count = total // _TURN
-    if not count:
-        return ()
-    shared = [(part.number * num_directions + k) % _TURN == _TURN - 1 for k in range(num_directions)]
-    return tuple(_Turn(own, total / (count if own else total - count)) for own in shared)
-
-
-def _moved(sharing: Rows, turns: Sequence[_Turn], passes: int, steps: int) -> list[Rows]:
-    """Of each pass, which rows of which tensors it perturbs; of tensors that it does not name, all."""
-    if not turns:
-        return [{}] * passes
-    of_turn = [{i: rows == turn.shared for i, rows in sharing.items()} for turn in turns]
-    return [of_turn[i // steps] for i in range(passes)]
 
 
 def _derivatives(ends: Iterator[Float64], steps: tuple[float, ...], clean: Float64) -> Iterator[Float64]:

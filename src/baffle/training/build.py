@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 from safetensors import SafetensorError
 
-from baffle.client.respond import passes_of
-from baffle.core.credit import model_table, sizes_of
-from baffle.core.method import Method
-from baffle.core.types import Masks, Table, Weights, packed_size
+from baffle.core.credit import model_table
+from baffle.core.types import Masks, Weights
 from baffle.data import Dataset, hold_out, load
 from baffle.engines.local import LocalEngine
 from baffle.errors import CorruptRunError, DataError, ModelError, OptionError, PlanError
@@ -31,14 +29,6 @@ from baffle.training.options import TrainConfig
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-Made = TypeVar("Made")
-
-_NAMES = {
-    ("local", "exact"): "a number per row, through a head on each layer",
-    ("feature", "exact"): "a number per row before the last layer, a scalar per direction for the others",
-    ("global", "exact"): "a scalar per direction, the last layer exact",
-    ("global", "directions"): "a scalar per direction",
-}
 _SCORED_ON = 128  # examples
 _MOST_CLASSES = 2**20  # a larger label is a mistake, not a reason to build such a model
 
@@ -53,10 +43,6 @@ class Setup:
     model: nn.Module
     engine: LocalEngine
     initial: Weights
-    options: TrainConfig
-    """As they were decided for this model."""
-    plan: str
-    """What was decided, in a line."""
     choice: Choice | None = None
     """How passes are evaluated, if that was measured."""
 
@@ -73,10 +59,6 @@ class Server:
     runtime: Runtime
     bundle: Bundle | None
     initial: Weights
-    options: TrainConfig
-    """As they were decided for this model."""
-    plan: str
-    """What was decided, in a line."""
 
 
 def splits(options: TrainConfig) -> tuple[Dataset, Dataset | None, Dataset]:
@@ -104,17 +86,10 @@ def assemble(options: TrainConfig) -> Setup:
     train, validation, test = splits(options)
     clients = options.split(train)
     model, masks = model_of(options, train, vocabulary_of(train, validation, test), clients[0])
-
-    def make(decided: TrainConfig) -> tuple[Runtime, Choice | None]:
-        choice = None if decided.backprop else chosen_of(decided, model, train, masks, clients)
-        return runtime_of(decided, model, train, masks) if choice is None else choice.runtime, choice
-
-    decided, (runtime, choice), why = decide(options, make, min(map(len, clients)))
-    plan = f"{why}; {costs_of(decided.method(), runtime.table)}"
-    if choice is not None and choice.rates:
-        plan += f"; {choice}"
+    choice = None if options.backprop else chosen_of(options, model, train, masks, clients)
+    runtime = runtime_of(options, model, train, masks) if choice is None else choice.runtime
     engine = LocalEngine(runtime, clients)
-    return Setup(clients, validation, test, model, engine, runtime.initial_weights(), decided, plan, choice)
+    return Setup(clients, validation, test, model, engine, runtime.initial_weights(), choice)
 
 
 def assemble_server(options: TrainConfig) -> Server:
@@ -123,60 +98,12 @@ def assemble_server(options: TrainConfig) -> Server:
     train, validation, test = splits(options)
     vocabulary = vocabulary_of(train, validation, test)
     model, masks = model_of(options, train, vocabulary, train)
-
-    def make(decided: TrainConfig) -> tuple[Runtime, Bundle | None]:
-        if options.runtime == "torch":
-            return runtime_of(decided, model, train, masks), None
-        bundle = bundle_of(decided, model, train, masks)
-        return load_runtime(bundle, options.runtime, options.threads, options.precision), bundle
-
-    decided, (runtime, bundle), why = decide(options, make)
-    plan = f"{why}; {costs_of(decided.method(), runtime.table)}"
-    initial = runtime.initial_weights()
-    return Server(train, validation, test, _classes(train), vocabulary, runtime, bundle, initial, decided, plan)
-
-
-def decide(
-    options: TrainConfig, make: Callable[[TrainConfig], Made], examples: int | None = None
-) -> tuple[TrainConfig, Made, str]:
-    """Decide which numbers clients return, the first way of ``options.ways`` that the model has.
-
-    Args:
-        options: What is set, and what is left open.
-        make: Makes what evaluates the model, for options that leave nothing open; ModelError if the model has no such.
-        examples: Of the client that has the fewest, if known.
-
-    Returns:
-        (the options as decided, what was made, what was decided and why in a line).
-    """
-    refused = ""
-    for i, (credit, head) in enumerate(options.ways):
-        decided = options.decided(credit, head, examples)
-        try:
-            made = make(decided)
-        except ModelError as error:
-            if i + 1 == len(options.ways):
-                raise
-            refused = refused or f" (no rows: {error})"
-            continue
-        return decided, made, f"{_NAMES[credit, head]}{refused}"
-    raise AssertionError("there is always a way")
-
-
-def costs_of(method: Method, table: Table) -> str:
-    """What a round costs a client, in words.
-
-    Examples:
-        >>> from baffle.core.types import make_table
-        >>> costs_of(Method(num_directions=4), make_table({"w": (3, 2)}))
-        '5 passes over each example, 4 numbers of 15 bits (8 bytes)'
-    """
-    sizes = sizes_of(table, method.num_directions * method.slices)
-    numbers = sum(sizes) * method.local_steps
-    return (
-        f"{passes_of(method, table)} passes over each example, {numbers:,} numbers of {method.bits} bits "
-        f"({packed_size(numbers, method.bits):,} bytes)"
-    )
+    bundle = None if options.runtime == "torch" else bundle_of(options, model, train, masks)
+    if bundle is None:
+        runtime = runtime_of(options, model, train, masks)
+    else:
+        runtime = load_runtime(bundle, options.runtime, options.threads, options.precision)
+    return Server(train, validation, test, _classes(train), vocabulary, runtime, bundle, runtime.initial_weights())
 
 
 def require_runtime(options: TrainConfig) -> None:
@@ -245,11 +172,8 @@ def command_of(journal: Journal) -> TrainConfig:
     """The options that a run was started with."""
     if journal.config.command is None:
         raise OptionError("run", str(journal.path), "a run of 'baffle train'; one from Python continues with bf.resume")
-    recorded = journal.config.command
-    if "credit" not in recorded:  # before there was any
-        recorded = recorded | {"credit": "global"}
     try:
-        return msgspec.convert(recorded, TrainConfig)
+        return msgspec.convert(journal.config.command, TrainConfig)
     except msgspec.ValidationError as error:
         raise CorruptRunError(f"{journal.path / 'config.json'}: command: {error}") from error
 
@@ -332,7 +256,7 @@ def chosen_of(
     return choose(
         {name: partial(way, data, masks) for name, way in ways.items()},
         trial_batch(clients[:count], options.batch_size),
-        num_directions=options.method().num_directions,
+        num_directions=options.num_directions,
         family=options.family,
         margin=1.0 if options.runtime == "auto" else MARGIN,  # no margin: a user who sets it wants the fastest
     )

@@ -11,8 +11,6 @@ from baffle.core.method import Method
 from baffle.core.optim import Adam, Cosine
 from baffle.data import Dataset
 from baffle.engines.local import LocalEngine, require_examples
-from baffle.errors import ModelError
-from baffle.runtimes import Runtime
 from baffle.runtimes.choose import choose, trial_batch
 from baffle.training.loop import Progress, train
 from baffle.training.result import Run
@@ -29,15 +27,11 @@ def default_method(rounds: int, credit: str = "global", examples: int = 32) -> M
 
     Args:
         rounds: Length of the schedule.
-        credit: ``local`` or ``feature`` for rows; ``global`` for one scalar per direction.
+        credit: As for ``fit``.
         examples: Of the client that has the fewest: there are no more slices than that.
 
     Returns:
         The method, for ``fit`` or ``train``.
-
-    Examples:
-        >>> default_method(100, "local").num_directions, default_method(100).num_directions
-        (5, 100)
     """
     if credit == "global":
         return Method(optimizer=Adam(lr=0.01, schedule=Cosine(rounds)))
@@ -53,7 +47,7 @@ def fit(
     test: Dataset | None = None,
     rounds: int = 400,
     method: Method | None = None,
-    credit: str = "auto",
+    credit: str = "global",
     seed: int = 0,
     out: str | Path | None = None,
     progress: Progress | None = None,
@@ -69,11 +63,10 @@ def fit(
             example.
         test: Data to evaluate on every 10 rounds and at the end; without it, loss and accuracy are None.
         rounds: Number of updates of the weights.
-        method: What happens in a round; by default ``default_method``. A method of your own has its own learning-rate
-            schedule, and ``credit="auto"`` is then ``global``.
-        credit: Which numbers clients return (``docs/method.md``). ``local``: one per row of each layer, through a head
-            on the layer's features; ``feature``: the same for the layers before the last one; ``global``: one scalar
-            per direction. ``auto``: the first of these that the model has.
+        method: What happens in a round; by default ``default_method(rounds)``. A method of your own has its own
+            learning-rate schedule.
+        credit: ``global``: one scalar per direction. ``local``: one per row of each layer, through a head on the
+            layer's features; ``feature``: the same for the layers before the last one (``docs/method.md``).
         seed: Seed of everything random; equal seeds give bit-identical runs.
         out: New run folder; without it nothing is written.
         progress: Called with the record of each round.
@@ -97,20 +90,29 @@ def fit(
         >>> run.accuracy > 0.75
         True
     """
+    from baffle.runtimes.pytorch.runtime import TorchRuntime
+
     require_examples(clients)
-    examples = min(len(client) for client in clients)
-    kinds = [credit] if credit != "auto" else ["global"] if method is not None else ["local", "feature", "global"]
-    for kind in kinds:
-        chosen = method or default_method(rounds, kind, examples)
-        try:
-            runtime = _runtime(model, loss, clients, chosen, kind)
-        except ModelError:  # it has no such rows
-            if kind == kinds[-1]:
-                raise
-            continue
-        break
+    method = method or default_method(rounds, credit, min(len(client) for client in clients))
+    if credit != "global":
+        from baffle.runtimes.pytorch.credit import CreditRuntime
+
+        credited = CreditRuntime(model, loss, clients[0], credit=credit)
+        return train(
+            method,
+            LocalEngine(credited, clients),
+            credited.initial_weights(),
+            rounds=rounds,
+            test=test,
+            seed=seed,
+            out=out,
+            progress=progress,
+        )
+    ways = {way: partial(TorchRuntime, model, loss, strategy=way) for way in ("copies", "stacked")}
+    batch = trial_batch(clients, method.batch_size)
+    runtime = choose(ways, batch, num_directions=method.num_directions, family=method.family).runtime
     return train(
-        chosen,
+        method,
         LocalEngine(runtime, clients),
         runtime.initial_weights(),
         rounds=rounds,
@@ -119,17 +121,3 @@ def fit(
         out=out,
         progress=progress,
     )
-
-
-def _runtime(
-    model: nn.Module, loss: Callable[..., Tensor], clients: Sequence[Dataset], method: Method, credit: str
-) -> Runtime:
-    """What evaluates the model; the fastest way, by a short measurement, where there is more than one."""
-    from baffle.runtimes.pytorch.credit import CreditRuntime
-    from baffle.runtimes.pytorch.runtime import TorchRuntime
-
-    if credit != "global":
-        return CreditRuntime(model, loss, clients[0], credit=credit)
-    ways = {way: partial(TorchRuntime, model, loss, strategy=way) for way in ("copies", "stacked")}
-    batch = trial_batch(clients, method.batch_size)
-    return choose(ways, batch, num_directions=method.num_directions, family=method.family).runtime

@@ -81,28 +81,21 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     shards: Annotated[int | None, _about(_DATA, "Shards of sorted labels per client.", DEFAULT_SHARDS)] = None
     participation: Annotated[float, _about(_DATA, "Share of clients that take part in a round.")] = 1.0
     batch_size: Annotated[int, _about(_DATA, "Examples of a client's mini-batch.")] = 32
-    num_directions: Annotated[
-        int | None, _about(_METHOD, "K: passes over each example, and directions of a slice.", "5, or 100 if plain")
-    ] = None
+    num_directions: Annotated[int, _about(_METHOD, "K: directions, and numbers a client returns.")] = 100
     credit: Annotated[
         str,
         _about(
             _METHOD,
-            "Numbers a client returns: one per row, through a head on each layer (local) or on the last (feature); or "
-            "one scalar per direction (global). auto: the first that the model has.",
+            "global: one scalar per direction. local: one per row, through a head on each layer. feature: one per row "
+            "for the layers before the last.",
         ),
-    ] = "auto"
+    ] = "global"
     head: Annotated[
         str | None,
         _about(_METHOD, "The last layer: exact gradients, or directions; by default exact unless credit is global."),
     ] = None
-    slices: Annotated[
-        int | None,
-        _about(_METHOD, "Parts of a mini-batch, each with its own K directions.", "up to 8, or 1 if plain"),
-    ] = None
-    bits: Annotated[
-        int | None, _about(_METHOD, "Bits of a number that a client returns, 1 to 32.", "8, or 15 if plain")
-    ] = None
+    slices: Annotated[int, _about(_METHOD, "Parts of a mini-batch, each with its own K directions.")] = 1
+    bits: Annotated[int, _about(_METHOD, "Bits of a number that a client returns, 1 to 32.")] = DEFAULT_BITS
     family: Annotated[Family, _about(_METHOD, "rank1, rademacher or gaussian directions.")] = "rank1"
     sharing: Annotated[Sharing, _about(_METHOD, "shared directions (scalars can be summed), or per-client.")] = "shared"
     difference: Annotated[
@@ -116,7 +109,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         int, _about(_METHOD, "Perturb matrices by up to this many int8 levels, 1 to 8; 0: by sigma.")
     ] = 0
     optimizer: Annotated[str, _about(_METHOD, "sgd, adam or adamw, on the server.")] = "adam"
-    lr: Annotated[float | None, _about(_METHOD, "Learning rate.", "0.03, or 0.01 if plain or sgd")] = None
+    lr: Annotated[float, _about(_METHOD, "Learning rate.")] = 0.01
     schedule: Annotated[str, _about(_METHOD, "constant, or cosine over the rounds.")] = "cosine"
     momentum: Annotated[float, _about(_METHOD, "Momentum of sgd.")] = 0.0
     weight_decay: Annotated[float, _about(_METHOD, "Weight decay.")] = 0.0
@@ -192,44 +185,14 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     @property
     def is_plain(self) -> bool:
-        """Whether one scalar per direction is about all of the model; so also where that is still to be decided."""
-        return self.credit in ("auto", "global") and self.head in (None, "directions")
-
-    @property
-    def ways(self) -> tuple[tuple[str, str], ...]:
-        """The kinds of credit and head that these options leave open, the best first."""
-        if self.credit != "auto":
-            return ((self.credit, self.head or ("directions" if self.credit == "global" else "exact")),)
-        if self.backprop or self.branches or self.strategy != "auto" or self.memory is not None:
-            return (("global", "directions"),)  # they are about one scalar per direction
-        if self.head == "directions":
-            return (("global", "directions"),)
-        return ("local", "exact"), ("feature", "exact"), ("global", "exact"), ("global", "directions")
-
-    def decided(self, credit: str, head: str, examples: int | None = None) -> TrainConfig:
-        """These options with a kind of credit and head, and with the numbers that are usual for it where none is set.
-
-        Args:
-            credit: One of ``ways``.
-            head: With it.
-            examples: Of the client that has the fewest: there are no more slices than that; None if not known.
-        """
-        rows, plain = credit != "global", (credit, head) == ("global", "directions")
-        most = self.batch_size if examples is None else min(self.batch_size, examples)
-        usual = {
-            "num_directions": 5 if rows else 100 if plain else 20,
-            "slices": 1 if plain else max(1, min(8, most)),
-            "bits": DEFAULT_BITS if plain else 8,
-            "lr": 0.01 if plain or self.optimizer == "sgd" else 0.03,
-        }
-        missing = {name: value for name, value in usual.items() if getattr(self, name) is None}
-        return msgspec.structs.replace(self, credit=credit, head=head, **missing)
+        """Whether one scalar per direction is about all of the model."""
+        return self.credit == "global" and self.head in (None, "directions")
 
     def _check_credit(self) -> None:
-        require_choice("credit", self.credit, ("auto", "global", "feature", "local"))
+        require_choice("credit", self.credit, ("global", "feature", "local"))
         if self.head is not None:
             require_choice("head", self.head, ("exact", "directions"))
-        if self.credit in ("local", "feature") and self.head == "directions":
+        if self.credit != "global" and self.head == "directions":
             raise OptionError("head", self.head, f"exact with credit {self.credit}, which needs the head's derivative")
         if self.is_plain:
             return
@@ -242,9 +205,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     def _check_backprop(self, kind: str) -> None:
         fields = ("clip_scalars", "lattice", "runtime", "precision", "strategy", "memory", "prune", "secure_sum")
-        if self.ways != (("global", "directions"),):
-            raise OptionError("credit", self.credit, f"none with backprop {kind}, which has exact gradients")
-        for field in fields:
+        for field in (*fields, "credit", "head"):
             value = getattr(self, field)
             if value != _DEFAULTS[field] and not (field == "prune" and self.prune_by == "channels"):
                 raise OptionError(field, value, f"none with backprop {kind}, which is dense and in float32, by PyTorch")
@@ -272,9 +233,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         )
 
     def method(self) -> Method:
-        """The method these options describe; where it depends on the model, that of one scalar per direction."""
-        if self.num_directions is None or self.slices is None or self.bits is None or self.lr is None:
-            return self.decided(*self.ways[-1]).method()
+        """The method these options describe."""
         return Method(
             num_directions=self.num_directions,
             slices=self.slices,
@@ -297,7 +256,6 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         )
 
     def _optimizer(self) -> Optimizer:
-        assert self.lr is not None  # decided
         schedule = Cosine(self.rounds) if self.schedule == "cosine" else Constant()
         if self.optimizer == "sgd":
             return Sgd(self.lr, self.momentum, self.weight_decay, schedule)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from baffle.errors import ModelError
 from baffle.models import build
-from baffle.runtimes.pytorch.chain import Chain, find_chain, regular
+from baffle.runtimes.pytorch.chain import Chain, find_chain
 from baffle.runtimes.pytorch.credit_table import examples_like
 
 
@@ -50,17 +50,6 @@ def test_values_own_features_and_queries_and_keys_share_a_number() -> None:
     first = chain.segments[0]
     assert first.names == ("embed.weight", "embed.bias", "positions")
     assert set(first.numbers["positions"].tolist()) == {64}
-
-
-def test_a_few_features_that_are_told_apart_wrongly_leave_no_row_without_any() -> None:
-    in_order = np.repeat(np.arange(8), 4)
-    found = in_order.copy()
-    found[[5, 9]], found[30] = [3, 6], -1
-    assert regular(found, 8).tolist() == in_order.tolist()
-    shuffled = in_order.reshape(8, 4).T.reshape(-1)
-    assert regular(shuffled, 8).tolist() == shuffled.tolist()
-    unsure = np.where(np.arange(32) < 17, -1, in_order)
-    assert regular(unsure, 8).tolist() == unsure.tolist()
 
 
 def test_writes_in_place_norms_and_views_do_not_matter() -> None:

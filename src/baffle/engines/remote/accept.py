@@ -66,8 +66,6 @@ class Acceptance:
         self.membership.stragglers.discard(client)
         if isinstance(response, TrainResponse | MaskedTrainResponse):
             self.states.answered_late(client, request.round, response.state_sha256)
-        elif isinstance(response, BehindResponse):
-            self.states.behind(client, response)
         self.roster.count_late()
         _log.info("%s answered round %d too late (%s)", request.name, request.round, type(response).__name__)
 

@@ -1,8 +1,7 @@
 """Train with clients on other machines, over any transport.
 
 A round is asked of the participants that are connected. It closes when all of them have answered, or at its deadline
-with a quorum. A client that misses a deadline is asked again when it has answered, however late, or when the request
-must be lost; until then rounds do not wait for it.
+with a quorum. A client that misses a deadline is still asked, but the round no longer waits for it until it answers.
 
 The engine owns the order of events; each part of what it knows is in a module of its own: pending requests
 (``mailbox``), clients and nodes (``membership``), the clients' states (``downlink``), the round in progress
@@ -288,10 +287,6 @@ class RemoteEngine:
     def _ask(self, current: Round, state: State, rows: Sequence[bytes]) -> None:
         """Send the stage's request to every client that is connected, has not answered and is not being asked."""
         clients = current.to_ask(self._pending_clients(current), self._membership.connected(current.clients))
-        for client in self._membership.stragglers.intersection(clients):
-            if self._mailbox.busy(client, self._membership.address(client), self._deadline):
-                clients.remove(client)
-                current.record(client)
         if not clients:
             return
         requests: list[Request] = []

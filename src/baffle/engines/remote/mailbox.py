@@ -134,14 +134,6 @@ class Mailbox:
         sent = [request.round for request in self._pending.values() if request.client == client and request.whole]
         return max(sent, default=None)
 
-    def busy(self, client: int, node: int | None, patience: float) -> bool:
-        """Whether a client still has a request to answer that is not so old that it must be lost.
-
-        Another request would only wait behind it. Each one that stays unanswered doubles the ``patience``, in seconds.
-        """
-        sent = [r.sent_at for r in self._pending.values() if (r.client, r.node) == (client, node)]
-        return bool(sent) and self._clock.monotonic() - max(sent) < patience * 2.0 ** (len(sent) - 1)
-
     def repeat(self) -> None:
         """Mark all requests to clients as repeated, so that their clients are asked again."""
         for request in self._pending.values():

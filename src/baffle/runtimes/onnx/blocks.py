@@ -11,7 +11,7 @@ import numpy as np
 
 from baffle.core.credit import units_of
 from baffle.core.types import Array
-from baffle.runtimes.credit import CreditHead, CreditPlan, CreditRows, Float64, Rows, map_of
+from baffle.runtimes.credit import CreditHead, CreditPlan, CreditRows, Float64, map_of
 from baffle.runtimes.onnx.bundle import Bundle
 from baffle.runtimes.onnx.replica import Program, Replica, aligned, host_loss
 from baffle.runtimes.perturb import Pass, Point
@@ -92,14 +92,11 @@ class GraphBlocks:
         self._done = head + 1
         return self._of_examples(features)
 
-    def again(self, rows: int, evaluated: Pass, moved: Rows) -> Float64:
+    def again(self, rows: int, evaluated: Pass) -> Float64:
         """The features of a unit with its tensors perturbed."""
         graph = self._blocks.rows[rows]
         for i in self._tensors[graph.unit]:
-            clean = self._replica.written[i].copy() if i in moved else None
             self._replica.write_tensor(evaluated, i)
-            if clean is not None:
-                self._replica.written[i][~moved[i]] = clean[~moved[i]]
         features = self._of_examples(self._run(f"rows-{rows}.onnx", graph.reads)["features"])
         for i in self._tensors[graph.unit]:
             self._replica.write_tensor(self._point.unperturbed, i)
@@ -125,7 +122,7 @@ class GraphBlocks:
                 self.features(head)
                 for place, rows in enumerate(self._blocks.rows):
                     if rows.head == head:
-                        self.again(place, self._point.unperturbed, {})
+                        self.again(place, self._point.unperturbed)
         return self.measured
 
     def _run(self, file: str, reads: Sequence[str]) -> Mapping[str, Array]:

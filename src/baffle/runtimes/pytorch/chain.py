@@ -34,7 +34,6 @@ _MATRICES = {"conv1d", "conv2d", "conv3d", "linear", "addmm", "mm", "matmul", "b
 _RESHAPES = {"flatten", "view", "reshape", "_unsafe_view"}
 _PROBES = 8  # random changes of the rows, to tell their features
 _LARGEST_HEAD = 2**12  # features
-_REGULAR = 0.9  # share of the features that lie as expected from which all do
 
 Env = dict[Node, Any]
 
@@ -421,27 +420,11 @@ def _owners(
         code |= (moved[1] > moved[0]).long() << bit
         sure &= (moved[1] - moved[0]).abs() > 0.2 * (moved[1] + moved[0])
     owners = np.asarray(torch.where(sure & (code < rows), code, -1).numpy(), np.int64)
-    return regular(owners, rows)
-
-
-def regular(owners: npt.NDArray[np.int64], rows: int) -> npt.NDArray[np.int64]:
-    """Owners as found, or row after row with equally many features each where nearly all that are sure say so.
-
-    Some are not sure, as units that are dead now may wake up; and a few are wrong, since a normalisation lets every
-    row move its neighbours' features as well. A row left without any would get the noise of all of them.
-
-    Examples:
-        >>> regular(np.array([0, 0, -1, 1, 2, 2]), 3).tolist()
-        [0, 0, 1, 1, 2, 2]
-        >>> regular(np.array([0, 1, 2, 0, 1, 2]), 3).tolist()
-        [0, 1, 2, 0, 1, 2]
-    """
-    if len(owners) % rows:
-        return owners
-    expected = np.arange(len(owners)) // (len(owners) // rows)
-    sure = owners >= 0
-    as_expected = sure.mean() > 0.5 and (owners == expected)[sure].mean() > _REGULAR
-    return expected if as_expected else owners
+    if len(owners) % rows == 0:  # channel after channel, as it is nearly always: units that are dead now may wake up
+        regular = np.arange(len(owners)) // (len(owners) // rows)
+        if (owners == regular)[owners >= 0].all() and (owners >= 0).mean() > 0.5:
+            return regular
+    return owners
 
 
 def tail_of(chain: Chain, logits: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from baffle.core.types import Losses, Masks, Table, Weights, table_size
 from baffle.data import Dataset
 from baffle.errors import ModelError, require_choice
 from baffle.runtimes import Evaluation
-from baffle.runtimes.credit import Float64, Rows, credits_of
+from baffle.runtimes.credit import Float64, credits_of
 from baffle.runtimes.lanes import side_by_side
 from baffle.runtimes.perturb import Pass, Perturbations, Point
 from baffle.runtimes.pytorch.chain import Chain, again, find_chain, is_tokens, pooled, run, tail_of
@@ -217,17 +217,15 @@ class _Blocks:
             self._done = i + 1
         return _numbers(pooled(env[node], is_tokens(self._walk.chain.heads[head])))
 
-    def again(self, rows: int, evaluated: Pass, moved: Rows) -> Float64:
+    def again(self, rows: int, evaluated: Pass) -> Float64:
         """The features of a segment with its tensors perturbed."""
         chain, table = self._walk.chain, self._point.directions.table
         names = set(chain.segments[rows].names)
-        changed: dict[Node, Tensor] = {}
-        for node, place in self._walk.place.items():
-            if table[place].name in names:
-                changed[node] = self._written(evaluated, place)
-                if place in moved:
-                    rows_moved = torch.from_numpy(moved[place]).view(-1, *[1] * (changed[node].ndim - 1))
-                    changed[node] = torch.where(rows_moved, changed[node], self._env[node])
+        changed = {
+            node: self._written(evaluated, place)
+            for node, place in self._walk.place.items()
+            if table[place].name in names
+        }
         return _numbers(again(chain, chain.segments[rows], self._env, changed))
 
     def losses(self, outputs: Float64) -> Float64:
