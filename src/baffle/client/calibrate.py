@@ -98,10 +98,12 @@ def calibrate(
     sizes = sizes_of(runtime.table, num_directions)
     directed = [p for p, unit in zip(part_of(sizes), units_of(runtime.table), strict=True) if unit.kind != "exact"]
     for sigma in ladder:
-        probe = msgspec.structs.replace(task, sigma=sigma, num_directions=num_directions, slices=1, unit_sizes=sizes)
+        probe = msgspec.structs.replace(
+            task, sigma=sigma, num_directions=num_directions, slices=1, unit_sizes=sizes, local_steps=1
+        )
         [numbers] = numbers_of(probe, runtime.table, runtime, weights, [batch], client)
         rows.append(np.concatenate([numbers[part] for part in directed]))
-        passes += passes_of(probe, runtime.table) // task.local_steps
+        passes += passes_of(probe, runtime.table)
     scalars = np.stack(rows)
     errors = estimate_errors(scalars)
     return Calibration(ladder, scalars, errors, ladder[choose(errors)], passes, passes * len(batch))

@@ -16,10 +16,10 @@ import msgspec
 
 from baffle.client.calibrate import measure
 from baffle.client.respond import check_task, draw, respond
-from baffle.core.aggregate import counts_of
+from baffle.core.aggregate import counts_of, weighted
 from baffle.core.method import replay
 from baffle.core.state import State, state_sha256
-from baffle.core.types import Reply, Table, Task, Weights, table_size, unpack
+from baffle.core.types import Reply, Table, Task, Weights, table_size
 from baffle.data import Dataset
 from baffle.errors import BaffleError, PlanError, ReplyError, SecureSumError
 from baffle.protocol.encoding import decode_row, encode_message
@@ -214,9 +214,8 @@ class Participant:
         self, sums: SecureClient, task: Task, reply: Reply, introduced: bytes, state_sha256: bytes
     ) -> MaskedTrainResponse:
         """Mask the reply, and add keys for the next round, which saves an exchange."""
-        values = unpack(reply.scalars, task.bits, task.local_steps * task.numbers) * reply.weight
         others = decode_introductions(introduced)
-        masked = sums.mask(task.round, others, values, counts_of(reply), task.word)
+        masked = sums.mask(task.round, others, weighted(task, reply), counts_of(reply), task.word)
         try:
             advert = sums.advertise(task.round + 1, task.next_cohort, self._public_keys)
         except SecureSumError:  # not in that cohort, or a neighbour's public keys are unknown

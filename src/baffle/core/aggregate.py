@@ -169,6 +169,11 @@ def counts_of(reply: Reply) -> tuple[int, ...]:
     return (reply.weight, reply.clipped, reply.nonfinite, *halves)
 
 
+def weighted(task: Task, reply: Reply) -> Integers:
+    """What a client adds to a secure sum: weight x integer, int64[local_steps x numbers]."""
+    return unpack(reply.scalars, task.bits, task.local_steps * task.numbers) * reply.weight
+
+
 def number_of_counts(task: Task) -> int:
     """How many counts a client adds to a secure sum (:func:`counts_of`)."""
     return 3 + 2 * len(task.sizes)

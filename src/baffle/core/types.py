@@ -308,9 +308,6 @@ class Aggregate:
 def limit_of(bits: int) -> int:
     """Largest magnitude of an integer of ``bits`` bits, the sign among them; one bit is the sign of +1 or -1.
 
-    Raises:
-        ReplyError: an integer does not fit.
-
     Examples:
         >>> [limit_of(bits) for bits in (1, 2, 4, 15)]
         [1, 1, 7, 16383]
@@ -346,7 +343,17 @@ def pack(values: Integers, bits: int) -> bytes:
         return np.packbits(flat > 0, bitorder="little").tobytes()
     if bits in (8, 16, 32):  # the same bytes, faster
         return flat.astype(f"<i{bits // 8}").tobytes()
-    spread = flat[:, None] >> np.arange(bits) & 1
+    return lowest_bits(flat, bits)
+
+
+def lowest_bits(values: npt.NDArray[np.integer], bits: int) -> bytes:
+    """The lowest ``bits`` bits of each of flat integers, lowest first, without gaps.
+
+    Examples:
+        >>> lowest_bits(np.array([0xFFFFFF1, 0x2], np.uint32), 12).hex()
+        'f12f00'
+    """
+    spread = values[:, None] >> np.arange(bits, dtype=values.dtype) & 1
     return np.packbits(spread.astype(np.uint8).reshape(-1), bitorder="little").tobytes()
 
 

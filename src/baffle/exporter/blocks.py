@@ -22,7 +22,6 @@ from baffle.exporter.quantized import quantize
 from baffle.exporter.trace import SpelledOut, to_graph
 from baffle.runtimes.onnx.bundle import BlockGraphs, Feed, HeadGraph, RowsGraph
 from baffle.runtimes.pytorch.chain import Chain, is_tokens, pooled, run, tail_of, values_of
-from baffle.runtimes.pytorch.credit_table import plan_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,15 +122,15 @@ def trace_blocks(
             graphs[f"{kind}-{i}.onnx"] = _graph(f"{kind}{i}", chain, piece, values, state, feed)
     if in_graph or chain.tail:  # the client's own losses are of what the model puts out
         graphs["loss.onnx"] = _loss_graph(chain, loss, values, y)
-    plan = plan_of(chain, table)
+    unit = {spec.name: spec.credit.unit for spec in table}
     return BlockGraphs(
         heads=tuple(
             HeadGraph(h.weight, h.bias, _names(chain, p.reads), _names(chain, p.gives))
             for h, p in zip(chain.heads, heads, strict=True)
         ),
         rows=tuple(
-            RowsGraph(r.unit, r.head, _names(chain, p.reads), tuple(s.owners.tolist()))
-            for r, s, p in zip(plan.rows, chain.segments, rows, strict=True)
+            RowsGraph(unit[s.names[0]], s.head, _names(chain, p.reads), tuple(s.owners.tolist()))
+            for s, p in zip(chain.segments, rows, strict=True)
         ),
         loss="loss.onnx" in graphs,
     ), graphs

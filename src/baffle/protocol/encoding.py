@@ -1,8 +1,8 @@
-"""Encoding of tasks, replies and rows.
+"""Encode tasks, replies and rows.
 
-Tasks and replies are MessagePack maps with the fields in the order of ``types``. A row is a MessagePack array, since
-every client gets every row: names that never change are numbers, and all floats that are float32 lie in one string of
-bytes. Rows of format 3 were maps; they are read as they were written.
+Tasks and replies are MessagePack maps with the fields in the order of ``baffle.core.types``. A row is a MessagePack
+array, since every client gets every row: names that never change are numbers, and all floats that are float32 lie in
+one string of bytes. Rows of format 3 were maps; they are read as they were written.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from baffle.core.optim import COEFFICIENTS
 from baffle.core.types import Difference, Family, Reply, Row, Sharing, Task, UInt64
 from baffle.errors import ReplyError
 
-Message = TypeVar("Message")
+Decoded = TypeVar("Decoded")
 _FAMILIES, _SHARINGS, _DIFFERENCES = get_args(Family), get_args(Sharing), get_args(Difference)
 _RULES = tuple(COEFFICIENTS)
 
@@ -48,6 +48,10 @@ class _Row4(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     floats: bytes
     weights_sha256: bytes
     state_sha256: bytes
+
+
+_AS_THEY_ARE = tuple(name for name in _Row4.__struct_fields__ if name not in ("names", "floats"))
+"""Fields that a row has under the same name."""
 
 
 class _Row3(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,7 +91,7 @@ _replies = msgspec.msgpack.Decoder(Reply)
 
 
 def encode_message(message: Task | Reply | Row) -> bytes:
-    """Bytes of a message.
+    """Encode a task, a reply or a row.
 
     Examples:
         >>> r = Reply(round=1, client=0, weight=3, scalars=b"", magnitudes=(), clipped=0, nonfinite=0)
@@ -98,7 +102,7 @@ def encode_message(message: Task | Reply | Row) -> bytes:
 
 
 def decode_row(data: bytes) -> Row:
-    """The row in ``data``; msgspec.DecodeError if it is malformed."""
+    """Decode a row. Raises msgspec.DecodeError if it is malformed."""
     try:
         if data[:1] and (data[0] & 0xF0 == 0x80 or data[0] == 0xDE):  # a map
             return _read3(_rows3.decode(data))
@@ -113,34 +117,14 @@ def _written(row: Row) -> _Row4:
     names = COEFFICIENTS[row.optimizer]
     floats = [row.clip_factor, row.ema, *(row.coefficients[name] for name in names[: len(row.coefficients)])]
     return _Row4(
-        round=row.round,
-        key=row.key,
-        applied=row.applied,
-        restores=row.restores,
-        rollbacks=row.rollbacks,
+        **{name: getattr(row, name) for name in _AS_THEY_ARE},
         names=(
             _FAMILIES.index(row.family),
             _SHARINGS.index(row.sharing),
             _DIFFERENCES.index(row.difference),
             _RULES.index(row.optimizer),
         ),
-        num_directions=row.num_directions,
-        slices=row.slices,
-        local_steps=row.local_steps,
-        sigma=row.sigma,
-        lattice=row.lattice,
-        exponents=row.exponents,
-        participants=row.participants,
-        weight_sum=row.weight_sum,
-        numbers=row.numbers,
-        bits=row.bits,
-        scalars=row.scalars,
-        magnitudes=row.magnitudes,
-        clipped=row.clipped,
-        nonfinite=row.nonfinite,
         floats=np.array(floats, "<f4").tobytes(),
-        weights_sha256=row.weights_sha256,
-        state_sha256=row.state_sha256,
     )
 
 
@@ -152,9 +136,8 @@ def _read(row: _Row4) -> Row:
     clip_factor, ema, *values = np.frombuffer(row.floats, "<f4").tolist()
     if not len(COEFFICIENTS[rule]) - 1 <= len(values) <= len(COEFFICIENTS[rule]):
         raise ValueError(f"{len(values)} coefficients: expected {len(COEFFICIENTS[rule])}")
-    shared = {name: getattr(row, name) for name in _Row4.__struct_fields__ if name not in ("names", "floats")}
     return Row(
-        **shared,
+        **{name: getattr(row, name) for name in _AS_THEY_ARE},
         family=family,
         sharing=sharing,
         difference=difference,
@@ -171,16 +154,16 @@ def _read3(row: _Row3) -> Row:
 
 
 def decode_task(data: bytes) -> Task:
-    """The task in ``data``; ReplyError if it is none."""
+    """Decode a task. Raises ReplyError if it is malformed."""
     return _decode(_tasks, data, "task")
 
 
 def decode_reply(data: bytes) -> Reply:
-    """The reply in ``data``; ReplyError if it is none."""
+    """Decode a reply. Raises ReplyError if it is malformed."""
     return _decode(_replies, data, "reply")
 
 
-def _decode(decoder: msgspec.msgpack.Decoder[Message], data: bytes, what: str) -> Message:
+def _decode(decoder: msgspec.msgpack.Decoder[Decoded], data: bytes, what: str) -> Decoded:
     try:
         return decoder.decode(data)
     except (msgspec.DecodeError, RecursionError) as error:

@@ -39,7 +39,7 @@ from baffle.runfolder.metrics import Record, encode_record, record_of, records_b
 from baffle.runfolder.snapshots import decode_weights, encode_state, encode_weights, load_state
 
 _KEEP_SNAPSHOTS = 2
-NEW_IN_4 = frozenset({"slices", "bits"})
+_NEW_IN_4 = frozenset({"slices", "bits"})
 """Fields of a method that runs of format 3 did not have."""
 
 
@@ -323,12 +323,9 @@ class Journal:
 def _genesis(config: RunConfig, initial: Weights) -> bytes:
     if config.format == 3:  # methods and tables had fewer fields
         method = msgspec.to_builtins(config.method)
-        method = {name: value for name, value in method.items() if name not in NEW_IN_4}
-        table = [(s.name, s.shape, s.offset, s.kept) for s in config.table]
-        names = ("name", "shape", "offset", "kept")
-        fixed = msgspec.msgpack.encode(
-            (config.format, method, config.key, [dict(zip(names, spec, strict=True)) for spec in table])
-        )
+        method = {name: value for name, value in method.items() if name not in _NEW_IN_4}
+        table = [{name: getattr(spec, name) for name in ("name", "shape", "offset", "kept")} for spec in config.table]
+        fixed = msgspec.msgpack.encode((config.format, method, config.key, table))
     else:
         fixed = msgspec.msgpack.encode((config.format, config.method, config.key, config.table))
     return hashlib.sha256(b"baffle journal\n" + fixed + weights_sha256(initial)).digest()

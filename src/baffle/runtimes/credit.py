@@ -11,7 +11,7 @@ Local losses: Nokland and Eidnes, arXiv 1901.06656; with forward gradients: Ren 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Protocol, TypeAlias
@@ -67,6 +67,28 @@ class CreditPlan:
     table: Table
     heads: tuple[CreditHead, ...]
     rows: tuple[CreditRows, ...]
+
+
+def plan_of(
+    table: Table,
+    heads: Iterable[tuple[str, str | None]],
+    rows: Iterable[tuple[int, int, npt.NDArray[np.int64]]],
+) -> CreditPlan:
+    """Which numbers come from which features.
+
+    Args:
+        table: the trained tensors.
+        heads: names of each head's weight and bias.
+        rows: of each unit that is credited row by row its number, that of its head, and which of its numbers owns each
+            feature.
+    """
+    place = {spec.name: i for i, spec in enumerate(table)}
+    units = units_of(table)
+    return CreditPlan(
+        table,
+        tuple(CreditHead(place[weight], None if bias is None else place[bias]) for weight, bias in heads),
+        tuple(CreditRows(unit, head, map_of(owners, units[unit].numbers)) for unit, head, owners in rows),
+    )
 
 
 def map_of(owners: npt.NDArray[np.int64], count: int) -> Float64:

@@ -14,6 +14,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from baffle.core.types import lowest_bits
 from baffle.errors import MissingExtraError, SecureSumError
 from baffle.secure.messages import PublicKeys as PublicKeys
 
@@ -157,8 +158,7 @@ def pack_words(words: Words, bits: int) -> bytes:
     """
     if bits == 32:
         return words.astype("<u4").tobytes()
-    spread = words[:, None] >> np.arange(bits, dtype=np.uint32) & np.uint32(1)
-    return np.packbits(spread.astype(np.uint8).reshape(-1), bitorder="little").tobytes()
+    return lowest_bits(words, bits)
 
 
 def unpack_words(data: bytes, bits: int, count: int) -> Words:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from baffle.core.aggregate import counts_of, number_of_counts, summed
-from baffle.core.types import Aggregate, Reply, Task, unpack
+from baffle.core.aggregate import counts_of, number_of_counts, summed, weighted
+from baffle.core.types import Aggregate, Reply, Task
 from baffle.secure.client import SecureClient
 from baffle.secure.server import SecureRound
 
@@ -80,8 +80,7 @@ def sum_together(
         down += len(msgspec.msgpack.encode(introduced))
         if client not in dropped.before_vector:
             reply = plain[client]
-            values = unpack(reply.scalars, task.bits, size) * reply.weight
-            masked = clients[client].mask(task.round, introduced, values, counts_of(reply), task.word)
+            masked = clients[client].mask(task.round, introduced, weighted(task, reply), counts_of(reply), task.word)
             up += len(msgspec.msgpack.encode(masked))
             here.add(masked)
     survivors = here.survive()

@@ -11,7 +11,7 @@ import numpy as np
 
 from baffle.core.credit import units_of
 from baffle.core.types import Array
-from baffle.runtimes.credit import CreditHead, CreditPlan, CreditRows, Float64, map_of
+from baffle.runtimes.credit import CreditPlan, Float64, plan_of
 from baffle.runtimes.onnx.bundle import Bundle
 from baffle.runtimes.onnx.replica import Program, Replica, aligned, host_loss
 from baffle.runtimes.perturb import Pass, Point
@@ -20,19 +20,14 @@ _STEP = 1e-5
 _STEP_OF_GRAPHS = 2.0**-6  # of a loss that a graph takes in float32
 
 
-def plan_of(bundle: Bundle) -> CreditPlan:
+def plan_of_bundle(bundle: Bundle) -> CreditPlan:
     """Which numbers come from which features of a bundle's blocks."""
-    table, blocks = bundle.manifest.table, bundle.manifest.blocks
+    blocks = bundle.manifest.blocks
     assert blocks is not None
-    place = {spec.name: i for i, spec in enumerate(table)}
-    units = units_of(table)
-    return CreditPlan(
-        table,
-        tuple(CreditHead(place[h.weight], None if h.bias is None else place[h.bias]) for h in blocks.heads),
-        tuple(
-            CreditRows(r.unit, r.head, map_of(np.asarray(r.owners, np.int64), units[r.unit].numbers))
-            for r in blocks.rows
-        ),
+    return plan_of(
+        bundle.manifest.table,
+        ((head.weight, head.bias) for head in blocks.heads),
+        ((rows.unit, rows.head, np.asarray(rows.owners, np.int64)) for rows in blocks.rows),
     )
 
 
@@ -66,6 +61,7 @@ class GraphBlocks:
         units = units_of(point.directions.table)
         self._tensors = {rows.unit: units[rows.unit].tensors for rows in blocks.rows}
         replica.fix(point, ranges or {})
+        replica.write(point.unperturbed)
 
     @property
     def step(self) -> float:
@@ -74,10 +70,9 @@ class GraphBlocks:
 
     def start(self, examples: slice, evaluated: Pass | None = None) -> None:
         """Begin to run some examples."""
-        table, clean = self._point.directions.table, self._point.unperturbed
-        for i, spec in enumerate(table):
-            moved = evaluated is not None and spec.credit.kind == "loss"
-            self._replica.write_tensor(evaluated if moved and evaluated is not None else clean, i)
+        for i, spec in enumerate(self._point.directions.table):
+            if spec.credit.kind == "loss":  # the others are as they were
+                self._replica.write_tensor(evaluated or self._point.unperturbed, i)
         self._value("x", _padded(self._x[examples], self._size))
         self._examples, self._done = examples, 0
 

@@ -112,7 +112,7 @@ class Replica:
         self.fix(point, ranges)
         first = 0
         for done, evaluated in enumerate(point.passes(part), 1):
-            self._write(evaluated)
+            self.write(evaluated)
             outputs.append([self._copied_outputs(micro_batch) for micro_batch in batches])
             if done == len(part) or len(outputs) * sum(o.size for o in outputs[0]) >= _KEPT_OUTPUTS:
                 losses[first:done] = self._losses_of(outputs, batches)
@@ -160,7 +160,7 @@ class Replica:
     def _unperturbed(self, weights: Weights, ranges: Mapping[str, tuple[float, float]]) -> None:
         point = self.point(unperturbed(self.bundle.manifest.table), weights)
         self.fix(point, ranges)
-        self._write(point.unperturbed)
+        self.write(point.unperturbed)
 
     def fix(self, point: Point, ranges: Mapping[str, tuple[float, float]]) -> None:
         """Set the inputs that are the same for all passes of a call: scales and activation ranges."""
@@ -173,7 +173,7 @@ class Replica:
                 self.buffers[f"{name}.scale"][...] = scale
                 self.buffers[f"{name}.zero"][...] = np.uint8(np.clip(np.rint(-low / scale), 0, 255))
 
-    def _write(self, evaluated: Pass) -> None:
+    def write(self, evaluated: Pass) -> None:
         """Write a pass's perturbed weights into the input buffers."""
         for i in range(len(self.written)):
             self.write_tensor(evaluated, i)

@@ -28,7 +28,7 @@ from baffle.errors import PlanError
 from baffle.runtimes import Evaluation
 from baffle.runtimes.credit import LARGEST_PART, Float64, credits_of
 from baffle.runtimes.lanes import Lane, side_by_side
-from baffle.runtimes.onnx.blocks import GraphBlocks, plan_of
+from baffle.runtimes.onnx.blocks import GraphBlocks, plan_of_bundle
 from baffle.runtimes.onnx.bundle import Bundle, Feed
 from baffle.runtimes.onnx.replica import Buffers as Buffers
 from baffle.runtimes.onnx.replica import Loader, MicroBatch, Program, Replica
@@ -76,6 +76,7 @@ class GraphRuntime:
 
         chosen = [kinds(spec, feed) for spec, feed in zip(bundle.manifest.table, bundle.manifest.feeds, strict=True)]
         self._replicas = tuple(Replica(bundle, one_at_a_time, chosen) for _ in range(threads or cores()))
+        self._credit_plan = None if bundle.manifest.blocks is None else plan_of_bundle(bundle)
 
     @property
     def table(self) -> Table:
@@ -138,12 +139,12 @@ class GraphRuntime:
         Raises:
             PlanError: If the bundle was exported without credit.
         """
-        if self._bundle.manifest.blocks is None:
+        if self._bundle.manifest.blocks is None or self._credit_plan is None:
             raise PlanError("a bundle without blocks gives one scalar per direction: export it with credit")
         self._bundle.check_data(batch)
         self._check_family(perturbations)
-        self._cut(batch, self._replicas[0])  # checks labels
-        plan, (x, y) = plan_of(self._bundle), (batch.inputs(), batch.y)
+        self._check_labels(batch, self._replicas[0])
+        plan, x, y = self._credit_plan, batch.inputs(), batch.y
         point = self._replicas[0].point(perturbations, weights)
         size = min(LARGEST_PART, int(np.diff(bounds).max()))
         parts = [slice(start, min(start + size, len(x))) for start in range(0, len(x), size)]
@@ -184,12 +185,15 @@ class GraphRuntime:
                 f"family {perturbations.directions.family!r} with a bundle of rank-1 branches: expected rank1"
             )
 
-    def _cut(self, data: Dataset, replica: Replica) -> list[MicroBatch]:
-        x, y = data.inputs(), data.y
-        if y.dtype.kind == "i" and self._bundle.manifest.loss == "cross-entropy":
+    def _check_labels(self, data: Dataset, replica: Replica) -> None:
+        if data.y.dtype.kind == "i" and self._bundle.manifest.loss == "cross-entropy":
             if self._classes is None:  # the same for any example, so one pass is enough
-                self._classes = replica.classes(x[:1])
+                self._classes = replica.classes(data.take(np.arange(1)).inputs())
             data.check_labels(self._classes)
+
+    def _cut(self, data: Dataset, replica: Replica) -> list[MicroBatch]:
+        self._check_labels(data, replica)
+        x, y = data.inputs(), data.y
         size = min(len(x), max(32, min(128, _MICRO_BATCH_INPUTS // max(1, x[:1].size))))
         batches = []
         for start in range(0, len(x), size):

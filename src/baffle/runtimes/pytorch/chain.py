@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -342,18 +342,10 @@ def values_of(chain: Chain, x: Tensor, weights: Callable[[str], Tensor]) -> Env:
 
 def again(chain: Chain, segment: Segment, env: Env, changed: Mapping[Node, Tensor]) -> Tensor:
     """A segment's pooled features with changed tensors, the rest being as in ``env``."""
-    local: Env = {}
-
-    def value(node: Node) -> Any:
-        if node in local:
-            return local[node]
-        return changed[node] if node in changed else env[node]
-
+    values = {**env, **changed}
     for node in segment.nodes:
-        args = torch.fx.node.map_arg(node.args, value)
-        kwargs = torch.fx.node.map_arg(node.kwargs, value)
-        local[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-    return pooled(local[segment.features], is_tokens(chain.heads[segment.head]))
+        values[node] = run(node, values)
+    return pooled(values[segment.features], is_tokens(chain.heads[segment.head]))
 
 
 def _with_owners(
@@ -387,16 +379,7 @@ def _with_owners(
             known = np.where(owners >= 0, number[owners], -1) if len(owning) else owners
             count = len(owning) + int(shares)
             segments.append(Segment(names, nodes, features, head, known, numbers, count))
-    return Chain(
-        chain.nodes,
-        chain.parameters,
-        chain.inputs,
-        chain.last,
-        chain.tail,
-        tuple(segments),
-        chain.heads,
-        chain.constants,
-    )
+    return replace(chain, segments=tuple(segments))
 
 
 def _owners(

@@ -19,11 +19,11 @@ from baffle.core.types import Losses, Masks, Table, Weights, table_size
 from baffle.data import Dataset
 from baffle.errors import ModelError, require_choice
 from baffle.runtimes import Evaluation
-from baffle.runtimes.credit import Float64, credits_of
+from baffle.runtimes.credit import Float64, credits_of, plan_of
 from baffle.runtimes.lanes import side_by_side
 from baffle.runtimes.perturb import Pass, Perturbations, Point
-from baffle.runtimes.pytorch.chain import Chain, again, find_chain, is_tokens, pooled, run, tail_of
-from baffle.runtimes.pytorch.credit_table import credited, examples_like, plan_of
+from baffle.runtimes.pytorch.chain import Chain, again, find_chain, is_tokens, pooled, run, tail_of, values_of
+from baffle.runtimes.pytorch.credit_table import credited, examples_like
 from baffle.runtimes.pytorch.module_checks import per_example
 from baffle.runtimes.pytorch.replica import as_bits, layouts_of
 from baffle.runtimes.pytorch.runtime import TorchRuntime, to_tensors
@@ -83,13 +83,20 @@ class CreditRuntime:
             chain = replace(chain, segments=(), heads=(chain.heads[-1],))
         self._table, self._initial = credited(self._inner.table, self._inner.initial_weights(), chain)
         place = {spec.name: i for i, spec in enumerate(self._table)}
-        self._credit_plan = plan_of(chain, self._table)
+        self._credit_plan = plan_of(
+            self._table,
+            ((head.weight, head.bias) for head in chain.heads),
+            ((self._table[place[s.names[0]]].credit.unit, s.head, s.owners) for s in chain.segments),
+        )
+        chain = replace(
+            chain,
+            constants={n: v.to(self._dtype) if v.is_floating_point() else v for n, v in chain.constants.items()},
+        )
         self._walk = _Walk(
             chain,
             per_example(loss),
             {n: place[name] for n, name in chain.parameters.items() if n not in chain.constants},
             _expiries(chain),
-            {n: v.to(self._dtype) if v.is_floating_point() else v for n, v in chain.constants.items()},
             self._dtype,
         )
         self._channels_last = self._takes_channels_last(x)
@@ -148,16 +155,16 @@ class CreditRuntime:
         """Whether the graph runs with channels last, and there are images to lay out so."""
         if x.ndim != 4 or not any(len(spec.shape) == 4 for spec in self._table):
             return False
-        env: dict[Node, Any] = dict(self._walk.constants)
-        for node, place in self._walk.place.items():
-            spec = self._table[place]
+        places = {spec.name: spec for spec in self._table}
+
+        def weights(name: str) -> Tensor:
+            spec = places[name]
             value = torch.from_numpy(self._initial[spec.slice].reshape(spec.shape)).to(self._dtype)
-            env[node] = value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value
-        env[self._walk.chain.inputs] = x.to(self._dtype).contiguous(memory_format=torch.channels_last)
+            return value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value
+
         try:
             with torch.inference_mode():
-                for node in self._walk.chain.nodes:
-                    env[node] = run(node, env)
+                values_of(self._walk.chain, x.to(self._dtype).contiguous(memory_format=torch.channels_last), weights)
         except RuntimeError:  # a view of what is laid out otherwise
             return False
         return True
@@ -168,11 +175,10 @@ class _Walk:
     """What is needed to run a chain's nodes one by one.
 
     Attributes:
-        chain: the model.
+        chain: the model, with what is not trained in the precision of the passes.
         loss: gives one loss per example.
         place: of each trained tensor's node, its place in the table.
         expires: after each node, the values that nothing needs any more.
-        constants: what is not trained, in the precision of the passes.
         dtype: of the passes.
     """
 
@@ -180,7 +186,6 @@ class _Walk:
     loss: Callable[[Tensor, Tensor], Tensor]
     place: Mapping[Node, int]
     expires: Sequence[Sequence[Node]]
-    constants: Mapping[Node, Tensor]
     dtype: torch.dtype
 
 
@@ -192,17 +197,19 @@ class _Blocks:
     def __init__(self, walk: _Walk, point: Point, x: Tensor, y: Tensor) -> None:
         self._walk, self._point, self._x, self._y = walk, point, x, y
         self._order = {node: i for i, node in enumerate(walk.chain.nodes)}
+        self._clean = {node: self._written(point.unperturbed, place) for node, place in walk.place.items()}
         self._env: dict[Node, Any] = {}
         self._done = 0
         self._examples = slice(0, 0)
 
     def start(self, examples: slice, evaluated: Pass | None = None) -> None:
         """Begin to run some examples."""
-        table, clean = self._point.directions.table, self._point.unperturbed
-        env: dict[Node, Any] = dict(self._walk.constants)
-        for node, place in self._walk.place.items():
-            moved = evaluated is not None and table[place].credit.kind == "loss"
-            env[node] = self._written(evaluated if moved and evaluated else clean, place)
+        table = self._point.directions.table
+        env: dict[Node, Any] = {**self._walk.chain.constants, **self._clean}
+        if evaluated is not None:
+            for node, place in self._walk.place.items():
+                if table[place].credit.kind == "loss":
+                    env[node] = self._written(evaluated, place)
         env[self._walk.chain.inputs] = self._x[examples]
         self._env, self._done, self._examples = env, 0, examples
 

@@ -11,20 +11,9 @@ import torch
 from torch import Tensor
 
 from baffle.core.types import Credit, ParamSpec, Table, Weights, table_size
-from baffle.runtimes.credit import CreditHead, CreditPlan, CreditRows, map_of
 from baffle.runtimes.pytorch.chain import Chain
 
 _TRIED = 4  # examples on which the chain is found
-
-
-def plan_of(chain: Chain, table: Table) -> CreditPlan:
-    """Which numbers come from which features of a chain."""
-    place = {spec.name: i for i, spec in enumerate(table)}
-    heads = tuple(CreditHead(place[h.weight], None if h.bias is None else place[h.bias]) for h in chain.heads)
-    rows = tuple(
-        CreditRows(table[place[s.names[0]]].credit.unit, s.head, map_of(s.owners, s.count)) for s in chain.segments
-    )
-    return CreditPlan(table, heads, rows)
 
 
 def examples_like(example: Tensor) -> Tensor:
@@ -37,25 +26,22 @@ def examples_like(example: Tensor) -> Tensor:
 
 def credited(table: Table, weights: Weights, chain: Chain) -> tuple[Table, Weights]:
     """The table of a model with its credit and its local heads, and the weights with those of the heads."""
-    units: dict[str, tuple[int, Credit]] = {}
-    number = int(any(_is_loss(spec.name, chain) for spec in table))  # one scalar per direction comes first
+    named = {name for segment in chain.segments for name in segment.names}
+    named |= {name for head in chain.heads for name in head.names}
+    number = int(any(spec.name not in named for spec in table))  # one scalar per direction comes first
+    credits: dict[str, Credit] = {}
     for segment in chain.segments:
-        for name in segment.names:
-            units[name] = number, Credit(number, "rows", _runs(segment.numbers[name]))
+        credits |= {name: Credit(number, "rows", _runs(segment.numbers[name])) for name in segment.names}
         number += 1
     extra: list[tuple[str, tuple[int, ...], Credit]] = []
-    outputs = {spec.name: spec.shape[0] for spec in table if spec.name == chain.heads[-1].weight}
+    [outputs] = (spec.shape[0] for spec in table if spec.name == chain.heads[-1].weight)
     for head in chain.heads:
         credit = Credit(number, "exact", (), not head.own)
-        for name in head.names:
-            units[name] = number, credit
+        credits |= dict.fromkeys(head.names, credit)
         if not head.own:
-            count = outputs[chain.heads[-1].weight]
-            extra += [(head.weight, (count, head.count), credit), (str(head.bias), (count,), credit)]
+            extra += [(head.weight, (outputs, head.count), credit), (str(head.bias), (outputs,), credit)]
         number += 1
-    specs = [
-        msgspec.structs.replace(spec, credit=units[spec.name][1] if spec.name in units else Credit()) for spec in table
-    ]
+    specs = [msgspec.structs.replace(spec, credit=credits.get(spec.name, Credit())) for spec in table]
     start = table_size(table)
     values = [weights]
     for name, shape, credit in extra:
@@ -63,11 +49,6 @@ def credited(table: Table, weights: Weights, chain: Chain) -> tuple[Table, Weigh
         start += specs[-1].size
         values.append(_first_weights(name, shape))
     return tuple(specs), np.concatenate(values)
-
-
-def _is_loss(name: str, chain: Chain) -> bool:
-    heads = {name for head in chain.heads for name in head.names}
-    return name not in heads and not any(name in segment.names for segment in chain.segments)
 
 
 def _first_weights(name: str, shape: tuple[int, ...]) -> Weights:
