@@ -218,6 +218,13 @@ class Merged(nn.Module):
         return torch.as_tensor(self.head(x.mean((2, 3))))
 
 
+def seeded(make: Callable[[], nn.Module]) -> nn.Module:
+    """A model with the same weights each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make()
+
+
 class Normalised(nn.Module):
     """A norm over two layers' outputs: each alone would take from some of its groups only."""
 
@@ -241,7 +248,7 @@ def pooled(*layers: nn.Module, channels: int) -> nn.Sequential:
 @pytest.mark.parametrize(
     ("model", "shape", "expected"),
     [
-        (Merged(), (3, 8, 8), {"squeeze.weight": (3, 6, 1, 1), "head.weight": (10, 6)}),
+        (seeded(Merged), (3, 8, 8), {"squeeze.weight": (3, 6, 1, 1), "head.weight": (10, 6)}),
         (
             pooled(
                 nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 3, groups=16), nn.BatchNorm2d(16), nn.Conv2d(16, 8, 1),
