@@ -1,8 +1,8 @@
-"""The client: task, weights and a batch -> integers. Forward passes only.
+"""A client's computation: from a task, weights and a batch to integers, by forward passes only.
 
 BAFFLE (arXiv 2301.12195), section 3: finite differences of the loss along shared directions. Here a scalar is
-encoded as an integer on the round's power-of-two scale and weighted by an integer, so that everything after it
-(sums, secure sums, rebuild) is exact.
+encoded as an integer on the round's power-of-two scale and weighted by an integer, so that all later steps
+(sums, secure sums, rebuilding the gradient estimate) are exact.
 """
 
 from __future__ import annotations
@@ -27,11 +27,23 @@ from baffle.runtimes.perturb import Perturbations
 
 
 def perturbations(task: Task, table: Table, client: int, step: int = 0, first: int = 0) -> Perturbations:
-    """The passes that a task asks of a client at one local step, from direction number ``first`` on."""
+    """List the forward passes of a client's local step, or of a slice of its mini-batch.
+
+    Args:
+        task: of the round.
+        table: the trainable tensors.
+        client: its number; matters only for per-client directions.
+        step: local step.
+        first: number of the first direction.
+    """
     directions = Directions.of(task, table, client, step)
     if task.difference == "forward":
-        return Perturbations(directions, task.num_directions, (task.sigma,), True, first, task.lattice)
-    return Perturbations(directions, task.num_directions, (task.sigma, -task.sigma), False, first, task.lattice)
+        return Perturbations(
+            directions, task.num_directions, (task.sigma,), baseline=True, first=first, lattice=task.lattice
+        )
+    return Perturbations(
+        directions, task.num_directions, (task.sigma, -task.sigma), baseline=False, first=first, lattice=task.lattice
+    )
 
 
 def passes_of(task: Task, table: Table) -> int:
@@ -47,10 +59,17 @@ def passes_of(task: Task, table: Table) -> int:
 
 
 def finite_differences(task: Task, losses: Losses) -> npt.NDArray[np.float64]:
-    """Scalars s_k of the mean loss: float32[passes, examples] -> float64[K].
+    """Compute the scalars s_k, finite differences of the mean loss L along the directions d_k.
 
-    Forward: (L(W + sigma d) - L(W)) / sigma; central: (L(W + sigma d) - L(W - sigma d)) / (2 sigma). Example by
-    example in float64, so that losses which are nearly equal cancel exactly.
+    Forward: (L(W + sigma d) - L(W)) / sigma; central: (L(W + sigma d) - L(W - sigma d)) / (2 sigma). Losses are
+    subtracted per example in float64, so that nearly equal losses cancel exactly.
+
+    Args:
+        task: of the round.
+        losses: float32[passes, examples], in the order of :func:`perturbations`.
+
+    Returns:
+        float64[K].
     """
     precise = losses.astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
@@ -107,7 +126,7 @@ def numbers_of(
 
 
 def reply(task: Task, client: int, weight: int, steps: Sequence[Encoded]) -> Reply:
-    """Put the encoded numbers of all local steps into a message."""
+    """Assemble the reply from the encoded numbers of all local steps."""
     magnitudes = np.mean([s.magnitudes for s in steps], axis=0)
     return Reply(
         round=task.round,
@@ -123,15 +142,18 @@ def reply(task: Task, client: int, weight: int, steps: Sequence[Encoded]) -> Rep
 def local_update(
     task: Task, table: Table, weights: Weights, encoded: Encoded, step: int, execution: Execution
 ) -> Weights:
-    """One local step of plain SGD on the numbers as encoded, so that the sums describe every client's path."""
+    """Take one local step of plain SGD.
+
+    It uses the numbers as encoded, so that the sums describe exactly the steps that clients took.
+    """
     directions = Directions.of(task, table, 0, step)  # local steps need shared directions
     estimate = gradient([(directions, encoded.integers)], task, 1, execution)
-    with np.errstate(over="ignore", invalid="ignore"):  # losses that are not finite follow, and are counted
+    with np.errstate(over="ignore", invalid="ignore"):  # non-finite losses follow, and are counted
         return weights - np.float32(task.local_lr) * estimate
 
 
 def draw(task: Task, data: Dataset, client: int, step: int) -> Dataset:
-    """The mini-batch that a simulated client draws from its data for a local step of a task."""
+    """Draw a client's mini-batch for a local step of a task; the same arguments give the same batch."""
     rng = generator((task.key, task.round), Purpose.BATCH, client + 1, step)
     return sample(data, task.batch_size, rng)
 
@@ -146,12 +168,20 @@ def respond(
     execution: Execution = FAST,
     lane: Evaluator | None = None,
 ) -> Reply:
-    """Answer a task: ``batch(step)`` gives the mini-batch of each local step, ``examples`` sets the weight.
+    """Answer a task.
 
-    Passes are evaluated on one ``lane`` of the runtime; None: on all of it.
+    Args:
+        task: of the round.
+        runtime: evaluates the passes.
+        weights: float32[n], at which the task starts.
+        batch: returns the mini-batch of a local step.
+        client: its number.
+        examples: number of the client's examples, which sets its weight.
+        execution: how directions are rebuilt on this machine, for several local steps.
+        lane: of the runtime, to evaluate on; None: on all lanes.
     """
     evaluator: Evaluator = lane or runtime
-    if evaluator is not runtime:  # others work beside this one
+    if evaluator is not runtime:  # other clients use the other lanes
         execution = replace(execution, threads=1)
     steps: list[Encoded] = []
     for step in range(task.local_steps):
@@ -163,7 +193,7 @@ def respond(
 
 
 def check_task(task: Task, table: Table) -> None:
-    """Refuse what no server asks for, and what would take for ever. Raises OptionError."""
+    """Reject tasks that are out of range, not about this model, or would never finish. Raises OptionError."""
     require_count("num_directions", task.num_directions, 1, 2**20)
     require_count("slices", task.slices, 1, 2**16)
     require_count("bits", task.bits, 1, MOST_BITS)

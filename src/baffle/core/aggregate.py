@@ -1,7 +1,8 @@
 """Aggregation of the clients' integers: check each reply, sum them, and choose the next round's scale.
 
-Scalars travel as integers in units of a power of two, 2**exponent (``docs/design.md``, section 3). A row's sums show
-how large the scalars are, so the next exponent follows from the last row alone, and replay needs no other record.
+Numbers travel as integers in units of a power of two, 2**exponent (``docs/design.md``, section 3), each unit's on a
+scale of its own. Clients tell how large they were, so the next exponents follow from the last row alone, and replay
+needs no other record.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ from baffle.errors import PlanError, ReplyError
 FIRST_EXPONENT = -8
 """Scale of round 0: range +-64, resolution 1/256. It only has to be near enough to measure with."""
 FEWEST_NEIGHBOURS = 4
-"""Of a client in a secure sum. With two or three a circle falls apart where clients are lost, and each part has a sum
-of its own."""
-_CALIBRATION_ROUNDS = 4
+"""Neighbours that a client in a secure sum needs at least. With two or three, a few dropped clients can split the
+circle of clients into parts, and the server would learn each part's sum."""
+_MEASURING_ROUNDS = 4  # the scale is measured in at most this many rounds
 _LOW = 15
 """Bits of the lower part of a magnitude in a secure sum: with 2**17 participants its sum has 32."""
 
@@ -126,9 +127,16 @@ class SecureSum(msgspec.Struct, frozen=True, tag="secure_sum"):
         return replies
 
     def check(self, scalars: int, participants: int, word: int = MOST_BITS) -> None:
-        """Raise PlanError if a round of so many scalars and participants could overflow, or hide nobody.
+        """Refuse a round whose sums or counts could overflow, or that is too small to hide anyone.
 
-        ``word`` is the bits that the largest possible sum needs, see :func:`word_bits`.
+        Args:
+            scalars: numbers per client: those of a reply times local steps.
+            participants: clients in the round.
+            word: bits that the largest possible sum needs (:func:`word_bits`).
+
+        Raises:
+            PlanError: a word would need more than 32 bits, the sum over clients of ``clipped`` or ``nonfinite`` could
+                reach 2**32, or there are fewer participants than the minimum.
         """
         if word > MOST_BITS:
             raise PlanError(
@@ -203,7 +211,19 @@ def nothing(task: Task) -> Aggregate:
 
 
 def check_reply(task: Task, cohort: Cohort, reply: Reply) -> Integers:
-    """The reply's integers int64[local_steps, numbers], or ReplyError naming the client and what is wrong."""
+    """Check one client's reply and decode its integers.
+
+    Args:
+        task: what the client was asked.
+        cohort: the round's participants and their weights.
+        reply: the reply.
+
+    Returns:
+        The integers, not multiplied by the weight, int64[local_steps, numbers].
+
+    Raises:
+        ReplyError: the reply does not fit; the message names the client and what is wrong.
+    """
     where = f"round {task.round}, client {reply.client}"
     count = task.local_steps * task.numbers
     if reply.round != task.round:
@@ -262,9 +282,9 @@ def clipped_share(row: Row) -> float:
 
 
 def next_exponents(table: Table, bits: int, last: Row | None, clip: float | None = None) -> tuple[int, ...]:
-    """The powers of two on which the next round encodes each unit's numbers, from how large the last ones were.
+    """The exponents of the powers of two in whose units the next round encodes the numbers, unit by unit.
 
-    It aims at integers with a root mean square of 2**10, and widens the range if scalars were clipped.
+    It aims at integers with a mean magnitude of ``target_magnitude``.
 
     Args:
         last: the last round's row; None before round 0.
@@ -284,10 +304,13 @@ def next_exponents(table: Table, bits: int, last: Row | None, clip: float | None
 
 
 def measures_scale(last: Row | None, bits: int) -> bool:
-    """Whether the next round only measures the scale: round 0 does, and a few more if it missed by far."""
+    """Whether the next round only measures the scale of the numbers, and its row is not applied.
+
+    Round 0 does; up to three more do while the scale of some unit is off by far.
+    """
     if last is None:
         return True
-    if last.applied or last.round + 1 >= _CALIBRATION_ROUNDS:
+    if last.applied or last.round + 1 >= _MEASURING_ROUNDS:
         return False
     target, measured = target_magnitude(bits), [m for m in typical_magnitudes(last) if m]
     return not measured or any(not target / 64 < m < target * 4 for m in measured)  # none: a void round, say

@@ -147,7 +147,16 @@ def gradient(terms: Terms, round: Task | Row, divisor: int, execution: Execution
 
 
 def scaled(table: Table, terms: Terms, factor: float, execution: Execution = FAST) -> Weights:
-    """``factor`` times the exact sum of one scalar per direction for all tensors, rounded once: float32[n].
+    """``factor`` times the exact sum of all terms, rounded once to float32, without a float64[n] in memory.
+
+    Args:
+        table: the trainable tensors.
+        terms: directions and their integer scalars, one per direction for all tensors.
+        factor: applied to the float64 sum before rounding.
+        execution: how to compute it.
+
+    Returns:
+        float32[n].
 
     Examples:
         >>> from baffle.core.types import make_table
@@ -166,7 +175,18 @@ def scaled(table: Table, terms: Terms, factor: float, execution: Execution = FAS
 def check_exact(
     directions: Directions, num_directions: int, local_steps: int, weight_sum: int, limit: int = limit_of(DEFAULT_BITS)
 ) -> None:
-    """Raise PlanError unless every partial sum of a round stays below 2**53 in float64."""
+    """Refuse a round whose partial sums could reach 2**53, where float64 stops being exact for integers.
+
+    Args:
+        directions: any directions of the round's family.
+        num_directions: of all slices.
+        local_steps: local steps of each client.
+        weight_sum: the largest sum of the participants' weights.
+        limit: largest magnitude of one number.
+
+    Raises:
+        PlanError: the bound is reached; the message has every factor of it.
+    """
     bound = num_directions * local_steps * weight_sum * limit * directions.largest
     if bound >= 2**53:
         raise PlanError(
@@ -191,7 +211,7 @@ class _Tile(NamedTuple):
 def _rebuild(
     terms: Terms, factor: float, out: Floats, execution: Execution, tensors: Sequence[int] | None = None
 ) -> None:
-    """out = factor * the sum of all terms, rounded once to the type of ``out``; of some tensors (None: of all)."""
+    """Write factor * the sum of all terms to ``out``, rounded once to its type; of some tensors (None: of all)."""
     first = terms[0][0]
     threads = execution.threads or cores()
     block = min(execution.block, max(_SMALLEST, out.size // (2 * threads)))
@@ -220,7 +240,10 @@ def _matrix(directions: Directions, tensor: int) -> tuple[int, int]:
 
 
 def _tiles(directions: Directions, block: int, tensors: Sequence[int]) -> Iterator[_Tile]:
-    """Tiles of at most ``block`` entries, about square, whose sides start at multiples of 8."""
+    """Cut tensors into about square tiles of at most ``block`` entries.
+
+    Their sides start at multiples of 8, so that each starts at a whole byte of sign bits.
+    """
     for i in tensors:
         rows, columns = _matrix(directions, i)
         height = min(rows, _eights(max(isqrt(block), block // max(columns, 1))))

@@ -44,7 +44,7 @@ MAX_WEIGHT_SUM = 2**17 - 1
 
 
 class Credit(msgspec.Struct, frozen=True, array_like=True):
-    """Which numbers of a reply a tensor's gradient is rebuilt from (``docs/design.md``, "Credit").
+    """Which numbers of a reply a tensor's gradient is rebuilt from (``docs/protocol.md``, "Units").
 
     Tensors with the same ``unit`` share numbers. What these are depends on ``kind``:
 
@@ -75,6 +75,7 @@ class ParamSpec(msgspec.Struct, frozen=True):
         offset: index of its first entry in the flat weights.
         kept: pruning mask of a pruned tensor: one bit per entry, lowest bit first, 1 for entries that were kept. Only
             these are perturbed and trained, the others stay 0. Empty if the tensor is not pruned.
+        credit: which numbers of a reply its gradient is rebuilt from.
 
     Examples:
         >>> ParamSpec("conv.weight", (16, 1, 5, 5), offset=0).matrix
@@ -85,10 +86,7 @@ class ParamSpec(msgspec.Struct, frozen=True):
     shape: tuple[int, ...]
     offset: int
     kept: bytes = b""
-    """Of a pruned tensor: a bit an entry, lowest first, 1 where it was kept. Only these are perturbed and trained,
-    the others are 0. Empty: all."""
     credit: Credit = Credit()
-    """Which numbers of a reply the tensor's gradient is rebuilt from."""
 
     @property
     def size(self) -> int:
@@ -172,7 +170,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     sigma: float
     """Step of the finite difference."""
     lattice: int
-    """0: every tensor is perturbed by sigma; m: matrices on the int8 lattice, by m codes."""
+    """0: every tensor is perturbed by sigma; m > 0: matrices are perturbed on the int8 lattice, by m codes."""
     slices: int = 1
     """S: a client's mini-batch is cut into so many slices, each with num_directions directions of its own."""
     bits: int = DEFAULT_BITS
@@ -191,7 +189,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     quantum: int
     """Examples per unit of a client's integer weight."""
     secure: int = 0
-    """In a secure sum: with how many neighbours a client shares masks, at most. 0: plain sums."""
+    """In a secure sum, the largest number of neighbours that a client shares masks with; 0: plain sums."""
     word: int = 32
     """In a secure sum: bits of a word, enough for any sum of the cohort's weighted integers."""
     next_cohort: tuple[int, ...] = ()
@@ -289,10 +287,11 @@ class Aggregate:
     """What the server learns from a round.
 
     Attributes:
-        vectors: weighted scalars, int64[V, local_steps, K]: their sum (V = 1) with shared directions, else one vector
-            per participant.
+        vectors: weighted numbers, int64[V, local_steps, numbers]: their sum (V = 1) with shared directions, else one
+            vector per participant.
         participants: the clients in it, in ascending order.
         weight_sum: sum of their weights.
+        magnitudes: of each unit, the sum of their replies' magnitudes.
         clipped: number of their scalars that were clipped.
         nonfinite: number of their scalars that were NaN or infinite.
     """
