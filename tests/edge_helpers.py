@@ -66,6 +66,18 @@ def make_fleet(folder: Path, precision: Precision, credit: str | None = None) ->
     return Fleet(bundle, clients, write_clients(bundle, clients, folder), folder)
 
 
+def assert_trains_as_simulated(fleet: Fleet, engine: PipeEngine, method: bf.Method) -> None:
+    """Processes give the weights of the simulation, for as many passes."""
+    initial = fleet.bundle.initial
+    over_pipes = bf.train(method, engine, initial, rounds=3, seed=5)
+    simulated = bf.train(method, fleet.simulation(), initial, rounds=3, seed=5)
+    assert over_pipes.weights_sha256 == simulated.weights_sha256
+    assert (over_pipes.weights != initial).any()
+    for ours, theirs in zip(over_pipes.records, simulated.records, strict=True):
+        assert ours.forward_passes == theirs.forward_passes
+        assert ours.samples_forwarded == theirs.samples_forwarded
+
+
 def hello(fleet: Fleet, **changes: object) -> Hello:
     return msgspec.structs.replace(Hello(100, fleet.bundle.sha256, {"runtime": "ort"}), **changes)
 

@@ -30,7 +30,18 @@ from baffle.protocol.pipes import (
     send,
     skip_to_mark,
 )
-from edge_helpers import CLIENTS, INF, METHOD, NAN, Fleet, answer, hello, make_fleet, without_torch
+from edge_helpers import (
+    CLIENTS,
+    INF,
+    METHOD,
+    NAN,
+    Fleet,
+    answer,
+    assert_trains_as_simulated,
+    hello,
+    make_fleet,
+    without_torch,
+)
 from helpers import TASK
 
 
@@ -97,14 +108,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_training_over_pipes_gives_the_weights_of_the_simulation(fleet: Fleet, engine: PipeEngine, name: str) -> None:
-    initial = fleet.bundle.initial
-    over_pipes = bf.train(VARIANTS[name], engine, initial, rounds=3, seed=5)
-    simulated = bf.train(VARIANTS[name], fleet.simulation(), initial, rounds=3, seed=5)
-    assert over_pipes.weights_sha256 == simulated.weights_sha256
-    assert (over_pipes.weights != initial).any()
-    for ours, theirs in zip(over_pipes.records, simulated.records, strict=True):
-        assert ours.forward_passes == theirs.forward_passes
-        assert ours.samples_forwarded == theirs.samples_forwarded
+    assert_trains_as_simulated(fleet, engine, VARIANTS[name])
 
 
 @pytest.mark.parametrize("lattice", [0, 3])

@@ -11,7 +11,7 @@ import pytest
 
 import baffle as bf
 from baffle.engines.pipe import PipeEngine
-from edge_helpers import Fleet, make_fleet, without_torch
+from edge_helpers import Fleet, assert_trains_as_simulated, make_fleet, without_torch
 
 ROWS = bf.Method(num_directions=3, slices=2, bits=8, batch_size=8, sigma=1e-3, optimizer=bf.adam(0.02))
 VARIANTS = {
@@ -38,13 +38,7 @@ def engine(fleet: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_rows_over_pipes_give_the_weights_of_the_simulation(fleet: Fleet, engine: PipeEngine, name: str) -> None:
-    initial = fleet.bundle.initial
-    over_pipes = bf.train(VARIANTS[name], engine, initial, rounds=3, seed=5)
-    simulated = bf.train(VARIANTS[name], fleet.simulation(), initial, rounds=3, seed=5)
-    assert over_pipes.weights_sha256 == simulated.weights_sha256
-    assert (over_pipes.weights != initial).any()
-    for ours, theirs in zip(over_pipes.records, simulated.records, strict=True):
-        assert ours.forward_passes == theirs.forward_passes
+    assert_trains_as_simulated(fleet, engine, VARIANTS[name])
 
 
 def test_an_int8_bundle_trains_rows_on_the_lattice(tmp_path: Path) -> None:
